@@ -38,6 +38,7 @@ import signal
 import sys
 import time
 import typing
+import zlib
 
 import numpy as np
 import torch
@@ -223,8 +224,6 @@ class LogisticMixture:
     exact and stable everywhere, so that the pmf sums to 1. (PixelCNN++ approximates it where it is below 1e-5.)
     """
 
-    channels, params_per_mix = 3, 10
-
     def __init__(self, params, levels=256, shift=0.0):
         n, c, h, w = params.shape
         if c % 10:
@@ -241,6 +240,16 @@ class LogisticMixture:
         self.log_scales = rest[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
         self.coeffs = rest[:, :, 2 * k :].tanh()
 
+    @staticmethod
+    def start(bias):
+        """Set the output layer's bias, (10 K,): means spread over the range, scales well below it.
+
+        PixelCNN++ starts all components alike and as wide as the range; from here training is some 3 times shorter.
+        """
+        k = len(bias) // 10
+        rest = bias[k:].view(3, 3 * k)
+        rest[:, :k], rest[:, k : 2 * k] = torch.linspace(-0.9, 0.9, k), -2.5
+
     def means_given(self, c, x):
         """Means of channel c given the channels before it. x: levels, (N, 3, H, W) -> (N, K, H, W)."""
         x, means = to_unit(x, self.levels, self.means.dtype).unsqueeze(2), self.means[:, c]  # x: (N, 3, 1, H, W)
@@ -255,7 +264,7 @@ class LogisticMixture:
         inverse, half = torch.exp(-log_scales), 1.0 / (self.levels - 1)
         b = (to_unit(hi, self.levels, means.dtype) + half - means) * inverse
         a = (to_unit(lo, self.levels, means.dtype) - half - means) * inverse
-        width = (hi - lo + 1) * (2 * half) * inverse  # b - a, without cancellation
+        width = (hi - lo + 1).to(means.dtype) * (2 * half) * inverse  # b - a, without cancellation
         first, last = lo == 0, hi == self.levels - 1
         upper = F.logsigmoid(b).masked_fill(last, 0.0)
         lower = F.logsigmoid(-a).masked_fill(first, 0.0)
@@ -348,7 +357,9 @@ class Categorical:
     shift, the reduction of variance, acts as on a log-scale: the logits are divided by exp(shift).
     """
 
-    channels = 1
+    @staticmethod
+    def start(bias):
+        """Nothing to set: zero logits are uniform."""
 
     def __init__(self, params, levels=None, shift=0.0):
         self.logits = (params.float() if params.dtype in (torch.bfloat16, torch.float16) else params) * math.exp(-shift)
@@ -542,7 +553,7 @@ class Network(nn.Module):
             skips.setdefault(scale, done)
             last[scale] = streams[-1]
         if causal:
-            self.outputs = [self.add([(streams[-1], dict(POINT, activation="elu"))], channels=c_out)]
+            self.outputs = [self.add([(streams[-1], dict(POINT, activation="elu", gain=0.03))], channels=c_out)]
         else:
             self.outputs = [last[scale] for scale in sorted(last)]
         self.first = self.scale[self.outputs[0]]
@@ -635,7 +646,7 @@ class Factor(nn.Module):
             self.embed = Network(shape_hat[0] + 1, 0, embedding, config.nr_filters, causal=False)
         layout = (config.nr_light,) if light else pixelcnnpp_layout(nr_resnet)
         c_out = config.nr_logistic_mix * 10 if c == 3 else levels
-        self.net = Network(c + 1, c_out, layout, config.nr_filters, True, 0 if psi is None else 1 if light else 3,
+        self.net = Network(c + 1, c_out, layout, config.nr_filters, True, depth(layout).bit_length() if psi else 0,
                            config.nr_filters, config.dropout, config.look_right or not light)
         # H and W of x must be multiples of this: for the resampling of the causal network and of f_w
         self.multiple = max(depth(layout), depth(embedding) * (psi.cell if psi else 1))
@@ -723,16 +734,18 @@ class PixelAux(nn.Module):
             self.factors[k].log_prob(levels[k], levels[k - 1] if k else None)
             for conv in convs:
                 conv.initialise = False
+            self.factors[k].Head.start(self.factors[k].net.layers[-1].convs[0].b)
 
     @torch.no_grad()
-    def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True, progress=None):
+    def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True, progress=None,
+               until=None):
         """n images at every level: list of uint8 (n, C, H, W), coarsest first, X last. The model may be in any mode.
 
         mode: "random" (ancestral) or "map" (Sec. 4.2); shift is added to the log-scales; tight=True keeps every
         sample consistent, psi(sample) = x_hat. given: uint8 images of one level, (n, C, h, w), told by its shape;
         coarser levels are computed from them, finer ones sampled. The images are a function of the weights and the
         seed; `fast` (every activation once) and not fast (a full pass for every pixel, the oracle) give the same.
-        progress: called with the number of pixels done. Memory: the buffers of one factor's layers, in chunks of
+        progress: called with the number of pixels done. until: sample that many levels only. Memory: the buffers of one factor's layers, in chunks of
         images that keep them under about 4 GiB.
         """
         if mode not in ("random", "map"):
@@ -748,7 +761,7 @@ class PixelAux(nn.Module):
             done = list(itertools.accumulate(chain, lambda x, psi: psi(x), initial=given.to(self.device)))[::-1]
         self.eval()
         try:
-            for k in range(len(done), len(self.factors)):
+            for k in range(len(done), until or len(self.factors)):
                 factor = self.factors[k]
                 c, h, w = factor.shape
                 generator = torch.Generator().manual_seed(1_000_003 * seed + k)
@@ -772,7 +785,10 @@ def build(name, size, preset="tiny", seed=0, **overrides):
     call `initialise` on a batch of images before training. Raises Problem, a ValueError.
     """
     size = (size, size) if isinstance(size, int) else tuple(size)
-    return PixelAux(make_config(model=name, size=size, preset=preset, seed=seed, **overrides))
+    config = make_config(model=name, size=size, preset=preset, seed=seed, **overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PixelAux(config)
 
 
 def make_config(preset="tiny", **fields):
@@ -1044,3 +1060,1043 @@ class Decoder:
         graph, static = self.graphs[layout]
         static.copy_(indices)
         graph.replay()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: uint8 (N, H, W, 3) arrays, which stay bytes until they are on the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Shapes:
+    """Built-in images whose probability is known: a coloured shape on a coloured ground, and independent noise.
+
+    A configuration (kind, centre, radius, two colours) is drawn uniformly, then every sub-pixel gets noise from a
+    logistic with `noise` levels as its scale, discretised and cut off at `bound`. Colours are more than 2 bound apart
+    in some channel, so that the configuration can be read off the image, and log p(X) is exact:
+    -log(number of configurations) + sum log pmf(noise).
+    """
+
+    palette = np.array([[215, 55, 45], [50, 150, 70], [50, 90, 205], [240, 195, 55], [140, 70, 175], [230, 230, 225],
+                        [45, 45, 55]], np.int16)
+    kinds = ("square", "disc", "triangle", "cross")
+
+    def __init__(self, size, noise=0.4, bound=4):
+        self.size, self.bound = size, bound
+        self.support = np.arange(-bound, bound + 1)
+        edges = 1 / (1 + np.exp(-(np.arange(-bound, bound + 2) - 0.5) / noise))
+        self.pmf = np.diff(edges) / (edges[-1] - edges[0])
+        side = min(size)
+        step = max(1, side // 32)
+        self.places = np.array([
+            (kind, cy, cx, radius) for kind in range(len(self.kinds))
+            for radius in range(side // 8 + 1, side // 4 + 1, step)
+            for cy in range(radius + 1, size[0] - radius - 1, step) for cx in range(radius + 1, size[1] - radius - 1, step)
+        ]).reshape(-1, 4)
+        if not len(self.places):
+            raise Problem(f"--size {size[0]}x{size[1]}: shapes need at least 8x8")
+        colours = len(self.palette)
+        self.pairs = [(a, b) for a in range(colours) for b in range(colours) if a != b]  # ground, shape
+        self.log_configurations = math.log(len(self.places) * len(self.pairs))
+
+    def masks(self, places):
+        """(M, 4) -> bool (M, H, W): where the shape is."""
+        kind, cy, cx, radius = (v[:, None, None] for v in np.asarray(places).T)
+        dy = np.arange(self.size[0])[None, :, None] - cy
+        dx = np.arange(self.size[1])[None, None, :] - cx
+        box = (abs(dy) <= radius) & (abs(dx) <= radius)
+        disc = dy * dy + dx * dx <= radius * radius + radius
+        triangle = 2 * abs(dx) <= dy + radius
+        cross = (abs(dy) <= radius // 3) | (abs(dx) <= radius // 3)
+        return box & np.choose(kind, [np.ones_like(disc), disc, triangle, cross])
+
+    def clean(self, places, ground, shape):
+        """Noiseless images, int16 (M, H, W, 3)."""
+        return np.where(self.masks(places)[..., None], self.palette[shape][:, None, None],
+                        self.palette[ground][:, None, None])
+
+    def sample(self, n, seed):
+        """uint8 (n, H, W, 3), a function of the seed (an int or a sequence of ints)."""
+        rng = np.random.default_rng(seed)
+        ground, shape = np.array(self.pairs)[rng.integers(len(self.pairs), size=n)].T
+        images = self.clean(self.places[rng.integers(len(self.places), size=n)], ground, shape)
+        noise = np.searchsorted(self.pmf.cumsum()[:-1], rng.random(images.shape, np.float32), side="right") - self.bound
+        return (images + noise).astype(np.uint8)
+
+    def decode(self, x):
+        """x: uint8 (N, H, W, 3) -> the noise that x would be, int (N, H, W, 3), around its best configuration."""
+        x = np.asarray(x).astype(np.int16)
+        colour = abs(x[:, :, :, None] - self.palette).sum(-1).argmin(-1)  # (N, H, W)
+        border = np.concatenate([colour[:, 0], colour[:, -1], colour[:, :, 0], colour[:, :, -1]], 1)
+        counts = np.stack([(border == k).sum(1) for k in range(len(self.palette))], 1)
+        ground = counts.argmax(1)
+        counts = np.stack([(colour == k).sum((1, 2)) for k in range(len(self.palette))], 1)
+        counts[np.arange(len(x)), ground] = -1
+        shape = counts.argmax(1)
+        found = (colour == shape[:, None, None]).reshape(len(x), -1).astype(np.float32)
+        differ = [found.sum(1)[:, None] + part.sum(1) - 2 * found @ part.T
+                  for part in (self.masks(p).reshape(len(p), -1).astype(np.float32)
+                               for p in np.array_split(self.places, 1 + len(self.places) // 1000))]
+        return x - self.clean(self.places[np.concatenate(differ, 1).argmin(1)], ground, shape)
+
+    def log_prob(self, x):
+        """True log p(X) of uint8 (N, H, W, 3), nats (N,); -inf where X is impossible."""
+        noise = self.decode(x)
+        impossible = (abs(noise) > self.bound).any((1, 2, 3))
+        log_pmf = np.log(self.pmf)[noise.clip(-self.bound, self.bound) + self.bound]
+        return np.where(impossible, -np.inf, log_pmf.sum((1, 2, 3)) - self.log_configurations)
+
+    def decodable(self, x, share=0.98):
+        """bool (N,): at least this share of the sub-pixels within the noise of one configuration."""
+        return (abs(self.decode(x)) <= self.bound).mean((1, 2, 3)) >= share
+
+
+@dataclasses.dataclass
+class Dataset:
+    """train, test: uint8 (N, H, W, 3); train is None where images are made on the fly, from `shapes`."""
+
+    train: typing.Any
+    test: typing.Any
+    flip: bool = False
+    shapes: typing.Any = None
+    order: tuple = (None, None)  # the current epoch's (key, permutation)
+
+    def batch(self, step, n, seed):
+        """Training batch number `step` as uint8 (n, 3, H, W), a function of (step, n, seed)."""
+        if self.train is None:
+            return to_tensor(self.shapes.sample(n, [*seed, step]))
+        rows = np.arange(step * n, (step + 1) * n)
+        epochs, index = rows // len(self.train), np.empty(n, np.int64)
+        for epoch in np.unique(epochs):
+            if self.order[0] != (key := (*seed, int(epoch))):
+                self.order = key, np.random.default_rng(key).permutation(len(self.train))
+            chosen = epochs == epoch
+            index[chosen] = self.order[1][rows[chosen] % len(self.train)]
+        images = self.train[index]
+        if self.flip:
+            flips = np.random.default_rng([*seed, step, 1]).random(n) < 0.5
+            images = np.where(flips[:, None, None, None], images[:, :, ::-1], images)
+        return to_tensor(images)
+
+
+def to_tensor(images):
+    """uint8 (N, H, W, 3) array -> tensor (N, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+
+
+CIFAR10 = dict(url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", md5="c32a1d4ab5d03f1284b67883e8d87530")
+
+
+def download(url, path, md5):
+    """Fetch url to path: progress bar, taken up again where it broke off, checked, moved into place in one step."""
+    import urllib.error
+    import urllib.request
+
+    from tqdm import tqdm
+
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            if reply.status != 206:
+                have = 0
+            total = have + int(reply.headers.get("Content-Length", 0))
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                    total=total or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := reply.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+        if part.stat().st_size < total:
+            raise OSError("the connection broke off")
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: the part is the whole file already
+            raise Problem(f"{url}: {error}; fetch it by hand into {path.parent}") from None
+    except (OSError, urllib.error.URLError) as error:
+        raise Problem(f"{url}: {error}; run again to go on, or fetch it by hand into {path.parent}") from None
+    if (found := hashlib.md5(part.read_bytes()).hexdigest()) != md5:
+        part.unlink()
+        raise Problem(f"{url}: MD5 {found}, expected {md5}; the file was removed, run again")
+    os.replace(part, path)
+
+
+def load_cifar10(folder):
+    """Train and test images of the official binary archive, or of its unpacked folder, in `folder`."""
+    import tarfile
+
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    unpacked = [f for f in (folder, folder / "cifar-10-batches-bin") if all((f / n).is_file() for n in names)]
+    archive = folder if folder.is_file() else folder / "cifar-10-binary.tar.gz"
+    if unpacked:
+        blobs = [(unpacked[0] / name).read_bytes() for name in names]
+    else:
+        if not archive.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            download(CIFAR10["url"], archive, CIFAR10["md5"])
+        try:
+            with tarfile.open(archive) as tar:
+                blobs = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
+        except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
+            raise Problem(f"{archive}: not the CIFAR-10 binary archive ({error})") from None
+    for name, blob in zip(names, blobs):
+        if len(blob) != 30_730_000:
+            raise Problem(f"{name}: {len(blob)} bytes, expected CIFAR-10's 30730000")
+    images = np.concatenate([np.frombuffer(blob, np.uint8).reshape(-1, 3073)[:, 1:] for blob in blobs])
+    images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images[:50000]), np.ascontiguousarray(images[50000:])
+
+
+def to_rgb(image):
+    """PIL image of any mode -> RGB: 16 bits are scaled, transparency is laid over white, EXIF rotation applied."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((values / (257 if values.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image, size):
+    """Centre crop to the aspect of size = (H, W), resized to it."""
+    from PIL import Image, ImageOps
+
+    if image.width < size[1] or image.height < size[0]:
+        raise Problem(f"{image.width}x{image.height} is smaller than {size[1]}x{size[0]}")
+    return ImageOps.fit(to_rgb(image), size[::-1], Image.Resampling.LANCZOS)
+
+
+def crop_celeba(image, size):
+    """The paper's crop of an aligned 178x218 CelebA image: 25 left and right, 50 top, 40 bottom; then resized."""
+    if image.size != (178, 218):
+        raise Problem(f"{image.width}x{image.height}, expected CelebA's aligned 178x218")
+    return fit(image.crop((25, 50, 153, 178)), size)
+
+
+def decode_images(name, files, stamp, convert, size):
+    """Decode image files once into a memory-mapped uint8 (N, H, W, 3) file in the cache folder, with all cores.
+
+    files: [(name, function returning a file object or path)]. Files that cannot be read are named and skipped.
+    The cache is $XDG_CACHE_HOME/pixelaux (~/.cache/pixelaux); its name depends on stamp (any object) and the size.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from PIL import Image
+    from tqdm import tqdm
+
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pixelaux"
+    path = cache / f"{name}-{size[0]}x{size[1]}-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]}.npy"
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    cache.mkdir(parents=True, exist_ok=True)
+
+    def read(entry):
+        try:
+            with Image.open(entry[1]()) as image:
+                return np.asarray(convert(image, size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"{entry[0]}: {error}"
+
+    broken, count, part = [], 0, path.with_suffix(f".part{os.getpid()}")
+    try:
+        with open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+                total=len(files), desc=f"decoding {name}", unit="image") as bar:
+            write_npy_header(file, (0, *size, 3))  # its length does not depend on the count, which is set at the end
+            for start in range(0, len(files), 1024):
+                for result in pool.map(read, files[start : start + 1024]):
+                    bar.update()
+                    if isinstance(result, str):
+                        broken.append(result)
+                    else:
+                        file.write(result.tobytes())
+                        count += 1
+            file.seek(0)
+            write_npy_header(file, (count, *size, 3))
+        for line in broken[:10]:
+            print(f"pixelaux: skipped {line}", file=sys.stderr)
+        if len(broken) > 10:
+            print(f"pixelaux: skipped {len(broken) - 10} more files", file=sys.stderr)
+        if not count:
+            raise Problem(f"none of the {len(files)} image files could be read; the first: {broken[0]}")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")
+
+
+def write_npy_header(file, shape):
+    np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+
+
+def split(images, share=0.05):
+    """(train, test) with a random 5% for the test, by a fixed seed: the paper's share; it states no seed, ours is 0."""
+    if len(images) < 2:
+        raise Problem("one image only: at least 2 are needed, one of them for the test")
+    order = np.random.default_rng(0).permutation(len(images))
+    test = max(1, int(len(images) * share))
+    return Subset(images, np.sort(order[test:])), Subset(images, np.sort(order[:test]))
+
+
+class Subset:
+    """Rows of a (memory-mapped) array."""
+
+    def __init__(self, images, index):
+        self.images, self.index = images, index
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, rows):
+        return self.images[self.index[rows]]
+
+
+DATA_SIZES = {"shapes": (16, 16), "cifar10": (32, 32), "celeba": (128, 128)}
+
+
+def load_data(spec, folder, size=None):
+    """spec: "shapes", "cifar10", "celeba", "folder:PATH" or a .npy file -> (Dataset, (H, W)). Raises Problem."""
+    folder = pathlib.Path(folder)
+    size = size or DATA_SIZES.get(spec, (64, 64))
+    if spec == "shapes":
+        shapes = Shapes(size)
+        return Dataset(None, shapes.sample(512, [0, 20170806]), shapes=shapes), size
+    if spec == "cifar10":
+        if size != (32, 32):
+            raise Problem("--size: CIFAR-10 images are 32x32")
+        return Dataset(*load_cifar10(folder), flip=True), size
+    if spec == "celeba":
+        files = celeba_files(folder)
+        images = decode_images("celeba", files, [name for name, _ in files], crop_celeba, size)
+        return Dataset(*split(images), flip=True), size
+    if spec.startswith("folder:"):
+        path = pathlib.Path(spec.removeprefix("folder:"))
+        if not path.is_dir():
+            raise Problem(f"{path}: no such folder")
+        from PIL import Image
+
+        known = Image.registered_extensions()
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in known and f.is_file())
+        if not files:
+            raise Problem(f"{path}: no image files in this folder")
+        stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        images = decode_images("folder", [(f, lambda f=f: f) for f in files], stamp, fit, size)
+        return Dataset(*split(images), flip=True), size
+    if spec.endswith(".npy"):
+        try:
+            images = np.load(spec, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise Problem(f"{spec}: {error}") from None
+        if images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] == 3 != images.shape[3]:
+            images = images.transpose(0, 2, 3, 1)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise Problem(f"{spec}: {images.dtype} {images.shape}, expected uint8 (N, H, W, 3) or (N, 3, H, W)")
+        if size not in ((64, 64), images.shape[1:3]):
+            raise Problem(f"--size {size[0]}x{size[1]}: the images of {spec} are {images.shape[1]}x{images.shape[2]}")
+        return Dataset(*split(images)), images.shape[1:3]
+    raise Problem(f"unknown data {spec!r}: expected shapes, cifar10, celeba, folder:PATH or a .npy file")
+
+
+def celeba_files(folder):
+    """[(name, function)] of the official aligned JPEGs: a zip, several zips, or a folder of .jpg, in `folder`."""
+    import io
+    import zipfile
+
+    zips = [folder] if folder.is_file() else sorted(folder.glob("*.zip"))
+    entries = []
+    for path in zips:
+        try:
+            archive = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise Problem(f"{path}: {error}") from None
+        entries += [(name, lambda a=archive, n=name: io.BytesIO(a.read(n)))
+                    for name in archive.namelist() if name.lower().endswith(".jpg")]
+    if not zips:
+        entries = [(f.name, lambda f=f: f) for f in sorted(folder.rglob("*.jpg"))]
+    if not entries:
+        raise Problem(f"--data-dir {folder}: no CelebA there; expected img_align_celeba.zip, or its JPEGs "
+                      "(see https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)")
+    return sorted(entries, key=lambda entry: pathlib.PurePath(entry[0]).name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs: a folder with config.json, metrics.jsonl, a checkpoint for each factor, pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """write(temporary path), then move it to `path` in one step: nothing is ever half-written."""
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path):
+    """A checkpoint's dict. Raises Problem if the file is truncated, foreign or of another version."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Problem(f"{path}: no such file") from None
+    except Exception as error:  # torch raises many kinds; weights_only keeps foreign files from running code
+        raise Problem(f"{path}: not a pixelaux checkpoint, or a damaged one ({type(error).__name__})") from None
+    if not isinstance(state, dict) or state.get("format") != "pixelaux":
+        raise Problem(f"{path}: not a pixelaux checkpoint")
+    if state["version"] != VERSION:
+        raise Problem(f"{path}: checkpoint format {state['version']}, this program reads {VERSION}")
+    return state
+
+
+def load(run, device="cpu"):
+    """The trained model of a run (folder of `train`, or a checkpoint file) with averaged weights: (model, state).
+
+    A folder's factors, which may have been trained on different machines, are joined; a file that holds some of the
+    factors only is joined with its neighbours. Raises Problem.
+    """
+    run = pathlib.Path(run)
+    if not run.exists():
+        raise Problem(f"{run}: no such run")
+    paths = [run] if run.is_file() else sorted(run.glob("factor-*.pt"))
+    if not paths:
+        raise Problem(f"{run}: no checkpoint in this folder; expected factor-0.pt, .. as `train` writes them")
+    states = {path: read_checkpoint(path) for path in paths}
+    model = PixelAux(make_config(**states[paths[0]]["config"]))
+    if run.is_file() and len(states[run]["factors"]) < len(model.factors):
+        states |= {path: read_checkpoint(path) for path in sorted(run.parent.glob("factor-*.pt")) if path != run}
+    for path, state in states.items():
+        for k, weights in state["factors"].items():
+            try:
+                model.factors[k].load_state_dict(weights)
+            except (RuntimeError, IndexError):
+                raise Problem(f"{path}: of another model than {paths[0]}") from None
+    found = {k for state in states.values() for k in state["factors"]}
+    if missing := sorted(set(range(len(model.factors))) - found):
+        raise Problem(f"{run}: factor {missing[0]} is missing; `train --factor {missing[0]}` trains it")
+    return model.to(device, memory_format=torch.channels_last).eval(), states[paths[0]]
+
+
+class Stop(Exception):
+    """SIGINT or SIGTERM arrived; what was done is saved."""
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that a SIGINT or SIGTERM makes non-empty, so that a step is never cut in two."""
+    caught, before = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            before[number] = signal.signal(number, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_factor(model, k, data, out, device, resume=False, caught=()):
+    """Train factor k of model on data, or go on where its checkpoint stands; returns it with averaged weights.
+
+    Writes out/factor-k.pt and lines of out/metrics.jsonl. A run that is stopped and resumed gives the same weights
+    as one that is not: batches are functions of the step, torch's random state is in the checkpoint.
+    """
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from tqdm import tqdm
+
+    config, path, metrics = model.config, out / f"factor-{k}.pt", out / "metrics.jsonl"
+    torch.manual_seed(1000 * config.seed + k)
+    state = read_checkpoint(path) if resume and path.exists() else None
+    factor, scale = model.factors[k], 1 / (model.dims * math.log(2))
+    steps = config.steps[min(k, 1)] or math.ceil(config.epochs[min(k, 1)] * len(data.train or [0] * 50000)
+                                                 / config.batch_size)
+    seed = (config.seed, k)
+
+    def levels(x):
+        levels = model.levels_of(x.to(device, non_blocking=True))
+        return levels[k], levels[k - 1] if k else None
+
+    if state is None:
+        model.initialise(data.batch(0, max(config.batch_size, 32), seed).to(device), [k])
+    average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    fused = {"fused": True} if device.type == "cuda" else {}
+    optimizer = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, **fused)
+    step, elapsed, done = 0, 0.0, False
+    if state is not None:
+        training = state["training"]
+        try:
+            average.module.load_state_dict(state["factors"][k])
+            factor.load_state_dict(training["weights"])
+        except (KeyError, RuntimeError):
+            raise Problem(f"{path}: of another model than {out / 'config.json'}") from None
+        average.n_averaged.fill_(training["averaged"])
+        optimizer.load_state_dict(training["optimizer"])
+        step, elapsed, done = training["step"], training["seconds"], training["done"]
+        torch.set_rng_state(training["random"])
+        if device.type == "cuda" and "random_cuda" in training:
+            torch.cuda.set_rng_state(training["random_cuda"], device)
+
+    def save(done):
+        training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=elapsed,
+                        averaged=int(average.n_averaged), random=torch.get_rng_state(), done=done)
+        if device.type == "cuda":
+            training["random_cuda"] = torch.cuda.get_rng_state(device)
+        checkpoint = dict(format="pixelaux", version=VERSION, config=dataclasses.asdict(config),
+                          factors={k: average.module.state_dict()}, training=training)
+        write_atomically(path, lambda part: torch.save(checkpoint, part))
+
+    def progress():
+        """Share of the training that is done, by steps or by minutes."""
+        return elapsed / (60 * config.budget) if config.budget else step / steps
+
+    if metrics.exists():  # a resumed run repeats what came after its checkpoint
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        keep = [line for line in lines if line["factor"] != k or line["step"] <= step]
+        write_atomically(metrics, lambda part: part.write_text("".join(json.dumps(line) + "\n" for line in keep)))
+    every = 20 if config.budget else max(1, min(20, steps // 10))
+    pictures, losses, last_save = 0.25, [], time.monotonic()
+    test = to_tensor(data.test[np.arange(min(128, len(data.test)))])
+    bar = tqdm(total=None if config.budget else steps, initial=step, desc=f"factor {k}", unit="step", disable=done)
+    factor.train()
+    started, mark = time.monotonic() - elapsed, elapsed
+    while not done:
+        lr = config.lr * config.lr_decay**step * (max(0.0, 1 - progress()) if config.anneal else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        x, x_hat = levels(data.batch(step, config.batch_size, seed))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            head = factor.head(x, x_hat)
+        bounds = factor.psi.bounds(x, x_hat) if config.tight and factor.psi else None
+        loss = -head.log_prob(x, bounds).flatten(1).sum(1).mean() * scale
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(factor)
+        losses.append(loss.detach())
+        step += 1
+        elapsed = time.monotonic() - started
+        done = progress() >= 1
+        bar.update()
+        if step % every == 0 or done or caught:  # the only places where the host waits for the device
+            values = torch.stack(losses).cpu()
+            if not values.isfinite().all():
+                bad = step - len(losses) + int((~values.isfinite()).nonzero()[0]) + 1
+                good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+                raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad}; {good}")
+            speed = config.batch_size * len(losses) / (elapsed - mark)
+            record = dict(factor=k, step=step, bits_per_dim=float(values.mean()), lr=lr, seconds=round(elapsed, 3),
+                          images_per_second=round(speed, 1))
+            mark, losses = elapsed, []
+            if progress() >= pictures or done:
+                average.module.eval()
+                with torch.inference_mode():
+                    record["test_bits_per_dim"] = float(average.module.log_prob(*levels(test)).mean().neg() * scale)
+                average.module.train()
+                pictures = progress() + 0.25
+            with open(metrics, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            bar.set_postfix_str(f"{record['bits_per_dim']:.3f} bits/dim, {record['images_per_second']} images/s")
+            if done or caught or time.monotonic() - last_save > 120:
+                save(done)
+                last_save = time.monotonic()
+            if "test_bits_per_dim" in record and not done:
+                show_progress(model, k, average.module, test, out)
+            if caught and not done:
+                bar.close()
+                raise Stop(f"stopped at step {step} of factor {k}; --resume goes on from {path}")
+    bar.close()
+    factor.load_state_dict(average.module.state_dict())
+    return factor.eval()
+
+
+def show_progress(model, k, average, test, out):
+    """Pictures during training: samples of factor k and of those before it (of test images if these are untrained)."""
+    training, model.factors[k] = model.factors[k], average
+    try:
+        trained = all((out / f"factor-{j}.pt").exists() for j in range(k))
+        given = None if trained or not k else model.levels_of(test[:8].to(model.device))[k - 1]
+        save_grid(model.sample(8, given=given, until=k + 1), out / "samples.png")
+        save_curves(out)
+    finally:
+        model.factors[k] = training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(model, images, batch_size=None, progress=None):
+    """Log-probabilities of images, uint8 (N, H, W, 3), all of them.
+
+    Returns (bound, tight): float64 arrays (factors, N), nats per image, coarsest factor first; both from the same
+    forward passes. progress: called with the number of images done.
+    """
+    model.eval()
+    batch_size = batch_size or max(1, 2**20 // model.dims * 8)
+    bound, tight = [], []
+    for start in range(0, len(images), batch_size):
+        x = to_tensor(images[np.arange(start, min(start + batch_size, len(images)))]).to(model.device)
+        levels, rows = model.levels_of(x), ([], [])
+        for factor, level, level_hat in zip(model.factors, levels, [None, *levels]):
+            head = factor.head(level, level_hat)
+            limits = factor.psi.bounds(level, level_hat) if factor.psi else None
+            for row, bounds in zip(rows, (None, limits)):
+                row.append(head.log_prob(level, bounds).flatten(1).sum(1).double().cpu().numpy())
+        bound.append(np.stack(rows[0]))
+        tight.append(np.stack(rows[1]))
+        if progress:
+            progress(len(x))
+    return np.concatenate(bound, 1), np.concatenate(tight, 1)
+
+
+def bootstrap(values, seed=0, rounds=1000):
+    """95% confidence interval of the mean of values (N,), by resampling images."""
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(rounds)]
+    return tuple(np.percentile(means, [2.5, 97.5]))
+
+
+def report(model, bound, tight, shapes=None, images=None, samples=None):
+    """The table that `eval` prints, and the same as a dict."""
+    result, lines = dict(images=bound.shape[1], factors=[]), []
+    lines.append(f"{bound.shape[1]} test images. bits/dim of X: bits of an image / {model.dims}; cumulative: bits of all "
+                 "levels up to this one\n/ its sub-pixels (the model stopped there; the paper's Table 2). "
+                 "bound: the paper's, <=; exact: log p(X) itself, =.\n")
+    lines.append(f"{'':24}{'bits/dim of X':>20}{'cumulative':>24}")
+    lines.append(f"{'factor':24}{'bound':>10}{'exact':>10}{'bound':>14}{'exact':>10}")
+    for k, factor in enumerate(model.factors):
+        c, h, w = factor.shape
+        given = "" if k == 0 else f" | {model.factors[k - 1].shape[2]}x{model.factors[k - 1].shape[1]}"
+        name = f"{'gray ' if c == 1 else ''}{w}x{h}{given}"
+        row = dict(factor=name, shape=factor.shape)
+        for label, values in (("bound", bound), ("exact", tight)):
+            row[label] = float(bits_per_dim(values[k].mean(), model.dims))
+            row[label + "_cumulative"] = float(bits_per_dim(values[: k + 1].sum(0).mean(), math.prod(factor.shape)))
+        result["factors"].append(row)
+        lines.append(f"{name:24}{row['bound']:10.4f}{row['exact']:10.4f}"
+                     f"{row['bound_cumulative']:14.4f}{row['exact_cumulative']:10.4f}")
+    for label, values in (("bound", bound), ("exact", tight)):
+        bits = bits_per_dim(values.sum(0), model.dims)
+        low, high = bootstrap(bits)
+        result[label], result[label + "_interval"] = float(bits.mean()), [float(low), float(high)]
+    lines.append(f"{'total':24}{result['bound']:10.4f}{result['exact']:10.4f}      95% "
+                 f"[{result['bound_interval'][0]:.4f}, {result['bound_interval'][1]:.4f}] "
+                 f"[{result['exact_interval'][0]:.4f}, {result['exact_interval'][1]:.4f}]")
+    if shapes:
+        true = shapes.log_prob(images)
+        result["true"] = float(bits_per_dim(true.mean(), model.dims))
+        for label, values in (("bound", bound), ("exact", tight)):
+            result[label + "_excess_bits"] = float((true - values.sum(0)).mean() / math.log(2))
+        lines.append(f"{'true p(X)':24}{result['true']:10.4f}{result['true']:10.4f}      the limit; of it "
+                     f"{shapes.log_configurations / math.log(2) / model.dims:.4f} are the shape, the rest noise")
+        lines.append(f"excess over the true p(X), bits per image: bound {result['bound_excess_bits']:.1f}, "
+                     f"exact {result['exact_excess_bits']:.1f}")
+        if samples is not None:
+            result["decodable"] = float(shapes.decodable(samples).mean())
+            lines.append(f"samples whose shape decodes: {100 * result['decodable']:.0f}% of {len(samples)}")
+    return "\n".join(lines), result
+
+
+def save_grid(levels, path, columns=8, tile=64):
+    """A PNG with a row for each level (coarsest first) of every `columns` images; levels: [uint8 (N, C, H, W)].
+
+    Every image is shown about `tile` pixels high, by repetition of its pixels.
+    """
+    from PIL import Image
+
+    rows = []
+    for start in range(0, len(levels[0]), columns):
+        for level in levels:
+            x = level[start : start + columns].cpu().numpy().transpose(0, 2, 3, 1)
+            x = np.repeat(x * 17, 3, 3) if x.shape[3] == 1 else x
+            zoom = max(1, max(tile, levels[-1].shape[2]) // x.shape[1])
+            x = np.pad(x.repeat(zoom, 1).repeat(zoom, 2), ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
+            rows.append(np.concatenate([*x, *np.full_like(x[:1].repeat(columns - len(x), 0), 255)], 1))
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    write_atomically(pathlib.Path(path), lambda part: Image.fromarray(np.concatenate(rows)).save(part))
+
+
+def save_curves(out):
+    """OUT/curves.png: bits/dim of X by step, a panel for each factor, from OUT/metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    factors = sorted({line["factor"] for line in lines})
+    if not factors:
+        return
+    figure, axes = pyplot.subplots(1, len(factors), figsize=(4.5 * len(factors), 3.2), squeeze=False)
+    for axis, k in zip(axes[0], factors):
+        mine = [line for line in lines if line["factor"] == k]
+        tests = [line for line in mine if "test_bits_per_dim" in line]
+        axis.plot([m["step"] for m in mine], [m["bits_per_dim"] for m in mine], lw=1, label="training batches")
+        axis.plot([m["step"] for m in tests], [m["test_bits_per_dim"] for m in tests], "o-", ms=4,
+                  label="test images, averaged weights")
+        axis.set_ylim(0.95 * min(m["bits_per_dim"] for m in mine),
+                      1.05 * max(m["bits_per_dim"] for m in mine[len(mine) // 10 :]))
+        axis.set(title=f"factor {k}", xlabel="step", ylabel="bits/dim of X")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    write_atomically(out / "curves.png", lambda part: figure.savefig(part, dpi=110))
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def command_train(args):
+    chosen = {name: value for name in ("model", "preset", "size", "batch_size", "lr", "budget", "tight", "seed")
+              if (value := getattr(args, name)) is not None}
+    if args.steps is not None:
+        chosen["steps"] = (args.steps, args.steps)
+    name = f"{args.model or 'pyramid'}-{(args.data or 'shapes').split(':')[0].removesuffix('.npy').split('/')[-1]}"
+    out = pathlib.Path(args.out or f"runs/{name}")
+    settings = out / "config.json"
+    if args.resume:
+        if not settings.exists():
+            raise Problem(f"--resume: {out} holds no run")
+        stored = json.loads(settings.read_text())
+        for key, value in {**chosen, "data": args.data}.items():
+            old = stored["data"] if key == "data" else stored["config"][key]
+            if value is not None and key != "budget" and old != (list(value) if isinstance(value, tuple) else value):
+                raise Problem(f"--resume: {out} was trained with {key.replace('_', '-')} {old}, not {value}")
+        spec, folder, config = stored["data"], args.data_dir or stored["data_dir"], make_config(**stored["config"])
+        data, _ = load_data(spec, folder, config.size)
+    else:
+        spec, folder = args.data or "shapes", args.data_dir or "data"
+        data, size = load_data(spec, folder, chosen.pop("size", None))
+        config = make_config(**chosen, size=size)
+    model = PixelAux(config)
+    if args.factor is not None and not 0 <= args.factor < len(model.factors):
+        raise Problem(f"--factor {args.factor}: the model has factors 0..{len(model.factors) - 1}")
+    model = model.to(args.device, memory_format=torch.channels_last)
+    stored = json.dumps(dict(data=spec, data_dir=str(folder), config=dataclasses.asdict(config)), indent=1)
+    if not args.resume and settings.exists():
+        same = json.loads(settings.read_text()) == json.loads(stored)
+        if args.factor is None or not same or (out / f"factor-{args.factor}.pt").exists():
+            raise Problem(f"--out: {out} already holds a run; --resume goes on with it, or choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        write_atomically(settings, lambda part: part.write_text(stored))
+    with stop_signals() as caught:
+        for k in range(len(model.factors)) if args.factor is None else [args.factor]:
+            train_factor(model, k, data, out, args.device, args.resume, caught)
+    save_curves(out)
+    if args.factor is not None:
+        return print(f"factor {args.factor} is in {out / f'factor-{args.factor}.pt'}")
+    few = data.test[np.arange(min(256, len(data.test)))]
+    samples = model.sample(16 if data.shapes else 8, seed=config.seed, tight=config.tight)
+    save_grid(samples, out / "samples.png")
+    text, _ = report(model, *evaluate(model, few), data.shapes, few,
+                     samples[-1].permute(0, 2, 3, 1).cpu().numpy())
+    print(f"{text}\n\nsamples at every stage: {out / 'samples.png'}   curves: {out / 'curves.png'}\n"
+          f"next: python pixelaux.py eval {out}   python pixelaux.py sample {out}")
+
+
+def run_data(args, state):
+    """The data that a run was trained on, or what --data and --data-dir say."""
+    folder = pathlib.Path(args.run)
+    settings = (folder if folder.is_dir() else folder.parent) / "config.json"
+    stored = json.loads(settings.read_text()) if settings.exists() else dict(data="shapes", data_dir="data")
+    size = tuple(state["config"]["size"])
+    return load_data(args.data or stored["data"], args.data_dir or stored["data_dir"], size)[0]
+
+
+def bar_of(total, unit, name=None):
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, unit_scale=unit == "pixel", desc=name)
+
+
+def command_eval(args):
+    model, state = load(args.run, args.device)
+    data = run_data(args, state)
+    images = data.test[np.arange(min(args.n or len(data.test), len(data.test)))]
+    with bar_of(len(images), "image") as bar:
+        bound, tight = evaluate(model, images, args.batch_size, bar.update)
+    samples = None
+    if data.shapes:
+        samples = model.sample(64, seed=args.seed or 0, tight=args.tight or False)[-1].permute(0, 2, 3, 1).cpu().numpy()
+    text, result = report(model, bound, tight, data.shapes, images, samples)
+    print(text)
+    folder = pathlib.Path(args.run)
+    folder = folder if folder.is_dir() else folder.parent
+    write_atomically(folder / "eval.json", lambda part: part.write_text(json.dumps(result, indent=1)))
+
+
+def given_images(args, model, state):
+    """Images for --given: of the level's own size as they are, of X's size through the chain down to --level."""
+    if args.given == "test":
+        x = run_data(args, state).test[np.arange(args.n)]
+    elif args.given.endswith(".npy"):
+        try:
+            x = np.load(args.given, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise Problem(f"--given {args.given}: {error}") from None
+    else:
+        from PIL import Image
+
+        try:
+            with Image.open(args.given) as image:
+                x = np.asarray(to_rgb(image))[None]
+        except (OSError, SyntaxError) as error:
+            raise Problem(f"--given {args.given}: {error}") from None
+    x = x[..., None] if x.ndim == 3 else x
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not len(x):
+        raise Problem(f"--given {args.given}: {x.dtype} {x.shape}, expected uint8 (N, H, W, C)")
+    x = to_tensor(x)
+    x = x[:: 1][: args.n] if len(x) > 1 else x.expand(args.n, -1, -1, -1)
+    if tuple(x.shape[1:]) == model.shapes[0]:
+        if not 1 <= args.level <= len(model.chain):
+            raise Problem(f"--level {args.level}: the model has levels 1..{len(model.chain)} below X")
+        x = model.levels_of(x.contiguous())[len(model.chain) - args.level]
+    return x
+
+
+def command_sample(args):
+    model, state = load(args.run, args.device)
+    given = given_images(args, model, state) if args.given else None
+    n = args.n if given is None else len(given)
+    shapes = model.shapes[::-1]
+    first = 0 if given is None else next((i + 1 for i, s in enumerate(shapes) if s == tuple(given.shape[1:])), 0)
+    with bar_of(n * sum(h * w for _, h, w in shapes[first:]), "pixel") as bar:
+        levels = model.sample(n, args.seed or 0, args.mode, args.shift, args.tight or False, given, not args.naive,
+                              bar.update)
+    folder = pathlib.Path(args.run)
+    out = pathlib.Path(args.out or (folder if folder.is_dir() else folder.parent) / f"sample-{args.mode}-{args.seed or 0}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(levels, out.with_suffix(".png"))
+    arrays = {f"level{len(levels) - 1 - i}": level.permute(0, 2, 3, 1).cpu().numpy() for i, level in enumerate(levels)}
+    write_atomically(out.with_suffix(".npz"), lambda part: np.savez(part, **arrays))
+    print(f"{out.with_suffix('.png')}: a row for each level, coarsest first; {out.with_suffix('.npz')}: "
+          f"{', '.join(f'{k} {v.shape}' for k, v in arrays.items())}, uint8, level0 is X")
+
+
+def plain_forward(network, x, embeddings):
+    """The same network as people write it: NCHW, F.pad, stock weight norm, every activation where it is used."""
+    nodes = [x, *embeddings[: len(network.embeddings)]]
+    for i, layer in enumerate(network.layers, network.nodes_given):
+        y = 0
+        for node, conv in zip(layer.sources, layer.convs):
+            a = nodes[node]
+            a = F.elu(torch.cat([a, -a], 1)) if conv.activation == "concat_elu" else F.elu(a) \
+                if conv.activation == "elu" else a
+            a = F.dropout(a, conv.dropout, network.training)
+            weight = torch._weight_norm(conv.v, conv.g.view(-1, 1, 1, 1), 0)
+            size, (kh, kw), (oy, ox) = network.size(i, x.shape[2:]), conv.kernel, conv.offset
+            if conv.up:
+                b = F.conv_transpose2d(a, weight.transpose(0, 1), conv.b, 2)
+                b = F.pad(b, (0, 2, 0, 2))[:, :, oy : oy + size[0], ox : ox + size[1]]
+            else:
+                b = F.conv2d(F.pad(a, (ox, max(0, kw - 1 - ox), oy, max(0, kh - 1 - oy))), weight, conv.b, conv.stride)
+                b = b[:, :, : size[0], : size[1]]
+            y = y + b
+        if layer.residual is not None:
+            a, b = y.chunk(2, 1)
+            y = nodes[layer.residual] + a * torch.sigmoid(b)
+        nodes.append(y)
+    return [nodes[i] for i in network.outputs]
+
+
+def seconds(function, device, repeat=3):
+    """Best wall-clock time of `repeat` calls, after one to warm up."""
+    times = []
+    for _ in range(repeat + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def command_bench(args):
+    device = args.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {name}, seed {args.seed or 0}")
+    (bench_train if args.what == "train" else bench_sample)(args, device)
+
+
+def bench_train(args, device):
+    config = make_config(**{"preset": args.preset or "tiny", "model": args.model or "pyramid",
+                            "size": args.size or (32, 32), "seed": args.seed or 0})
+    model = PixelAux(config).to(device, memory_format=torch.channels_last)
+    n = args.batch_size or config.batch_size
+    x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
+    model.initialise(x)
+    levels = model.levels_of(x)
+    print(f"one training step of a batch of {n}, model {config.model}, preset {config.preset}, float32; plain: NCHW, "
+          "padding by copy, stock weight norm\nfactor         ours images/s    plain images/s    ratio")
+    for k, factor in enumerate(model.factors):
+        level, level_hat = levels[k], levels[k - 1] if k else None
+
+        def ours():
+            factor.log_prob(level, level_hat).sum().backward()
+
+        def plain():
+            e = plain_forward(factor.embed, factor.planes(level_hat, factor.psi.levels_out).contiguous(), ()) if k else ()
+            params, = plain_forward(factor.net, factor.planes(level, factor.levels).contiguous(), e)
+            factor.Head(params, factor.levels).log_prob(level).sum().backward()
+
+        a, b = seconds(ours, device), None
+        for parameter in factor.parameters():
+            parameter.data = parameter.data.contiguous()
+            parameter.grad = None
+        b = seconds(plain, device)
+        print(f"{k:<12}{n / a:16.1f}{n / b:18.1f}{b / a:9.2f}")
+
+
+def bench_sample(args, device):
+    size = args.size or (128, 128)
+    light = (args.model or "pyramid") != "pixelcnn"
+    preset = args.preset or ("celeba" if light else "cifar10")
+    extra = {} if light or args.preset else dict(nr_resnet=5)
+    model = build(args.model or "pyramid", size, preset, args.seed or 0, **extra).to(device).eval()
+    factor, pixels = model.factors[-1], size[0] * size[1]
+    print(f"finest factor of {model.config.model}, preset {preset}, {size[1]}x{size[0]}, float32, random weights")
+    print("batch   steps   s/image: naive      fast   one pass    us/pixel    fast / pass    naive / fast")
+    for n in [args.batch_size] if args.batch_size else (1, 16, 64):
+        x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
+        x_hat = model.levels_of(x)[-2] if model.chain else None
+        with torch.inference_mode():
+            planes, e = factor.planes(x, 256), factor.embeddings(x_hat)
+            forward = seconds(lambda: factor.net(planes, e), device)
+            decoder = Decoder(factor, n, x_hat)
+            noise = torch.rand(n, pixels, 6, dtype=torch.float64, device=device)
+            fast = seconds(lambda: decoder.run(Draw(noise)), device, 1)
+        steps, naive = len(decoder.schedule().steps), forward * pixels  # naive: a pass for every pixel, one timed
+        print(f"{n:5}{steps:8}{naive / n:16.1f}{fast / n:10.3f}{forward / n:11.3f}{fast / n / pixels * 1e6:12.1f}"
+              f"{fast / forward:15.2f}{naive / fast:16.0f}")
+    if light and model.chain:
+        print(f"the whole chain, one image: {seconds(lambda: model.sample(1), device, 1):.2f} s")
+    print("for reference: the paper 4,000 us/pixel without caching on a Titan X; PixelCNN++ 50,000 us/pixel with caching")
+
+
+def parse_size(text):
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+        if len(sides) > 2 or min(sides) < 1:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected SIDE or HEIGHTxWIDTH, such as 32 or 48x64") from None
+    return sides[0], sides[-1]
+
+
+def parse_device(text):
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not available here; expected cpu or cuda") from None
+    return device
+
+
+def positive(kind):
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line."""
+
+    def error(self, message):
+        self.exit(2, f"pixelaux: {message}; see {self.prog} --help\n")
+
+
+def parser():
+    top = Parser(prog="pixelaux.py", description="PixelCNN models with auxiliary variables (Kolesnikov & Lampert 2017)")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{train,eval,sample,bench}")
+
+    def command(name, function, text, **flags):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        sub.add_argument("--seed", type=int, help="of everything random (default 0)")
+        sub.add_argument("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu",
+                         help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+        return sub
+
+    def data_flags(sub, default):
+        sub.add_argument("--data", metavar="WHAT", help=f"shapes, cifar10, celeba, folder:PATH or FILE.npy ({default})")
+        sub.add_argument("--data-dir", metavar="DIR", help="where cifar10 or celeba lie or go (default: data)")
+
+    train = command("train", command_train, "train all factors of a model in turn, or one of them")
+    evaluation = command("eval", command_eval, "bits/dim on the whole test set, by factor and resolution")
+    sample = command("sample", command_sample, "a picture of samples, and the arrays")
+    bench = command("bench", command_bench, "speed, beside plain implementations in the same process")
+    for sub in (train, bench):
+        sub.add_argument("--model", choices=list(MODELS), help="default pyramid")
+        sub.add_argument("--preset", choices=list(PRESETS), help="tiny: minutes on a laptop (default); small: an hour; "
+                         "cifar10, celeba: the paper's")
+        sub.add_argument("--size", type=parse_size, help="side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)")
+        sub.add_argument("--batch-size", type=positive(int))
+    data_flags(train, "default shapes")
+    data_flags(evaluation, "default: the run's")
+    data_flags(sample, "default: the run's")
+    train.add_argument("--out", metavar="RUN", help="folder of the run (default runs/MODEL-DATA)")
+    train.add_argument("--steps", type=positive(int), help="for each factor (default: the preset's)")
+    train.add_argument("--budget", type=positive(float), metavar="MINUTES", help="for each factor, in place of --steps")
+    train.add_argument("--lr", type=positive(float), help="learning rate of Adam (default: the preset's)")
+    train.add_argument("--factor", type=int, metavar="K", help="train factor K alone, 0 is the coarsest")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    train.add_argument("--tight", action="store_true", default=None, help="train the exact likelihood, not the bound")
+    for sub in (evaluation, sample):
+        sub.add_argument("run", metavar="RUN", help="output folder of train, or a checkpoint file")
+        sub.add_argument("--tight", action="store_true", default=None,
+                         help="samples from the model conditioned on psi(sample) = x_hat")
+    evaluation.add_argument("--n", type=positive(int), help="the first N test images only (default: all)")
+    evaluation.add_argument("--batch-size", type=positive(int))
+    sample.add_argument("--n", type=positive(int), default=16, help="how many images (default 16)")
+    sample.add_argument("--mode", choices=("random", "map"), default="random", help="map: the paper's MAP sampling")
+    sample.add_argument("--shift", type=float, default=0.0, help="added to the log-scales; below 0: less variance")
+    sample.add_argument("--given", metavar="IMAGES", help="start from these: test, an image file or a .npy file, of the "
+                        "size of a level, or of X and reduced to --level")
+    sample.add_argument("--level", type=int, default=1, help="of --given: 1 is the one next to X (default)")
+    sample.add_argument("--naive", action="store_true", help="the plain sampler, a full pass for every pixel: the oracle")
+    sample.add_argument("--out", metavar="NAME", help="writes NAME.png and NAME.npz (default: in the run's folder)")
+    bench.add_argument("what", choices=("train", "sample"))
+    return top
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    try:
+        args.function(args)
+    except Problem as problem:
+        print(f"pixelaux: {problem}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"pixelaux: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except ArithmeticError as error:
+        print(f"pixelaux: {error}", file=sys.stderr)
+        return 1
+    except Stop as stop:
+        print(f"pixelaux: {stop}", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        print(f"pixelaux: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

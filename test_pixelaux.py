@@ -1,0 +1,600 @@
+"""Properties of pixelaux, each beside an oracle that shares no code with what it checks, and a positive control."""
+import decimal
+import functools
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import pixelaux
+from pixelaux import (Categorical, Conv, Decoder, Draw, Gray, Half, LogisticMixture, Problem, Shapes, bits_per_dim, build,
+                      main)
+
+HERE = pathlib.Path(__file__).resolve().parent
+SMALL = dict(nr_filters=6, nr_logistic_mix=2, nr_resnet=1, nr_resnet_cond=1, nr_light=2)
+SIZES = {"pixelcnn": (8, 12), "grayscale": (8, 4), "pyramid": (16, 24), "grayscale-pyramid": (16, 16)}
+settings.register_profile("pixelaux", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+settings.load_profile("pixelaux")
+
+
+def small(name, size=None, seed=0, dtype=torch.float64, wild=0.1, **overrides):
+    """A small model with weights far enough from their start that everything depends on everything."""
+    model = build(name, size or SIZES[name], seed=seed, **{**SMALL, **overrides}).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    levels = model.config.levels
+    model.initialise(torch.randint(levels, (16, *model.shapes[0]), generator=generator, dtype=torch.uint8))
+    for parameter in model.parameters():
+        parameter.data += wild * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    return model.eval()
+
+
+def images(n, shape, levels=256, seed=0):
+    return torch.randint(levels, (n, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def all_images(shape, levels):
+    """Every image of a shape, (levels ** prod(shape), *shape)."""
+    grids = np.indices((levels,) * math.prod(shape)).reshape(math.prod(shape), -1).T
+    return torch.from_numpy(grids.astype(np.uint8).reshape(-1, *shape))
+
+
+# --------------------------------------------------------------------------- psi
+
+
+def test_psi_is_the_stated_integer_function():
+    x = images(3, (3, 4, 6))
+    half, gray = Half()(x), Gray()(x)
+    for n, r, c in itertools.product(range(3), range(4), range(6)):
+        red, green, blue = (int(v) for v in x[n, :, r, c])
+        assert int(gray[n, 0, r, c]) == (77 * red + 150 * green + 29 * blue) // 4096
+        for k in range(3):
+            block = [int(x[n, k, r // 2 * 2 + i, c // 2 * 2 + j]) for i in (0, 1) for j in (0, 1)]
+            assert int(half[n, k, r // 2, c // 2]) == (sum(block) + 2) // 4
+    assert int(Gray()(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8))) == 15
+    assert half.dtype == gray.dtype == torch.uint8
+
+
+def admitted(psi, everything, x_hat):
+    """The images in `everything` whose every sub-pixel lies in its interval given x_hat and those before it."""
+    lo, hi = psi.bounds(everything, x_hat.expand(len(everything), *x_hat.shape[1:]))
+    return ((everything >= lo) & (everything <= hi)).flatten(1).all(1)
+
+
+@pytest.mark.parametrize("levels", [2, 4, 7])
+def test_bounds_of_half_admit_exactly_the_preimage(levels):
+    psi, everything = Half(levels), all_images((1, 2, 2), levels)
+    for value in range(levels):
+        x_hat = torch.full((1, 1, 1, 1), value, dtype=torch.uint8)
+        inside = admitted(psi, everything, x_hat)
+        assert torch.equal(inside, (psi(everything) == x_hat).flatten(1).all(1))
+        assert inside.any()
+
+
+def test_bounds_of_gray_admit_exactly_the_preimage():
+    psi, everything = Gray(16), all_images((3, 1, 1), 16)
+    for value in range(16):
+        x_hat = torch.full((1, 1, 1, 1), value, dtype=torch.uint8)
+        inside = admitted(psi, everything, x_hat)
+        assert torch.equal(inside, (psi(everything) == x_hat).flatten(1).all(1)) and inside.any()
+
+
+@pytest.mark.parametrize("psi", [Half(), Gray()], ids=["half", "gray"])
+@given(seed=st.integers(0, 10**6), extreme=st.booleans())
+def test_bounds_at_256_levels_contain_x_and_are_sharp(psi, seed, extreme):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(256, size=(4, 3, 2, 2)) if not extreme else rng.choice([0, 1, 2, 253, 254, 255], size=(4, 3, 2, 2))
+    x = torch.from_numpy(x.astype(np.uint8))
+    lo, hi = psi.bounds(x, psi(x))
+    assert ((lo <= x) & (x <= hi) & (lo >= 0) & (hi <= 255)).all()
+    # sharp: drawing every sub-pixel at an end of its interval, in order, always ends in the preimage
+    y, ends = torch.zeros_like(x), rng.integers(2, size=x.shape)
+    order = [(c, r, k) for r, k in itertools.product(range(2), range(2)) for c in range(3)]
+    for c, r, k in order:
+        bounds = psi.bounds(y, psi(x))
+        for n in range(4):
+            y[n, c, r, k] = bounds[ends[n, c, r, k]][n, c, r, k]
+    assert torch.equal(psi(y), psi(x))
+
+
+# --------------------------------------------------------------------------- heads
+
+
+def oracle_log_pmf(mean, log_scale, value, levels):
+    """log of one component's mass on a level, with 60 digits."""
+    D = decimal.Decimal
+    with decimal.localcontext() as context:
+        context.prec = 60
+        scale, step = D(log_scale).exp(), D(2) / (levels - 1)
+        sigma = lambda z: 1 / (1 + (-z).exp())
+        centre = value * step - 1
+        upper = D(1) if value == levels - 1 else sigma((centre + step / 2 - D(mean)) / scale)
+        lower = D(0) if value == 0 else sigma((centre - step / 2 - D(mean)) / scale)
+        return upper - lower
+
+
+def oracle_log_prob(params, x, levels):
+    """log p of one pixel by PixelCNN++'s formulas. params: (10 K,) numpy; x: three ints."""
+    k = len(params) // 10
+    rest = params[k:].reshape(3, 3 * k)
+    weights = np.exp(params[:k] - params[:k].max())
+    weights /= weights.sum()
+    red, green = (2 * v / (levels - 1) - 1 for v in x[:2])
+    total = decimal.Decimal(0)
+    for j in range(k):
+        c = np.tanh(rest[:, 2 * k + j])
+        means = [rest[0, j], rest[1, j] + c[0] * red, rest[2, j] + c[1] * red + c[2] * green]
+        mass = decimal.Decimal(float(weights[j]))
+        for channel in range(3):
+            mass *= oracle_log_pmf(float(means[channel]), float(max(rest[channel, k + j], -7)), x[channel], levels)
+        total += mass
+    return float(total.ln())
+
+
+@given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.3, 1.0, 3.0]))
+@settings(max_examples=30)
+def test_mixture_log_prob_equals_the_direct_formula(seed, spread):
+    rng = np.random.default_rng(seed)
+    params = spread * rng.standard_normal(30)
+    params[3:].reshape(3, 9)[:, 3:6] -= 2
+    x = rng.choice([0, 1, 100, 128, 254, 255], size=3)
+    head = LogisticMixture(torch.from_numpy(params)[None, :, None, None])
+    ours = float(head.log_prob(torch.from_numpy(x.astype(np.uint8))[None, :, None, None]))
+    assert ours == pytest.approx(oracle_log_prob(params, [int(v) for v in x], 256), rel=1e-9, abs=1e-9)
+
+
+@given(st.integers(2, 9), st.integers(0, 10**6), st.sampled_from([0.1, 1.0, 10.0, 100.0]))
+@settings(max_examples=40)
+def test_mixture_sums_to_one(levels, seed, spread):
+    params = spread * torch.randn(1, 20, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    everything = all_images((3, 1, 1), levels)
+    head = LogisticMixture(params.expand(len(everything), -1, 1, 1), levels)
+    assert float(head.log_prob(everything).exp().sum()) == pytest.approx(1, abs=1e-12)
+
+
+@given(mean=st.floats(-50, 50), log_scale=st.floats(-7, 7))
+def test_component_sums_to_one_over_256_levels_and_intervals_add_up(mean, log_scale):
+    head = LogisticMixture(torch.zeros(1, 10, 1, 1, dtype=torch.float64))
+    mean, log_scale = (torch.tensor(v, dtype=torch.float64) for v in (mean, log_scale))
+    values = torch.arange(256)
+    mass = head.log_mass(mean, log_scale, values, values)
+    assert float(mass.exp().sum()) == pytest.approx(1, abs=1e-12)
+    for lo, hi in ((0, 255), (0, 3), (17, 17), (30, 200), (250, 255)):
+        whole = head.log_mass(mean, log_scale, torch.tensor(lo), torch.tensor(hi))
+        assert float(whole) == pytest.approx(float(mass[lo : hi + 1].logsumexp(0)), abs=1e-9, rel=1e-9)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1.0, 30.0]))
+def test_categorical_sums_to_one(seed, spread):
+    logits = spread * torch.randn(1, 16, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = torch.arange(16, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 3)
+    p = Categorical(logits.expand(16, -1, -1, -1)).log_prob(x).exp()
+    assert torch.allclose(p.sum(0), torch.ones(2, 3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(p[:, 0, 0], torch.softmax(logits[0, :, 0, 0], 0), atol=1e-12)
+
+
+def test_a_constant_head_costs_log2_levels():
+    x = images(2, (1, 4, 4), 16)
+    log_prob = Categorical(torch.zeros(2, 16, 4, 4)).log_prob(x).flatten(1).sum(1)
+    assert torch.allclose(bits_per_dim(log_prob, 16), torch.full((2,), 4.0))
+    x = images(2, (3, 4, 4), 2)
+    log_prob = LogisticMixture(torch.zeros(2, 20, 4, 4), levels=2).log_prob(x).flatten(1).sum(1)
+    assert torch.allclose(bits_per_dim(log_prob, 48), torch.ones(2), atol=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), spread=st.sampled_from([1.0, 5.0, 50.0]))
+@settings(max_examples=25)
+def test_conditioned_mixture_sums_to_one_over_the_interval(seed, spread):
+    """Also far in the tails: means tens of units outside, scales at the clamp."""
+    rng, levels = np.random.default_rng(seed), 5
+    params = torch.from_numpy(spread * rng.standard_normal((1, 20, 1, 1)))
+    lo = torch.from_numpy(rng.integers(0, levels, (1, 3, 1, 1)))
+    hi = torch.minimum(lo + torch.from_numpy(rng.integers(0, 3, (1, 3, 1, 1))), torch.tensor(levels - 1))
+    everything = all_images((3, 1, 1), levels)
+    inside = ((everything >= lo) & (everything <= hi)).flatten(1).all(1)
+    everything = everything[inside]
+    head = LogisticMixture(params.expand(len(everything), -1, 1, 1), levels)
+    log_p = head.log_prob(everything, tuple(v.expand(len(everything), -1, 1, 1) for v in (lo, hi)))
+    assert float(log_p.exp().sum()) == pytest.approx(1, abs=1e-9)
+
+
+def test_conditioning_far_in_a_tail_is_finite_in_float32_with_finite_gradients():
+    params = torch.zeros(1, 20, 1, 1)
+    params[:, 2:].view(1, 3, 6)[:, :, :2] = 40.0  # means
+    params[:, 2:].view(1, 3, 6)[:, :, 2:4] = -9.0  # log-scales, below the clamp
+    params.requires_grad_()
+    x = torch.tensor([3, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    bounds = torch.tensor([2, 0, 250]).view(1, 3, 1, 1), torch.tensor([5, 1, 255]).view(1, 3, 1, 1)
+    log_prob = LogisticMixture(params).log_prob(x, bounds)
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all() and params.grad.isfinite().all()
+    draws = LogisticMixture(params.detach().double().expand(500, -1, 1, 1)).sample(
+        torch.rand(500, 6, 1, 1, dtype=torch.float64), "random", lambda x, c: tuple(v[:, c].expand(500, 1, 1)
+                                                                                 for v in bounds))
+    assert ((draws >= bounds[0]) & (draws <= bounds[1])).all()
+
+
+def chi_square(counts, probabilities, least=8):
+    """z score of Pearson's chi^2, cells pooled until each expects `least`."""
+    order, n = np.argsort(probabilities), counts.sum()
+    cells, observed, expected = [], 0, 0.0
+    for i in order:
+        observed, expected = observed + counts[i], expected + n * probabilities[i]
+        if expected >= least:
+            cells.append((observed, expected))
+            observed, expected = 0, 0.0
+    cells[-1] = cells[-1][0] + observed, cells[-1][1] + expected
+    degrees = len(cells) - 1
+    statistic = sum((o - e) ** 2 / e for o, e in cells)
+    return (statistic - degrees) / math.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_head_samples_follow_the_pmf(limited):
+    levels, n = 6, 40000
+    params = torch.randn(1, 20, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    everything = all_images((3, 1, 1), levels)
+    bounds = torch.tensor([1, 0, 2]).view(1, 3, 1, 1), torch.tensor([4, 3, 5]).view(1, 3, 1, 1)
+    limits = (lambda x, c: tuple(v[:, c].expand(n, 1, 1) for v in bounds)) if limited else None
+    head = LogisticMixture(params.expand(len(everything), -1, 1, 1), levels)
+    p = head.log_prob(everything, tuple(v.expand(len(everything), -1, 1, 1) for v in bounds) if limited else None).exp()
+    if limited:
+        p = p * ((everything >= bounds[0]) & (everything <= bounds[1])).flatten(1).all(1)[:, None, None]
+    noise = torch.rand(n, 6, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x = LogisticMixture(params.expand(n, -1, 1, 1), levels).sample(noise, "random", limits)[:, :, 0, 0].numpy()
+    counts = np.bincount(x @ np.array([levels**2, levels, 1]), minlength=levels**3)
+    p = p.flatten().numpy()
+    assert abs(chi_square(counts, p)) < 5
+    assert chi_square(np.roll(counts, 1), p) > 50  # control: one level off is found
+
+
+def test_map_takes_the_mode_of_a_component():
+    head = LogisticMixture(torch.randn(200, 20, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
+    noise = torch.rand(200, 6, 1, 1, dtype=torch.float64)
+    x = head.sample(noise, "map")
+    red = ((head.means[:, 0].clamp(-1, 1) + 1) * 127.5).round().long()  # (N, K, 1, 1)
+    assert (x[:, :1] == red).any(1).all()
+    quiet = LogisticMixture(torch.randn(9, 20, 1, 1, dtype=torch.float64), shift=-30.0)
+    noise = torch.rand(9, 6, 1, 1, dtype=torch.float64)
+    assert torch.equal(quiet.sample(noise), quiet.sample(noise, "map"))  # variance 0 is MAP
+    logits = torch.randn(9, 16, 1, 1)
+    assert torch.equal(Categorical(logits).sample(noise, "map"), logits.argmax(1, keepdim=True))
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=10)
+def test_pmf_of_each_channel_is_the_joint_factorised(seed):
+    levels = 5
+    params = torch.randn(1, 20, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    everything = all_images((3, 1, 1), levels)
+    n = len(everything)
+    head = LogisticMixture(params.expand(n, -1, 1, 1), levels)
+    p = 1.0
+    for c in range(3):
+        p = p * head.pmf(c, everything.long()).gather(1, everything[:, c : c + 1].long()).flatten()
+    assert torch.allclose(p, head.log_prob(everything).exp().flatten(), atol=1e-10)
+
+
+# --------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_factor_is_causal_and_sees_all_that_is_earlier(name):
+    """Gradients in float64: exactly zero from every output to later pixels and itself, nonzero to every earlier pixel."""
+    size = {"pixelcnn": (8, 4), "grayscale": (4, 4), "pyramid": (8, 8), "grayscale-pyramid": (4, 4)}[name]
+    model = small(name, size, scales=1, nr_light=3)  # so small that everything is within reach
+    x = images(1, model.shapes[0])
+    levels = model.levels_of(x)
+    for k, factor in enumerate(model.factors):
+        c, h, w = factor.shape
+        planes = factor.planes(levels[k], factor.levels).requires_grad_()
+        e = factor.embeddings(levels[k - 1]) if k else ()
+        out = factor.net(planes, e)[0]
+        for r, col in itertools.product(range(h), range(w)):
+            grad, = torch.autograd.grad(out[0, :, r, col].abs().sum(), planes, retain_graph=True)
+            seen = grad[0, :c].abs().reshape(c, -1)
+            here = r * w + col
+            assert not seen[:, here:].any(), (k, r, col)
+            assert seen[:, :here].bool().all(), (k, r, col)
+        if k:  # every output pixel sees its own pixel of x_hat
+            hat = factor.planes(levels[k - 1], factor.psi.levels_out).requires_grad_()
+            e = factor.embed(hat)
+            out = factor.net(planes.detach(), e)[0]
+            for r, col in itertools.product(range(h), range(w)):
+                grad, = torch.autograd.grad(out[0, :, r, col].abs().sum(), hat, retain_graph=True)
+                assert grad[0, :-1, r * hat.shape[2] // h, col * hat.shape[3] // w].bool().all()
+
+
+def test_a_channel_depends_on_the_channels_before_it_and_no_other():
+    head = LogisticMixture(torch.randn(1, 20, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    x = torch.tensor([100, 50, 200]).view(1, 3, 1, 1)
+    for c, changed in itertools.product(range(3), range(3)):
+        y = x.clone()
+        y[:, changed] += 30
+        assert torch.equal(head.pmf(c, x), head.pmf(c, y)) == (changed >= c)
+
+
+@pytest.mark.parametrize("shift", ["mask", "offset"])
+def test_the_causality_test_finds_a_shift_by_one(shift):
+    model = small("pyramid", (8, 8), scales=0)
+    conv = model.factors[0].net.layers[0].convs[0]  # the vertical stream's first layer: rows above only
+    conv.offset = (1, 1) if shift == "mask" else (3, 1)
+    if shift == "mask":
+        with pytest.raises(AssertionError, match="not causal"):
+            model.sample(1)
+    planes = model.factors[0].planes(images(1, (3, 8, 8)), 256).requires_grad_()
+    out = model.factors[0].net(planes)[0]
+    grad, = torch.autograd.grad(out[0, :, 3, 3].abs().sum(), planes)
+    assert grad[0, :3, 3, 3].any() == (shift == "mask")
+    assert grad[0, :3, 2, 6].any() == (shift == "mask")  # far to the right: by the vertical stream alone
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_networks_equal_the_plain_implementation(name):
+    model = small(name)
+    levels = model.levels_of(images(2, model.shapes[0]))
+    for k, factor in enumerate(model.factors):
+        e = factor.embeddings(levels[k - 1]) if k else ()
+        planes = factor.planes(levels[k], factor.levels)
+        if k:
+            plain_e = pixelaux.plain_forward(factor.embed, factor.planes(levels[k - 1], factor.psi.levels_out), ())
+            assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(e, plain_e))
+        plain, = pixelaux.plain_forward(factor.net, planes, e)
+        assert torch.allclose(factor.net(planes, e)[0], plain, atol=1e-10)
+
+
+def test_block_counts_are_the_papers():
+    blocks = lambda net: sum(layer.residual is not None for layer in net.layers)
+    config = dict(nr_filters=2, nr_logistic_mix=1)
+    pixelcnn = build("pixelcnn", 32, "cifar10", **config).factors[0]
+    assert blocks(pixelcnn.net) == 2 * 36  # both streams
+    coarse, fine = build("grayscale", 32, "cifar10", **config).factors
+    assert blocks(coarse.net) == 2 * 36 and blocks(fine.net) == 2 * 24 and blocks(fine.embed) == 24
+    pyramid = build("pyramid", 128, "celeba", **config).factors
+    assert [factor.shape[1] for factor in pyramid] == [8, 16, 32, 64, 128]
+    assert all(blocks(factor.net) == 2 * 3 for factor in pyramid)
+    assert all(blocks(factor.embed) == 15 for factor in pyramid[1:])
+    for factor in (fine, *pyramid[1:]):  # the embedding reaches every residual block
+        for layer, after in zip(factor.net.layers, list(factor.net.layers)[1:]):
+            if after.residual is not None:
+                assert set(layer.sources) & set(factor.net.embeddings)
+
+
+def test_data_dependent_initialisation_gives_mean_0_and_the_gain_as_deviation():
+    model = build("grayscale", 16, **SMALL).double()
+    x = images(32, model.shapes[0])
+    model.initialise(x)
+    seen, levels = [], model.levels_of(x)
+    for factor in model.factors:
+        for conv in factor.modules():
+            if isinstance(conv, Conv):
+                conv.register_forward_hook(lambda conv, _, y: seen.append((conv, y)))
+    output = [factor.net.layers[-1].convs[0] for factor in model.factors]
+    model.log_prob(x)
+    assert len(seen) > 30
+    for conv, y in seen:
+        y = y.transpose(0, 1).flatten(1)
+        if conv not in output:  # the output layer's bias is the head's start
+            assert torch.allclose(y.mean(1), torch.zeros(len(y), dtype=torch.float64), atol=1e-9)
+        assert torch.allclose(y.std(1), torch.full((len(y),), conv.gain, dtype=torch.float64), rtol=1e-6)
+
+
+# --------------------------------------------------------------------------- the model: normalisation, bound, tightness
+
+TINY = dict(SMALL, nr_filters=4, embedding=(1, "up", 1), nr_resnet=(1, 1), nr_resnet_cond=(1, 1))
+
+
+@functools.cache
+def enumerable(name):
+    """A model whose images can be enumerated, and all of them."""
+    size, levels, scales = {"pixelcnn": ((2, 2), 2, -1), "pyramid": ((2, 2), 2, 1), "grayscale": ((1, 1), 16, -1)}[name]
+    model = small(name, size, levels=levels, scales=scales, wild=0.3, **{k: v for k, v in TINY.items() if k not in SMALL
+                                                                     or k.startswith("nr_")})
+    return model, all_images(model.shapes[0], levels)
+
+
+@pytest.mark.parametrize("name", ["pixelcnn", "pyramid", "grayscale"])
+def test_exact_likelihood_sums_to_one_over_all_images(name):
+    model, everything = enumerable(name)
+    with torch.no_grad():
+        tight, bound = model.log_prob(everything, tight=True), model.log_prob(everything)
+    assert float(tight.exp().sum()) == pytest.approx(1, abs=1e-9)
+    assert (tight >= bound - 1e-9).all()
+    if name == "pixelcnn":
+        assert torch.allclose(tight, bound)
+    else:
+        assert float(bound.exp().sum()) < 0.99  # control: the bound does leak
+
+
+@pytest.mark.parametrize("name", ["pyramid", "grayscale"])
+def test_the_gap_of_the_bound_is_the_leaked_mass(name):
+    """sum over X of p(X, psi(X)) = 1 - sum over X^ of p(X^) P(psi(X) != X^ | X^), by enumeration."""
+    model, everything = enumerable(name)
+    coarse, fine = model.factors
+    leaked = joint = 0.0
+    with torch.no_grad():
+        for x_hat in all_images(coarse.shape, coarse.levels):
+            p_hat = float(coarse.log_prob(x_hat[None]).exp())
+            p = fine.log_prob(everything, x_hat[None].expand(len(everything), -1, -1, -1)).exp()
+            assert float(p.sum()) == pytest.approx(1, abs=1e-9)
+            wrong = (model.chain[0](everything) != x_hat).flatten(1).any(1)
+            leaked, joint = leaked + p_hat * float(p[wrong].sum()), joint + p_hat
+        bound = float(model.log_prob(everything).exp().sum())
+    assert joint == pytest.approx(1, abs=1e-9)
+    assert bound == pytest.approx(1 - leaked, abs=1e-9) and leaked > 0.01
+
+
+@pytest.mark.parametrize("name", ["pixelcnn", "pyramid", "grayscale"])
+@pytest.mark.parametrize("tight", [False, True])
+def test_samples_follow_the_model(name, tight):
+    model, everything = enumerable(name)
+    n, levels = 20000, model.config.levels
+    sampled = model.sample(n, seed=7, tight=tight)[-1]
+    with torch.no_grad():
+        if tight or not model.chain:
+            p = model.log_prob(everything, tight=True).exp()
+        else:  # the marginal of X, over all X^
+            p = sum(model.factors[0].log_prob(x_hat[None]).exp()
+                    * model.factors[1].log_prob(everything, x_hat[None].expand(len(everything), -1, -1, -1)).exp()
+                    for x_hat in all_images(model.shapes[1], model.levels[1]))
+    digits = levels ** np.arange(sampled[0].numel())[::-1]
+    counts = np.bincount(sampled.flatten(1).numpy().astype(np.int64) @ digits, minlength=len(everything))
+    assert abs(chi_square(counts, p.numpy())) < 5
+    assert chi_square(np.roll(counts, 1), p.numpy()) > 50
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_tight_is_at_least_the_bound_and_tight_samples_are_consistent(name):
+    model = small(name)
+    x = images(4, model.shapes[0])
+    with torch.no_grad():
+        for tight, bound in zip(model.log_prob_factors(x, tight=True), model.log_prob_factors(x)):
+            assert (tight >= bound - 1e-9).all()
+        for mode in ("random", "map"):
+            levels = model.sample(3, seed=1, tight=True, mode=mode)
+            for i, psi in enumerate(model.chain):
+                assert torch.equal(psi(levels[::-1][i]), levels[::-1][i + 1])
+
+
+def test_log_prob_is_the_sum_of_the_factors_in_nats_and_bad_input_is_named():
+    model = small("pyramid")
+    x = images(2, model.shapes[0])
+    with torch.no_grad():
+        parts = model.log_prob_factors(x)
+        assert torch.equal(sum(parts), model.log_prob(x)) and parts[0].shape == (2,)
+    with pytest.raises(Problem, match="uint8"):
+        model.log_prob(x.float())
+    assert bits_per_dim(-math.log(2) * 12, 3) == pytest.approx(4)
+
+
+def test_sizes_that_do_not_fit_are_named_with_those_that_do():
+    for name, size, multiple in (("pyramid", 36, 8), ("grayscale", (8, 6), 4), ("pixelcnn", 30, 4), ("pyramid", 17, 4)):
+        with pytest.raises(Problem, match=f"multiples of {multiple}"):
+            build(name, size)
+    for name, size in (("pyramid", (24, 40)), ("grayscale", (4, 12)), ("grayscale-pyramid", (16, 24))):
+        assert build(name, size, **SMALL).shapes[0] == (3, *size)
+    for bad in (dict(name="nonsense", size=32), dict(name="pyramid", size=32, preset="huge"),
+                dict(name="pyramid", size=32, nr_filtres=3)):
+        with pytest.raises(Problem, match="expected one of"):
+            build(**bad)
+
+
+# --------------------------------------------------------------------------- samplers
+
+
+def plain_sample(model, n, seed, mode, tight):
+    """Ancestral sampling by the ordinary forward pass, a pass a pixel: nothing of the sampler's."""
+    done = []
+    for k, factor in enumerate(model.factors):
+        c, h, w = factor.shape
+        noise = torch.rand(n, h * w, 2 * c, generator=torch.Generator().manual_seed(1_000_003 * seed + k),
+                           dtype=torch.float64)
+        x = torch.zeros(n, c, h, w, dtype=torch.uint8)
+        x_hat = done[-1] if done else None
+        e = factor.embeddings(x_hat)
+        for r, col in itertools.product(range(h), range(w)):
+            params = factor.net(factor.planes(x, factor.levels), e)[0][:, :, r : r + 1, col : col + 1]
+
+            def limits(so_far, channel):
+                y = x.clone()
+                y[:, :, r, col] = so_far[:, :, 0, 0].to(torch.uint8)
+                return tuple(v[:, channel, r : r + 1, col : col + 1] for v in factor.psi.bounds(y, x_hat))
+
+            head = factor.Head(params.double(), factor.levels)
+            drawn = head.sample(noise[:, r * w + col, :, None, None], mode, limits if tight and k else None)
+            x[:, :, r, col] = drawn[:, :, 0, 0].to(torch.uint8)
+        done.append(x)
+    return done
+
+
+def same(a, b):
+    return all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("mode, tight", [("random", False), ("random", True), ("map", False)])
+def test_fast_and_naive_equal_plain_ancestral_sampling(name, mode, tight):
+    size = (8, 8) if name != "grayscale-pyramid" else (16, 16)
+    model = small(name, size, **({"scales": 1} if "pyramid" in name else {}))
+    with torch.no_grad():
+        fast = model.sample(2, seed=3, mode=mode, tight=tight)
+        if name != "grayscale-pyramid":
+            assert same(fast, plain_sample(model, 2, 3, mode, tight))
+        assert same(fast, model.sample(2, seed=3, mode=mode, tight=tight, fast=False))
+    assert not same(fast, model.sample(2, seed=4, mode=mode, tight=tight))
+
+
+@pytest.mark.parametrize("name, size, n", [("pixelcnn", (4, 12), 1), ("pixelcnn", (8, 8), 3), ("grayscale", (8, 4), 5),
+                                           ("pyramid", (16, 12), 1), ("pyramid", (12, 20), 2), ("pyramid", (8, 8), 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fast_equals_naive_integer_for_integer(name, size, n, dtype):
+    model = small(name, size, dtype=dtype, nr_filters=24, **({"scales": 1} if name == "pyramid" else {}))
+    for seed in range(3):
+        assert same(model.sample(n, seed=seed), model.sample(n, seed=seed, fast=False))
+
+
+@pytest.mark.parametrize("look_right, lag", [(True, 8), (False, 2)])
+def test_the_light_networks_wavefront(look_right, lag):
+    model = small("pyramid", (16, 32), scales=0, nr_light=3, look_right=look_right)
+    decoder = Decoder(model.factors[0], 1)
+    assert decoder.schedule().lag == lag and len(decoder.schedule().steps) == 31 + lag * 15 + 1
+    assert same(model.sample(1), model.sample(1, fast=False))
+
+
+def test_every_activation_is_computed_once():
+    model = small("pixelcnn", (8, 12))
+    net, schedule = model.factors[0].net, Decoder(model.factors[0], 4).schedule()
+    for i in range(len(net.channels)):
+        positions = np.concatenate([dict(zip([k for k, _ in layout], indices.split([m for _, m in layout])))
+                                    .get(schedule.group[i], torch.zeros(0, dtype=torch.long)).numpy()
+                                    for layout, indices in schedule.steps])
+        h, w = net.size(i, (8, 12))
+        assert sorted(p for p in positions if p < h * w) == list(range(h * w))
+
+
+def test_given_images_stay_and_coarser_levels_follow():
+    model = small("grayscale-pyramid")
+    x = images(3, model.shapes[0])
+    for level in model.levels_of(x)[:-1]:
+        done = model.sample(3, seed=1, given=level, tight=True)
+        assert len(done) == len(model.factors)
+        k = [tuple(v.shape) for v in done].index(tuple(level.shape))
+        assert torch.equal(done[k], level) and same(done[: k + 1], model.levels_of(x)[: k + 1])
+    with pytest.raises(Problem, match="given"):
+        model.sample(3, given=x[:, :, :5])
+
+
+def test_shift_reduces_the_variance():
+    params = torch.randn(1, 10, 1, 1, dtype=torch.float64).expand(500, -1, 1, 1)
+    noise = torch.rand(500, 6, 1, 1, dtype=torch.float64)
+    spread = [float(LogisticMixture(params, shift=shift).sample(noise).double().std(0).mean()) for shift in (0, -2, -9)]
+    assert spread[0] > spread[1] > spread[2]
+    logits = torch.randn(1, 16, 1, 1).expand(500, -1, 1, 1)
+    kinds = [len(Categorical(logits, shift=shift).sample(noise).unique()) for shift in (0, -1, -9)]
+    assert kinds[0] > kinds[1] > kinds[2] == 1
+
+
+def test_sampling_leaves_the_mode_and_global_random_state_alone():
+    model = small("pyramid", (8, 8), scales=0).train()
+    state = torch.get_rng_state()
+    model.sample(1)
+    build("pyramid", 8, **SMALL)
+    assert model.training and torch.equal(state, torch.get_rng_state())

@@ -92,8 +92,8 @@ class Config:
 
 
 PRESETS = {
-    "tiny": dict(nr_filters=32, nr_resnet=1, nr_resnet_cond=1, embedding=(1, "down", 2, "up", 1, "up", 1), dropout=0.0,
-                 batch_size=16, steps=(600, 600), lr=4e-3, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
+    "tiny": dict(nr_filters=24, nr_resnet=1, nr_resnet_cond=1, embedding=(1, "down", 2, "up", 1, "up", 1), dropout=0.0,
+                 batch_size=8, steps=(4000, 2000), lr=1e-2, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
     "small": dict(nr_filters=64, nr_resnet=2, nr_resnet_cond=2, embedding=(2, "down", 3, "up", 2, "up", 2), dropout=0.0,
                   batch_size=32, steps=(4000, 4000), lr=2e-3, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.995),
     "cifar10": dict(),
@@ -1076,24 +1076,24 @@ class Shapes:
     -log(number of configurations) + sum log pmf(noise).
     """
 
-    palette = np.array([[215, 55, 45], [50, 150, 70], [50, 90, 205], [240, 195, 55], [140, 70, 175], [230, 230, 225],
-                        [45, 45, 55]], np.int16)
+    palette = np.array([[215, 55, 45], [50, 150, 70], [50, 90, 205], [240, 195, 55]], np.int16)
     kinds = ("square", "disc", "triangle", "cross")
 
-    def __init__(self, size, noise=0.4, bound=4):
+    def __init__(self, size, noise=0.3, bound=3):
         self.size, self.bound = size, bound
         self.support = np.arange(-bound, bound + 1)
         edges = 1 / (1 + np.exp(-(np.arange(-bound, bound + 2) - 0.5) / noise))
         self.pmf = np.diff(edges) / (edges[-1] - edges[0])
-        side = min(size)
-        step = max(1, side // 32)
+        self.grid = size[0] // 2, size[1] // 2  # shapes have pixels of 2x2: their half-resolution view is sharp
+        side = min(self.grid)
+        step = max(1, side // 16)
         self.places = np.array([
             (kind, cy, cx, radius) for kind in range(len(self.kinds))
-            for radius in range(side // 8 + 1, side // 4 + 1, step)
-            for cy in range(radius + 1, size[0] - radius - 1, step) for cx in range(radius + 1, size[1] - radius - 1, step)
+            for radius in range(side // 8 + 1, side // 4 + 2, step)
+            for cy in range(radius, self.grid[0] - radius, step) for cx in range(radius, self.grid[1] - radius, step)
         ]).reshape(-1, 4)
-        if not len(self.places):
-            raise Problem(f"--size {size[0]}x{size[1]}: shapes need at least 8x8")
+        if side < 6 or any(s % 2 for s in size):
+            raise Problem(f"--size {size[0]}x{size[1]}: shapes need an even height and width of 12 or more")
         colours = len(self.palette)
         self.pairs = [(a, b) for a in range(colours) for b in range(colours) if a != b]  # ground, shape
         self.log_configurations = math.log(len(self.places) * len(self.pairs))
@@ -1101,13 +1101,14 @@ class Shapes:
     def masks(self, places):
         """(M, 4) -> bool (M, H, W): where the shape is."""
         kind, cy, cx, radius = (v[:, None, None] for v in np.asarray(places).T)
-        dy = np.arange(self.size[0])[None, :, None] - cy
-        dx = np.arange(self.size[1])[None, None, :] - cx
+        dy = np.arange(self.grid[0])[None, :, None] - cy
+        dx = np.arange(self.grid[1])[None, None, :] - cx
         box = (abs(dy) <= radius) & (abs(dx) <= radius)
         disc = dy * dy + dx * dx <= radius * radius + radius
         triangle = 2 * abs(dx) <= dy + radius
         cross = (abs(dy) <= radius // 3) | (abs(dx) <= radius // 3)
-        return box & np.choose(kind, [np.ones_like(disc), disc, triangle, cross])
+        mask = box & np.choose(kind, [np.ones_like(disc), disc, triangle, cross])
+        return mask.repeat(2, 1).repeat(2, 2)
 
     def clean(self, places, ground, shape):
         """Noiseless images, int16 (M, H, W, 3)."""

@@ -474,8 +474,8 @@ class Conv(nn.Module):
         return np.where(inside, r * w + c, h * w).reshape(target[0] * target[1], kh * kw)
 
     def matrix(self):
-        """The weight as (kh kw C_in, C_out), the layout of gathered taps."""
-        return self.weight().permute(2, 3, 1, 0).flatten(0, 2).contiguous()
+        """The weight as (C_out, kh kw C_in), the layout of gathered taps."""
+        return self.weight().permute(0, 2, 3, 1).flatten(1)
 
 
 class Layer(nn.Module):
@@ -819,8 +819,8 @@ class Schedule:
     fast=False: one step that evaluates everything everywhere, the full pass.
 
     Slot H W of a buffer stands for "outside" and holds 0; slot H W + 1 takes what is computed for padding: positions
-    come in multiples of `multiple`, because a matrix product's rows are the same to the last bit in products of
-    different heights only where these are multiples of 4 (seen with MKL), and we promise equal images.
+    come in multiples of `multiple`, because we promise equal images and a product's rows may depend on how many there
+    are (see `rows_alike`).
     """
 
     def __init__(self, net, size, multiple, fast, device):
@@ -861,7 +861,8 @@ class Schedule:
         self.group = [groups.setdefault((sizes[i], step.tobytes()), len(groups)) for i, step in enumerate(ready)]
 
         steps = 1 + max(int(step.max()) for step in ready)
-        tables, self.reads = {}, {}  # tables: key -> (first row of each step, rows); key: a group, or its taps
+        # tables: key -> (first row of each step, rows); key: a group, or its taps. slots: of the buffer that is read
+        tables, self.reads, self.slots = {}, {}, {}
         for i, step in enumerate(ready):
             if self.group[i] in tables or i in net.embeddings:
                 continue
@@ -874,7 +875,7 @@ class Schedule:
             rank = np.arange(count[i]) - np.repeat(np.append(0, np.cumsum(number))[:-1], number)
             by_step = np.argsort(step, kind="stable")
             order[start[step[by_step]] + rank] = by_step
-            tables[self.group[i]] = start, order[:, None]
+            tables[self.group[i]], self.slots[self.group[i]] = (start, order[:, None]), count[i] + 2
         for i, layer in enumerate(net.layers, first):
             for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)):
                 key = self.group[i]
@@ -884,6 +885,7 @@ class Schedule:
                     outside = np.full((2, conv.kernel[0] * conv.kernel[1]), count[node])
                     rows = np.concatenate([taps[sizes[node], sizes[i], conv.geometry], outside])
                     tables.setdefault(key, (start, rows[order[:, 0]]))
+                    self.slots[key] = count[node] + 2
                 self.reads[i, j] = key
         self.steps = []  # (layout, indices): layout = ((key, how many indices), ..), for the keys that have any
         for t in range(steps):
@@ -905,12 +907,40 @@ class Draw:
         return head.sample(self.noise[:, positions].flatten(0, 1)[:, :, None, None], self.mode, limits)
 
 
+MKLDNN = torch.ops.mkldnn  # private operators, so we look before we use them
+PACKS = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+         and hasattr(MKLDNN, "_linear_pointwise") and hasattr(MKLDNN, "_reorder_linear_weight"))
+
+
+def packed(weight):
+    """Whether `product` uses oneDNN: with few rows, MKL packing the weight at each call takes most of the time."""
+    return PACKS and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def rows_alike(weight):
+    """A product's rows are the same to the last bit in products of all heights that are multiples of this.
+
+    Nobody documents it: seen with MKL, and with oneDNN (AVX2, AVX-512), where only a single row is different.
+    """
+    return 2 if packed(weight) else 4
+
+
+def product(weight, bias):
+    """The function x -> x weight^T + bias of rows x. weight: (C_out, C_in)."""
+    if packed(weight):
+        weight = MKLDNN._reorder_linear_weight(weight, None)
+        return lambda x: MKLDNN._linear_pointwise(x, weight, bias, "none", [], "")
+    weight = weight.t().contiguous()
+    return lambda x: torch.addmm(bias, x, weight)
+
+
 class Decoder:
     """Runs a factor's causal network over n images in an order in which everything is known when it is needed, and
     asks `symbol(head, positions, limits)` for the levels of each set of pixels.
 
     Every activation is kept in a buffer (n, H W + 2, C) and computed once; a layer at a set of positions is a gather
-    and a matrix product. The embedding's 1x1 projections do not depend on x and are computed once, for all positions.
+    of what all its sources' taps read and one matrix product. The embedding's 1x1 projections do not depend on x and
+    are computed once, for all positions.
     On CUDA a step is captured as a graph, one for each layout that recurs, and replayed.
     """
 
@@ -920,17 +950,15 @@ class Decoder:
         first, self.device = net.nodes_given, net.layers[0].convs[0].v.device
         c, h, w = factor.shape
         e = dict(zip(net.embeddings, map(concat_elu, factor.embeddings(x_hat))))
-        self.matrices, self.biases, self.projections = {}, [], []
+        self.products, self.projections = [], []
         for i, layer in enumerate(net.layers, first):
-            self.biases.append(sum(conv.b for node, conv in zip(layer.sources, layer.convs) if node not in e))
-            projection = 0
-            for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)):
-                if node in e:
-                    projection = projection + conv(e[node], net.size(i, (h, w))).flatten(2).transpose(1, 2)
-                else:
-                    self.matrices[i, j] = conv.matrix()
-            if torch.is_tensor(projection):
-                projection = F.pad(projection + self.biases[-1], (0, 0, 0, 2))
+            sources, projection = list(zip(layer.sources, layer.convs)), None
+            for node, conv in sources:
+                if node in e:  # one at most
+                    projection = F.pad(conv(e[node], net.size(i, (h, w))).flatten(2).transpose(1, 2), (0, 0, 0, 2))
+                    projection = projection.flatten(0, 1)
+            convs = [conv for node, conv in sources if node not in e]
+            self.products.append(product(torch.cat([conv.matrix() for conv in convs], 1), sum(c.b for c in convs)))
             self.projections.append(projection)
         self.canvas = torch.zeros(n, h * w + 2, c, dtype=torch.long, device=self.device)
         self.graphs = {}
@@ -967,52 +995,61 @@ class Decoder:
     def plan(self, schedule):
         """One record a layer: what it reads, and which of its activations are needed at once or in a buffer."""
         net, first, n = self.factor.net, self.factor.net.nodes_given, self.n
-        group, records, buffered = schedule.group, [], set()
+        group, buffers, records = schedule.group, {}, []
         wanted = [set() for _ in net.channels]  # activations of each node
+
+        def read(node, activation, direct):
+            """(what is read, its buffer, or None if it is there from the same step)"""
+            wanted[node].add(activation)
+            if direct:
+                return (node, activation), None
+            if (node, activation) not in buffers:
+                channels = net.channels[node] * (2 if activation == "concat_elu" else 1)
+                slots = n * (math.prod(net.size(node, self.factor.shape[1:])) + 2)
+                buffers[node, activation] = torch.zeros(slots, channels, dtype=self.factor.dtype, device=self.device)
+            return (node, activation), buffers[node, activation]
+
         for i, layer in enumerate(net.layers, first):
-            reads = []
-            for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)):
-                if (i, j) in self.matrices:
-                    read = node, conv.activation
-                    wanted[node].add(conv.activation)
-                    direct = conv.kernel == (1, 1) and group[node] == group[i]
-                    buffered |= set() if direct else {read}
-                    reads.append((read, None if direct else schedule.reads[i, j], self.matrices[i, j]))
-            residual, direct = layer.residual, layer.residual is not None and group[layer.residual] == group[i]
+            reads = [(*read(node, conv.activation, conv.kernel == (1, 1) and group[node] == group[i]),
+                      schedule.reads[i, j])
+                     for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)) if node not in net.embeddings]
+            residual = layer.residual
             if residual is not None:
-                wanted[residual].add("none")
-                buffered |= set() if direct else {(residual, "none")}
-            records.append((i, layer, reads, direct))
-        sizes = [math.prod(net.size(i, self.factor.shape[1:])) for i in range(len(net.channels))]
-        self.buffers = {
-            (i, a): torch.zeros(n, sizes[i] + 2, net.channels[i] * (2 if a == "concat_elu" else 1),
-                                dtype=self.factor.dtype, device=self.device) for i, a in buffered}
-        self.records = [(*record, group[record[0]], self.biases[k], self.projections[k],
-                         [(a, self.buffers.get((record[0], a))) for a in sorted(wanted[record[0]])])
-                        for k, record in enumerate(records)]
+                residual = read(residual, "none", group[residual] == group[i])
+            records.append((group[i], reads, self.products[i - first], self.projections[i - first], layer, residual))
+        self.input, self.group = buffers[0, "none"], group[0]
+        images = torch.arange(n, device=self.device).unsqueeze(1)
+        self.offsets = {key: images * slots for key, slots in schedule.slots.items()}
+        self.records = [
+            (*record, [((i, a), ACTIVATIONS[a], buffers.get((i, a))) for a in sorted(wanted[i])])
+            for i, record in enumerate(records, first)]
 
     def step(self, layout, indices, symbol, only=None):
         """Evaluate what `layout` names, then draw. only: draw this position alone (the full pass)."""
         n = self.n
         index = dict(zip([key for key, _ in layout], indices.split([length for _, length in layout])))
+        positions = index.get(self.group)  # of the pixels to draw
+        if n > 1:  # the images' buffers lie one after the other
+            index = {key: (part + self.offsets[key]).view(-1) for key, part in index.items()}
         now = {}
-        for i, layer, reads, direct, group, bias, projection, wanted in self.records:
-            positions = index.get(group)
-            if positions is None:
+        for group, reads, product, projection, layer, residual, wanted in self.records:
+            if group not in index:
                 continue
-            rows = n * len(positions)
-            y = projection.index_select(1, positions).view(rows, -1) if torch.is_tensor(projection) else bias
-            for read, key, matrix in reads:
-                taps = now[read] if key is None else self.buffers[read].index_select(1, index[key]).view(rows, -1)
-                y = torch.addmm(y, taps, matrix)
-            if layer.residual is not None:
-                r = layer.residual, "none"
-                y = layer.finish(y, now[r] if direct else self.buffers[r].index_select(1, positions).view(rows, -1))
-            for activation, buffer in wanted:
-                now[i, activation] = value = ACTIVATIONS[activation](y)
+            rows = len(index[group])
+
+            def rows_of(read, buffer, key):
+                return now[read] if buffer is None else buffer.index_select(0, index[key]).view(rows, -1)
+
+            taps = [rows_of(*read) for read in reads]
+            y = product(torch.cat(taps, 1) if len(taps) > 1 else taps[0])
+            if projection is not None:
+                y += rows_of(None, projection, group)
+            y = layer.finish(y, None if residual is None else rows_of(*residual, group))
+            for read, activation, buffer in wanted:
+                now[read] = value = activation(y)
                 if buffer is not None:
-                    buffer.index_copy_(1, positions, value.view(n, len(positions), -1))
-        if positions is None:  # the last record is the output: nothing to draw at this step
+                    buffer.index_copy_(0, index[group], value)
+        if positions is None:
             return
         params = y.view(n, len(positions), -1)
         if only is not None:
@@ -1021,14 +1058,14 @@ class Decoder:
         x = symbol(head, positions, self.limits(positions) if self.tight else None).view(n, len(positions), -1)
         self.canvas.index_copy_(1, positions, x)
         unit = F.pad(to_unit(x, self.factor.levels, self.factor.dtype), (0, 1), value=1.0)
-        self.buffers[0, "none"].index_copy_(1, positions, unit)
+        self.input.view(n, -1, unit.shape[2]).index_copy_(1, positions, unit)
 
     def run(self, symbol, fast=True, progress=None):
         """-> uint8 (n, C, H, W)"""
         c, h, w = self.factor.shape
         schedule = self.schedule(fast)
         self.plan(schedule)
-        self.buffers[0, "none"].zero_()[:, : h * w, -1] = 1.0
+        self.input.zero_().view(self.n, h * w + 2, c + 1)[:, : h * w, -1] = 1.0
         for only in [None] if fast else range(h * w):
             for layout, indices in schedule.steps:
                 if self.device.type == "cuda" and fast and isinstance(symbol, Draw):
@@ -1042,7 +1079,9 @@ class Decoder:
 
     def schedule(self, fast=True):
         cache = self.factor.net.__dict__.setdefault("schedules", {})
-        key = self.factor.shape[1:], 4 // math.gcd(self.n, 4), fast, self.device
+        rows = rows_alike(self.factor.net.layers[0].convs[0].v)
+        multiple = rows // math.gcd(self.n, rows)
+        key = self.factor.shape[1:], multiple, fast, self.device
         if key not in cache:
             cache[key] = Schedule(self.factor.net, *key)
         return cache[key]
@@ -1127,16 +1166,15 @@ class Shapes:
         """x: uint8 (N, H, W, 3) -> the noise that x would be, int (N, H, W, 3), around its best configuration."""
         x = np.asarray(x).astype(np.int16)
         colour = abs(x[:, :, :, None] - self.palette).sum(-1).argmin(-1)  # (N, H, W)
-        border = np.concatenate([colour[:, 0], colour[:, -1], colour[:, :, 0], colour[:, :, -1]], 1)
-        counts = np.stack([(border == k).sum(1) for k in range(len(self.palette))], 1)
-        ground = counts.argmax(1)
-        counts = np.stack([(colour == k).sum((1, 2)) for k in range(len(self.palette))], 1)
-        counts[np.arange(len(x)), ground] = -1
-        shape = counts.argmax(1)
+        count = lambda v: (v.reshape(len(x), 1, -1) == np.arange(len(self.palette))[:, None]).sum(-1)  # (N, colours)
+        ground = count(np.concatenate([colour[:, 0], colour[:, -1], colour[:, :, 0], colour[:, :, -1]], 1)).argmax(1)
+        inner = count(colour)
+        inner[np.arange(len(x)), ground] = -1
+        shape = inner.argmax(1)
         found = (colour == shape[:, None, None]).reshape(len(x), -1).astype(np.float32)
-        differ = [found.sum(1)[:, None] + part.sum(1) - 2 * found @ part.T
-                  for part in (self.masks(p).reshape(len(p), -1).astype(np.float32)
-                               for p in np.array_split(self.places, 1 + len(self.places) // 1000))]
+        parts = np.array_split(self.places, 1 + len(self.places) // 1000)
+        masks = (self.masks(part).reshape(len(part), -1).astype(np.float32) for part in parts)
+        differ = [found.sum(1)[:, None] + mask.sum(1) - 2 * found @ mask.T for mask in masks]  # pixels that differ
         return x - self.clean(self.places[np.concatenate(differ, 1).argmin(1)], ground, shape)
 
     def log_prob(self, x):
@@ -1189,18 +1227,17 @@ CIFAR10 = dict(url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", md
 
 def download(url, path, md5):
     """Fetch url to path: progress bar, taken up again where it broke off, checked, moved into place in one step."""
-    import urllib.error
     import urllib.request
 
     from tqdm import tqdm
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as reply:
-            if reply.status != 206:
-                have = 0
+            have = have if reply.status == 206 else 0  # 206: the server goes on where we stopped
             total = have + int(reply.headers.get("Content-Length", 0))
             with open(part, "ab" if have else "wb") as file, tqdm(
                     total=total or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
@@ -1209,11 +1246,9 @@ def download(url, path, md5):
                     bar.update(len(block))
         if part.stat().st_size < total:
             raise OSError("the connection broke off")
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: the part is the whole file already
-            raise Problem(f"{url}: {error}; fetch it by hand into {path.parent}") from None
-    except (OSError, urllib.error.URLError) as error:
-        raise Problem(f"{url}: {error}; run again to go on, or fetch it by hand into {path.parent}") from None
+    except OSError as error:
+        if getattr(error, "code", None) != 416:  # 416: the part is the whole file already
+            raise Problem(f"{url}: {error}; run again to go on, or fetch it by hand into {path.parent}") from None
     if (found := hashlib.md5(part.read_bytes()).hexdigest()) != md5:
         part.unlink()
         raise Problem(f"{url}: MD5 {found}, expected {md5}; the file was removed, run again")
@@ -1231,7 +1266,6 @@ def load_cifar10(folder):
         blobs = [(unpacked[0] / name).read_bytes() for name in names]
     else:
         if not archive.exists():
-            folder.mkdir(parents=True, exist_ok=True)
             download(CIFAR10["url"], archive, CIFAR10["md5"])
         try:
             with tarfile.open(archive) as tar:

@@ -598,3 +598,387 @@ def test_sampling_leaves_the_mode_and_global_random_state_alone():
     model.sample(1)
     build("pyramid", 8, **SMALL)
     assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+# --------------------------------------------------------------------------- data
+
+
+def test_shapes_have_the_probability_they_claim():
+    shapes = Shapes((16, 16))
+    x = shapes.sample(200, [1, 2])
+    assert x.dtype == np.uint8 and np.array_equal(x, shapes.sample(200, [1, 2]))
+    assert shapes.pmf.sum() == pytest.approx(1) and len(shapes.pmf) == 2 * shapes.bound + 1
+    masks = shapes.masks(shapes.places).reshape(len(shapes.places), -1)
+    assert len(np.unique(masks, axis=0)) == len(masks)  # each configuration is another image
+    for a, b in itertools.combinations(shapes.palette, 2):
+        assert abs(a - b).sum() > 6 * shapes.bound  # decoding by the nearest colour cannot err
+    # the direct formula: all configurations that could have made the image, by a slow loop
+    sigma = lambda z: 1 / (1 + math.exp(-z))
+    mass = [sigma((v + 0.5) / 0.3) - sigma((v - 0.5) / 0.3) for v in range(-3, 4)]
+    mass = [m / sum(mass) for m in mass]
+    for image, log_p in zip(x[:3], shapes.log_prob(x[:3])):
+        total = 0.0
+        for (ground, shape), mask in itertools.product(shapes.pairs, masks):
+            clean = np.where(mask.reshape(16, 16, 1), shapes.palette[shape], shapes.palette[ground])
+            noise = image.astype(int) - clean
+            if abs(noise).max() <= 3:
+                total += math.exp(sum(math.log(mass[v + 3]) for v in noise.ravel()) + 700)
+        assert math.log(total / len(masks) / len(shapes.pairs)) - 700 == pytest.approx(float(log_p), rel=1e-9)
+    entropy = -sum(m * math.log(m) for m in mass) * 768 + math.log(len(masks) * 12)
+    assert -shapes.log_prob(x).mean() == pytest.approx(entropy, rel=0.01)
+    assert shapes.decodable(x).all()
+    wrong = x.copy()
+    wrong[:, 8, 8, 1] ^= 64
+    assert np.isinf(shapes.log_prob(wrong)).all() and shapes.decodable(wrong).all()
+    assert not shapes.decodable(np.random.default_rng(0).integers(256, size=(5, 16, 16, 3), dtype=np.uint8)).any()
+
+
+@pytest.mark.parametrize("n, batch", [(10, 4), (3, 8)])
+def test_batches_are_functions_of_the_step_and_epochs_are_permutations(n, batch):
+    array = np.arange(n * 12, dtype=np.uint8).reshape(n, 2, 2, 3)
+    data = pixelaux.Dataset(array, array[:1])
+    seen = torch.cat([data.batch(step, batch, (0, 1)) for step in range(n)])[:, 0, 0, 0].reshape(-1, n)
+    for epoch in seen:
+        assert sorted(epoch.tolist()) == array[:, 0, 0, 0].tolist()
+    assert torch.equal(data.batch(2, batch, (0, 1)), pixelaux.Dataset(array, array[:1]).batch(2, batch, (0, 1)))
+    flipped = pixelaux.Dataset(array, array[:1], flip=True).batch(0, 200, (0, 1))
+    left = (flipped[:, 0, 0, 0] < flipped[:, 0, 0, 1]).float().mean()
+    assert 0.3 < left < 0.7
+
+
+def png(path, mode, size=(40, 50), **options):
+    values = np.random.default_rng(0).integers(256, size=(size[1], size[0], 4), dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(values).convert(mode)
+    image.save(path, **options)
+    return values
+
+
+def test_folders_take_every_kind_of_image_and_skip_what_is_broken(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "images" / "deeper"
+    folder.mkdir(parents=True)
+    gray = png(folder / "gray.png", "L", (32, 32))
+    png(folder / "deep.png", "I;16", (32, 32))
+    for mode in ("RGB", "RGBA", "P", "LA", "1", "CMYK"):
+        png(folder / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}", mode)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no image")
+    png(folder / "small.png", "RGB", (31, 60))
+    data, size = pixelaux.load_data(f"folder:{tmp_path / 'images'}", "data", (32, 32))
+    error = capfd.readouterr().err
+    assert len(data.train) + len(data.test) == 8 and size == (32, 32)
+    for name in ("broken.jpg", "empty.png", "small.png"):
+        assert f"skipped {folder / name}" in error
+    everything = np.concatenate([data.train[np.arange(7)], data.test[np.arange(1)]])
+    deep = gray[..., 0]  # 16-bit: 257 times the value is the value
+    assert (everything == deep[..., None]).all((1, 2, 3)).sum() == 1
+    assert np.array_equal(pixelaux.to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 0))), [[[255] * 3]])
+    again, _ = pixelaux.load_data(f"folder:{tmp_path / 'images'}", "data", (32, 32))  # from the cache
+    assert np.array_equal(again.train[np.arange(7)], data.train[np.arange(7)])
+
+
+def test_celeba_is_cropped_as_in_the_paper_and_split_by_a_fixed_seed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    values = np.indices((218, 178)).sum(0).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(np.stack([values] * 3, -1)).save(stream, "PNG")
+    for part in range(2):  # JPEG would change the values
+        with zipfile.ZipFile(tmp_path / f"part{part}.zip", "w") as archive:
+            for i in range(part, 40, 2):
+                archive.writestr(f"img_align_celeba/{i:06}.jpg", stream.getvalue())
+    data, size = pixelaux.load_data("celeba", tmp_path)
+    assert size == (128, 128) and (len(data.train), len(data.test)) == (38, 2)
+    assert np.array_equal(data.test[np.arange(1)][0, :, :, 0], values[50:178, 25:153])
+
+
+def cifar_archive(path, images_per_file=10000):
+    blob = np.zeros((images_per_file, 3073), np.uint8)
+    blob[:, 1:] = np.arange(3072) % 251
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = blob.nbytes
+            tar.addfile(info, io.BytesIO(blob.tobytes()))
+
+
+def test_cifar10_is_downloaded_resumed_checked_and_read(tmp_path, monkeypatch):
+    served = tmp_path / "server"
+    served.mkdir()
+    cifar_archive(served / "cifar.tar.gz")
+    content = (served / "cifar.tar.gz").read_bytes()
+    ranges = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            ranges.append(start)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start : len(content) // 2] if len(ranges) == 1 else content[start:])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/cifar.tar.gz"
+    folder = tmp_path / "data"
+    try:
+        monkeypatch.setattr(pixelaux, "CIFAR10", dict(url=url, md5=hashlib.md5(content).hexdigest()))
+        with pytest.raises(Problem, match="broke off|incomplete|IncompleteRead"):
+            pixelaux.load_data("cifar10", folder)
+        assert not (folder / "cifar-10-binary.tar.gz").exists()
+        data, _ = pixelaux.load_data("cifar10", folder)
+        assert ranges[0] == 0 and 0 < ranges[1] <= len(content) // 2 and len(ranges) == 2
+        assert data.train.shape == (50000, 32, 32, 3) and data.test.shape == (10000, 32, 32, 3)
+        assert data.train[0, 0, 1, 2] == (2 * 1024 + 1) % 251 and data.flip
+        monkeypatch.setattr(pixelaux, "CIFAR10", dict(url=url, md5="0" * 32))
+        with pytest.raises(Problem, match="MD5"):
+            pixelaux.load_data("cifar10", tmp_path / "other")
+        assert not list((tmp_path / "other").iterdir())
+    finally:
+        server.shutdown()
+    (folder / "cifar-10-binary.tar.gz").write_bytes(content[:5000])
+    with pytest.raises(Problem, match="not the CIFAR-10"):
+        pixelaux.load_data("cifar10", folder)
+
+
+def test_npy_files_of_either_layout(tmp_path):
+    array = np.random.default_rng(0).integers(256, size=(40, 8, 12, 3), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    np.save(tmp_path / "b.npy", array.transpose(0, 3, 1, 2))
+    a, size = pixelaux.load_data(str(tmp_path / "a.npy"), "data")
+    b, _ = pixelaux.load_data(str(tmp_path / "b.npy"), "data")
+    assert size == (8, 12) and np.array_equal(a.test[np.arange(2)], b.test[np.arange(2)])
+
+
+# --------------------------------------------------------------------------- training, evaluation, command line
+
+TRAIN = ["train", "--model", "pyramid", "--steps", "8", "--batch-size", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run that was not disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert main([*TRAIN, "--out", str(out)]) == 0
+    return out
+
+
+def weights(run):
+    return {f"{path.name} {k} {name}": value for path in sorted(run.glob("factor-*.pt"))
+            for k, factor in torch.load(path, weights_only=True)["factors"].items() for name, value in factor.items()}
+
+
+def test_training_leaves_what_the_readme_says(run):
+    assert {"config.json", "metrics.jsonl", "factor-0.pt", "factor-1.pt", "samples.png", "curves.png"} <= set(os.listdir(run))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["factor"] == 1] == list(range(1, 9))
+    assert all(math.isfinite(line["bits_per_dim"]) for line in lines)
+    with Image.open(run / "samples.png") as image:
+        assert image.width > 400 and np.asarray(image).std() > 10
+    assert not list(run.glob("*.part*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_n_steps_equal_half_and_resume_bit_for_bit(run, tmp_path, monkeypatch, number):
+    batch = pixelaux.Dataset.batch
+
+    def interrupted(self, step, n, seed):
+        if step == 4 and seed[1] == 1:
+            os.kill(os.getpid(), number)
+        return batch(self, step, n, seed)
+
+    out = tmp_path / "halves"
+    monkeypatch.setattr(pixelaux.Dataset, "batch", interrupted)
+    assert main([*TRAIN, "--out", str(out)]) == 130
+    monkeypatch.undo()
+    assert torch.load(out / "factor-1.pt", weights_only=True)["training"]["step"] == 5
+    assert main(["train", "--resume", "--out", str(out), "--device", "cpu"]) == 0
+    a, b = weights(run), weights(out)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    strip = lambda path: [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
+                          for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert strip(run) == strip(out)
+
+
+def test_factors_trained_apart_are_joined(run, tmp_path):
+    parts = [tmp_path / "a", tmp_path / "b"]
+    for k in (0, 1):
+        assert main([*TRAIN, "--factor", str(k), "--out", str(parts[k])]) == 0
+    assert main(["eval", str(parts[0]), "--n", "4"]) == 2  # factor 1 is missing
+    (parts[0] / "factor-1.pt").write_bytes((parts[1] / "factor-1.pt").read_bytes())
+    a, b = weights(run), weights(parts[0])
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for path in (parts[0], parts[0] / "factor-1.pt"):
+        assert pixelaux.load(path)[0].log_prob(images(2, (3, 16, 16))).isfinite().all()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch, capsys):
+    log_prob = LogisticMixture.log_prob
+    calls = []
+
+    def broken(self, x, bounds=None):
+        calls.append(1)
+        return log_prob(self, x, bounds) * (math.nan if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(LogisticMixture, "log_prob", broken)
+    assert main([*TRAIN, "--out", str(tmp_path / "nan")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not finite at step 4" in error and "checkpoint" in error  # the first call is the initialisation
+
+
+def test_training_learns(tmp_path):
+    model = build("pyramid", 8, **dict(SMALL, scales=0), batch_size=8, steps=(40, 40), lr=0.01)
+    data = pixelaux.Dataset(None, Shapes((16, 16)).sample(32, [0])[:, ::2, ::2], shapes=None)
+    data.shapes = type("Few", (), {"sample": lambda self, n, seed: Shapes((16, 16)).sample(n, seed)[:, ::2, ::2]})()
+    before = float(pixelaux.evaluate(model, data.test)[0].mean())
+    pixelaux.train_factor(model, 0, data, tmp_path, torch.device("cpu"))
+    assert pixelaux.evaluate(model, data.test)[0].mean() > before + 200
+
+
+def test_evaluation_covers_every_image_and_prints_the_table(run, capsys):
+    model, _ = pixelaux.load(run)
+    x = Shapes((16, 16)).sample(7, [9])
+    bound, tight = pixelaux.evaluate(model, x, batch_size=3)
+    with torch.no_grad():
+        assert np.allclose(bound.sum(0), model.log_prob(pixelaux.to_tensor(x)), rtol=1e-5)
+        assert np.allclose(tight.sum(0), model.log_prob(pixelaux.to_tensor(x), tight=True), rtol=1e-5)
+    assert bound.shape == (2, 7) and (tight >= bound - 1e-3).all()
+    capsys.readouterr()
+    assert main(["eval", str(run), "--n", "5", "--device", "cpu"]) == 0
+    text, result = capsys.readouterr().out, json.loads((run / "eval.json").read_text())
+    assert "true p(X)" in text and "decodes" in text and result["images"] == 5
+    rows = result["factors"]
+    assert sum(row["bound"] for row in rows) == pytest.approx(result["bound"])
+    assert rows[0]["bound_cumulative"] == pytest.approx(rows[0]["bound"] * 4)  # 8x8 has a quarter of the sub-pixels
+    assert rows[1]["bound_cumulative"] == pytest.approx(result["bound"])
+    assert result["bound_interval"][0] <= result["bound"] <= result["bound_interval"][1]
+    assert result["bound_excess_bits"] == pytest.approx((result["bound"] - result["true"]) * 768, rel=1e-6)
+
+
+def test_sample_command_writes_the_images_of_the_api(run, tmp_path):
+    out = tmp_path / "pictures" / "s"
+    assert main(["sample", str(run), "--n", "3", "--seed", "5", "--out", str(out), "--device", "cpu"]) == 0
+    arrays = np.load(f"{out}.npz")
+    expected = pixelaux.load(run)[0].sample(3, seed=5)
+    for i, level in enumerate(expected[::-1]):
+        assert np.array_equal(arrays[f"level{i}"], level.permute(0, 2, 3, 1))
+    given = tmp_path / "given.npy"
+    np.save(given, arrays["level1"])
+    for source in (str(given), "test"):
+        assert main(["sample", str(run), "--n", "3", "--given", source, "--mode", "map", "--shift", "-1", "--tight",
+                     "--out", str(out), "--device", "cpu"]) == 0
+        again = np.load(f"{out}.npz")
+        half = Half()(torch.from_numpy(again["level0"]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        assert np.array_equal(half, again["level1"])
+        assert source == "test" or np.array_equal(again["level1"], arrays["level1"])
+
+
+def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys):
+    (tmp_path / "cut.pt").write_bytes((run / "factor-0.pt").read_bytes()[:3000])
+    (tmp_path / "foreign.pt").write_bytes(b"hello")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    torch.save({**torch.load(run / "factor-0.pt", weights_only=True), "version": 999}, tmp_path / "version.pt")
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    assert main(["train", "--model", "pixelcnn", "--steps", "1", "--batch-size", "2", "--out", str(tmp_path / "pc")]) == 0
+    (mixed / "factor-0.pt").write_bytes((run / "factor-0.pt").read_bytes())
+    (mixed / "factor-1.pt").write_bytes((tmp_path / "pc" / "factor-0.pt").read_bytes())
+    (tmp_path / "nothing").mkdir()
+    np.save(tmp_path / "float.npy", np.zeros((9, 8, 8, 3)))
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    (tmp_path / "file").write_text("")
+    cases = [
+        (["train", "--model", "nonsense"], "nonsense"), (["train", "--preset", "huge"], "huge"),
+        (["train", "--nonsense"], "--nonsense"), (["nonsense"], "nonsense"), ([], "required"),
+        (["train", "--data", "nonsense"], "nonsense"), (["train", "--steps", "0"], "--steps"),
+        (["train", "--lr", "nan"], "--lr"), (["train", "--size", "12y"], "--size"),
+        (["train", "--device", "cuda:77"], "--device"), (["train", "--factor", "5"], "--factor"),
+        (["train", "--size", "18"], "multiples of"), (["train", "--size", "4"], "--size"),
+        (["train", "--data", "cifar10", "--size", "16"], "32x32"),
+        (["train", "--data", f"folder:{tmp_path}/none"], "no such folder"),
+        (["train", "--data", f"folder:{tmp_path}/nothing"], "no image files"),
+        (["train", "--data", "celeba", "--data-dir", str(tmp_path / "nothing")], "nothing"),
+        (["train", "--data", f"{tmp_path}/float.npy"], "float64"), (["train", "--data", f"{tmp_path}/bad.npy"], "bad.npy"),
+        (["train", "--data", f"{tmp_path}/gone.npy"], "gone.npy"),
+        (["train", "--out", str(run)], "already holds a run"), (["train", "--resume", "--out", f"{tmp_path}/x"], "no run"),
+        (["train", "--resume", "--out", str(run), "--model", "grayscale"], "pyramid"),
+        (["train", "--out", f"{tmp_path}/file/run"], "file"),
+        (["eval", f"{tmp_path}/gone"], "gone"), (["eval", f"{tmp_path}/nothing"], "no checkpoint"),
+        (["eval", f"{tmp_path}/cut.pt"], "cut.pt"), (["eval", f"{tmp_path}/foreign.pt"], "foreign.pt"),
+        (["eval", f"{tmp_path}/other.pt"], "other.pt"), (["eval", f"{tmp_path}/version.pt"], "999"),
+        (["eval", str(mixed)], "another model"), (["sample", str(run), "--given", f"{tmp_path}/gone.png"], "gone.png"),
+        (["sample", str(run), "--given", "test", "--level", "9"], "--level"),
+        (["sample", str(run), "--mode", "best"], "best"), (["sample", str(run), "--n", "-1"], "--n"),
+    ]
+    for arguments, expected in cases:
+        capsys.readouterr()
+        extra = ["--out", str(tmp_path / "never")] if arguments[:1] == ["train"] and "--out" not in arguments else []
+        try:
+            status = main([*arguments, *extra])
+        except SystemExit as exit:
+            status = exit.code
+        error = capsys.readouterr().err
+        lines = [line for line in error.replace("\r", "\n").splitlines() if line.startswith("pixelaux: ")]
+        assert status == 2 and len(lines) == 1 and expected in lines[0], (arguments, status, error)
+        assert "Traceback" not in error and not (tmp_path / "never").exists(), arguments
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(run, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    checkpoint = (run / "factor-0.pt").read_bytes()
+    monkeypatch.setattr(pixelaux.torch, "save", full)
+    assert main([*TRAIN, "--out", str(tmp_path / "full")]) == 2
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(OSError):
+        pixelaux.write_atomically(run / "factor-0.pt", lambda part: (part.write_bytes(b"half"), full()))
+    assert (run / "factor-0.pt").read_bytes() == checkpoint and not list(run.glob("*.part*"))
+
+
+def test_importing_needs_torch_and_numpy_alone():
+    code = ("import sys; sys.modules.update(dict.fromkeys(['PIL', 'tqdm', 'matplotlib', 'constriction']));"
+            "import pixelaux; print(pixelaux.build('pyramid', 16).dims)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert result.stdout.strip() == "768", result.stderr
+
+
+def readme_commands():
+    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if "pixelaux.py" in line]
+
+
+def test_the_commands_of_the_readme_run(run, tmp_path, monkeypatch):
+    """Each, with its sizes and steps made small; data sets replaced by a few made images of their size."""
+    monkeypatch.chdir(tmp_path)
+    commands, made = readme_commands(), np.random.default_rng(0).integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
+    assert len(commands) >= 8
+    load_data = pixelaux.load_data
+
+    def replaced(spec, folder, size=None):
+        if spec in ("cifar10", "celeba") or spec.startswith("folder:"):
+            return pixelaux.Dataset(made, made[:4], flip=True), (32, 32)
+        return load_data(spec, folder, size)
+
+    monkeypatch.setattr(pixelaux, "load_data", replaced)
+    for line in commands:
+        arguments = shlex.split(line[line.index("pixelaux.py") :])[1:]
+        if arguments[0] == "train":
+            small_run = [] if "--resume" in arguments else ["--steps", "2", "--batch-size", "2", "--preset", "tiny"]
+            keep = [a for i, a in enumerate(arguments) if a not in ("--steps", "--batch-size", "--preset", "--budget", "--size")
+                    and (i == 0 or arguments[i - 1] not in ("--steps", "--batch-size", "--preset", "--budget", "--size"))]
+            arguments = [*keep, *small_run]
+        elif arguments[0] == "bench":
+            arguments += ["--preset", "tiny", "--batch-size", "1", "--size", "16"]
+        elif arguments[0] in ("eval", "sample"):
+            assert pathlib.Path(arguments[1]).exists(), f"no earlier command of the README makes {arguments[1]}"
+            arguments += ["--n", "2"]
+        assert main(arguments) == 0, line

@@ -29,6 +29,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -89,6 +90,8 @@ class Config:
     betas: tuple = (0.95, 0.9995)  # of Adam, PixelCNN++'s
     ema: float = 0.9995  # decay of the moving average of the weights, PixelCNN++'s
     seed: int = 0
+    data: str = "shapes"
+    data_dir: str = "data"
 
 
 PRESETS = {
@@ -419,8 +422,10 @@ class Conv(nn.Module):
     The forward pass is torch's convolution, `taps` and `matrix` give the sampler the same as a gather and a product.
     """
 
-    def __init__(self, c_in, c_out, kernel, offset, activation="none", stride=1, up=False, gain=1.0, dropout=0.0):
+    def __init__(self, c_in, c_out, kernel, offset, activation="none", stride=1, up=False, gain=1.0, dropout=0.0,
+                 exact=False):
         super().__init__()
+        self.exact = exact  # also under autocast: bfloat16 would round means to half a level
         self.kernel, self.offset, self.stride, self.up = kernel, offset, stride, up
         self.activation, self.gain, self.dropout, self.initialise = activation, gain, dropout, False
         c_in *= 2 if activation == "concat_elu" else 1
@@ -438,6 +443,9 @@ class Conv(nn.Module):
             x = F.dropout(x, self.dropout, self.training)
         if self.initialise:
             self.data_dependent_init(x, size)
+        if self.exact:
+            with torch.autocast(x.device.type, enabled=False):
+                return self.apply_to(x.to(self.v.dtype), self.weight(), self.b, size)
         return self.apply_to(x, self.weight(), self.b, size)
 
     def apply_to(self, x, weight, bias, size):
@@ -553,7 +561,7 @@ class Network(nn.Module):
             skips.setdefault(scale, done)
             last[scale] = streams[-1]
         if causal:
-            self.outputs = [self.add([(streams[-1], dict(POINT, activation="elu", gain=0.03))], channels=c_out)]
+            self.outputs = [self.add([(streams[-1], dict(POINT, activation="elu", gain=0.03, exact=True))], channels=c_out)]
         else:
             self.outputs = [last[scale] for scale in sorted(last)]
         self.first = self.scale[self.outputs[0]]
@@ -643,7 +651,8 @@ class Factor(nn.Module):
         else:
             nr_resnet = config.nr_resnet_cond
             embedding = tuple(config.embedding) if psi.light else pixelcnnpp_layout(nr_resnet)
-            self.embed = Network(shape_hat[0] + 1, 0, embedding, config.nr_filters, causal=False)
+            self.embed = Network(shape_hat[0] + 1, 0, embedding, config.nr_filters, causal=False,
+                                 dropout=config.dropout)
         layout = (config.nr_light,) if light else pixelcnnpp_layout(nr_resnet)
         c_out = config.nr_logistic_mix * 10 if c == 3 else levels
         self.net = Network(c + 1, c_out, layout, config.nr_filters, True, depth(layout).bit_length() if psi else 0,
@@ -686,11 +695,12 @@ class PixelAux(nn.Module):
             self.shapes.append(psi.shape(*self.shapes[-1]))
             self.levels.append(psi.levels_out)
         kinds = [*self.chain, *MODELS[config.model][-1:], None]  # the coarsest level has the network of the last psi
-        self.factors = nn.ModuleList(  # coarsest first
-            Factor(config, self.shapes[i], self.levels[i], psi, bool(kinds[i] and kinds[i].light),
-                   self.shapes[i + 1] if psi else None)
-            for i, psi in reversed(list(enumerate([*self.chain, None])))
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.factors = nn.ModuleList(  # coarsest first
+                Factor(config, self.shapes[i], self.levels[i], psi, bool(kinds[i] and kinds[i].light),
+                       self.shapes[i + 1] if psi else None)
+                for i, psi in reversed(list(enumerate([*self.chain, None]))))
         need = 1
         for i, factor in enumerate(reversed(self.factors)):
             need = max(need, factor.multiple * 2 ** sum(isinstance(psi, Half) for psi in self.chain[:i]))
@@ -757,6 +767,8 @@ class PixelAux(nn.Module):
                 raise Problem(f"given: expected {n} uint8 images of a level's shape, one of {shapes}, "
                               f"got {given.dtype} {tuple(given.shape)}")
             level = shapes.index(tuple(given.shape[1:]))
+            if int(given.max()) >= self.levels[::-1][level]:
+                raise Problem(f"given: levels up to {int(given.max())}, expected 0..{self.levels[::-1][level] - 1}")
             chain = self.chain[len(self.chain) - level :]
             done = list(itertools.accumulate(chain, lambda x, psi: psi(x), initial=given.to(self.device)))[::-1]
         self.eval()
@@ -785,10 +797,7 @@ def build(name, size, preset="tiny", seed=0, **overrides):
     call `initialise` on a batch of images before training. Raises Problem, a ValueError.
     """
     size = (size, size) if isinstance(size, int) else tuple(size)
-    config = make_config(model=name, size=size, preset=preset, seed=seed, **overrides)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return PixelAux(config)
+    return PixelAux(make_config(model=name, size=size, preset=preset, seed=seed, **overrides))
 
 
 def make_config(preset="tiny", **fields):
@@ -861,39 +870,39 @@ class Schedule:
         self.group = [groups.setdefault((sizes[i], step.tobytes()), len(groups)) for i, step in enumerate(ready)]
 
         steps = 1 + max(int(step.max()) for step in ready)
-        # tables: key -> (first row of each step, rows); key: a group, or its taps. slots: of the buffer that is read
-        tables, self.reads, self.slots = {}, {}, {}
+
+        def padded(n):
+            n = -(-n // multiple)
+            # on CUDA in powers of two: few different shapes, each captured as one graph
+            return multiple * (1 << (n - 1).bit_length() if n and device.type == "cuda" else n)
+
+        # positions: of each group at each step; rows: key -> what is read at each position; slots: of the buffer read.
+        # A key is a group (its own positions), or a group and the geometry of the taps that it reads.
+        positions, rows, self.reads, self.slots = {}, {}, {}, {}
         for i, step in enumerate(ready):
-            if self.group[i] in tables or i in net.embeddings:
-                continue
-            number = np.bincount(step, minlength=steps)
-            padded = -(-number // multiple) * multiple
-            if device.type == "cuda":  # few different shapes, each captured as one graph
-                padded = np.where(number > 0, multiple * 2 ** np.ceil(np.log2(np.maximum(padded, 1) / multiple)), 0)
-            start = np.append(0, np.cumsum(padded)).astype(int)
-            order = np.full(start[-1], count[i] + 1)
-            rank = np.arange(count[i]) - np.repeat(np.append(0, np.cumsum(number))[:-1], number)
-            by_step = np.argsort(step, kind="stable")
-            order[start[step[by_step]] + rank] = by_step
-            tables[self.group[i]], self.slots[self.group[i]] = (start, order[:, None]), count[i] + 2
+            group = self.group[i]
+            if group not in positions and i not in net.embeddings:
+                parts = np.split(step.argsort(kind="stable"), np.bincount(step, minlength=steps).cumsum()[:-1])
+                positions[group] = [np.pad(p, (0, padded(len(p)) - len(p)), constant_values=count[i] + 1) for p in parts]
+                rows[group], self.slots[group] = np.arange(count[i] + 2)[:, None], count[i] + 2
         for i, layer in enumerate(net.layers, first):
             for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)):
-                key = self.group[i]
+                self.reads[i, j] = key = self.group[i]
                 if conv.kernel != (1, 1):
-                    key = self.group[i], sizes[node], conv.geometry
-                    start, order = tables[self.group[i]]
-                    outside = np.full((2, conv.kernel[0] * conv.kernel[1]), count[node])
-                    rows = np.concatenate([taps[sizes[node], sizes[i], conv.geometry], outside])
-                    tables.setdefault(key, (start, rows[order[:, 0]]))
+                    self.reads[i, j] = key = self.group[i], sizes[node], conv.geometry
+                    table = taps[sizes[node], sizes[i], conv.geometry]
+                    rows[key] = np.concatenate([table, np.full((2, table.shape[1]), count[node])])
                     self.slots[key] = count[node] + 2
-                self.reads[i, j] = key
-        self.steps = []  # (layout, indices): layout = ((key, how many indices), ..), for the keys that have any
+        # steps: (layout, indices), layout = ((key, how many indices), ..) for the keys that have any; pixels: drawn there
+        self.steps, self.pixels = [], []
         for t in range(steps):
-            parts = {key: rows[start[t] : start[t + 1]].ravel() for key, (start, rows) in tables.items()}
+            parts = {key: table[positions[key[0] if isinstance(key, tuple) else key][t]].ravel()
+                     for key, table in rows.items()}
             layout = tuple((key, len(part)) for key, part in parts.items() if len(part))
             if layout:
                 indices = np.concatenate([parts[key] for key, _ in layout])
                 self.steps.append((layout, torch.from_numpy(indices).to(device)))
+                self.pixels.append(int((ready[0] == t).sum()) if fast else 1)
 
 
 class Draw:
@@ -961,7 +970,6 @@ class Decoder:
             self.products.append(product(torch.cat([conv.matrix() for conv in convs], 1), sum(c.b for c in convs)))
             self.projections.append(projection)
         self.canvas = torch.zeros(n, h * w + 2, c, dtype=torch.long, device=self.device)
-        self.graphs = {}
         if self.tight:  # for each position: its cell's positions, its place in the cell, the position in x_hat
             side = factor.psi.cell
             r, col = np.ogrid[:h, :w]
@@ -1017,7 +1025,7 @@ class Decoder:
             if residual is not None:
                 residual = read(residual, "none", group[residual] == group[i])
             records.append((group[i], reads, self.products[i - first], self.projections[i - first], layer, residual))
-        self.input, self.group = buffers[0, "none"], group[0]
+        self.input, self.group, self.graphs = buffers[0, "none"], group[0], {}
         images = torch.arange(n, device=self.device).unsqueeze(1)
         self.offsets = {key: images * slots for key, slots in schedule.slots.items()}
         self.records = [
@@ -1067,13 +1075,12 @@ class Decoder:
         self.plan(schedule)
         self.input.zero_().view(self.n, h * w + 2, c + 1)[:, : h * w, -1] = 1.0
         for only in [None] if fast else range(h * w):
-            for layout, indices in schedule.steps:
+            for (layout, indices), pixels in zip(schedule.steps, schedule.pixels):
                 if self.device.type == "cuda" and fast and isinstance(symbol, Draw):
                     self.replay(layout, indices, symbol)
                 else:
                     self.step(layout, indices, symbol, only)
                 if progress:
-                    pixels = dict(layout).get(schedule.group[0], 0) if fast else 1
                     progress(self.n * pixels)
         return self.canvas[:, : h * w].transpose(1, 2).reshape(self.n, c, h, w).to(torch.uint8)
 
@@ -1298,9 +1305,10 @@ def fit(image, size):
     """Centre crop to the aspect of size = (H, W), resized to it."""
     from PIL import Image, ImageOps
 
+    image = to_rgb(image)
     if image.width < size[1] or image.height < size[0]:
         raise Problem(f"{image.width}x{image.height} is smaller than {size[1]}x{size[0]}")
-    return ImageOps.fit(to_rgb(image), size[::-1], Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
 
 
 def crop_celeba(image, size):
@@ -1322,47 +1330,34 @@ def decode_images(name, files, stamp, convert, size):
     from tqdm import tqdm
 
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pixelaux"
-    path = cache / f"{name}-{size[0]}x{size[1]}-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]}.npy"
-    if path.exists():
-        return np.load(path, mmap_mode="r")
-    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"{name}-{size[0]}x{size[1]}-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]}.bytes"
 
     def read(entry):
         try:
             with Image.open(entry[1]()) as image:
                 return np.asarray(convert(image, size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow and zipfile raise many kinds
             return f"{entry[0]}: {error}"
 
-    broken, count, part = [], 0, path.with_suffix(f".part{os.getpid()}")
-    try:
-        with open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
-                total=len(files), desc=f"decoding {name}", unit="image") as bar:
-            write_npy_header(file, (0, *size, 3))  # its length does not depend on the count, which is set at the end
+    def decode(file):
+        broken = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(files), desc=f"decoding {name}", unit="image") as bar:
             for start in range(0, len(files), 1024):
                 for result in pool.map(read, files[start : start + 1024]):
                     bar.update()
-                    if isinstance(result, str):
-                        broken.append(result)
-                    else:
-                        file.write(result.tobytes())
-                        count += 1
-            file.seek(0)
-            write_npy_header(file, (count, *size, 3))
+                    broken += [result] if isinstance(result, str) else []
+                    file.write(b"" if isinstance(result, str) else result.tobytes())
         for line in broken[:10]:
             print(f"pixelaux: skipped {line}", file=sys.stderr)
         if len(broken) > 10:
             print(f"pixelaux: skipped {len(broken) - 10} more files", file=sys.stderr)
-        if not count:
+        if len(broken) == len(files):
             raise Problem(f"none of the {len(files)} image files could be read; the first: {broken[0]}")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
 
-
-def write_npy_header(file, shape):
-    np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, decode)
+    return np.memmap(path, np.uint8, "r").reshape(-1, *size, 3)
 
 
 def split(images, share=0.05):
@@ -1387,13 +1382,26 @@ class Subset:
         return self.images[self.index[rows]]
 
 
+def read_npy(path):
+    """uint8 (N, H, W, C) of a .npy file that holds it, or (N, C, H, W); C is 1 or 3."""
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise Problem(f"{path}: {error}") from None
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
+        raise Problem(f"{path}: {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")
+    return images
+
+
 DATA_SIZES = {"shapes": (16, 16), "cifar10": (32, 32), "celeba": (128, 128)}
 
 
 def load_data(spec, folder, size=None):
     """spec: "shapes", "cifar10", "celeba", "folder:PATH" or a .npy file -> (Dataset, (H, W)). Raises Problem."""
     folder = pathlib.Path(folder)
-    size = size or DATA_SIZES.get(spec, (64, 64))
+    asked, size = size, size or DATA_SIZES.get(spec, (64, 64))
     if spec == "shapes":
         shapes = Shapes(size)
         return Dataset(None, shapes.sample(512, [0, 20170806]), shapes=shapes), size
@@ -1403,7 +1411,8 @@ def load_data(spec, folder, size=None):
         return Dataset(*load_cifar10(folder), flip=True), size
     if spec == "celeba":
         files = celeba_files(folder)
-        images = decode_images("celeba", files, [name for name, _ in files], crop_celeba, size)
+        stamp = [name for name, _ in files], [(str(f), f.stat().st_size) for f in sorted(folder.glob("*.zip"))]
+        images = decode_images("celeba", files, stamp, crop_celeba, size)
         return Dataset(*split(images), flip=True), size
     if spec.startswith("folder:"):
         path = pathlib.Path(spec.removeprefix("folder:"))
@@ -1419,23 +1428,17 @@ def load_data(spec, folder, size=None):
         images = decode_images("folder", [(f, lambda f=f: f) for f in files], stamp, fit, size)
         return Dataset(*split(images), flip=True), size
     if spec.endswith(".npy"):
-        try:
-            images = np.load(spec, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise Problem(f"{spec}: {error}") from None
-        if images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] == 3 != images.shape[3]:
-            images = images.transpose(0, 2, 3, 1)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise Problem(f"{spec}: {images.dtype} {images.shape}, expected uint8 (N, H, W, 3) or (N, 3, H, W)")
-        if size not in ((64, 64), images.shape[1:3]):
+        images = read_npy(spec)
+        if asked not in (None, images.shape[1:3]):
             raise Problem(f"--size {size[0]}x{size[1]}: the images of {spec} are {images.shape[1]}x{images.shape[2]}")
+        if images.shape[3] != 3:
+            raise Problem(f"{spec}: {images.shape}, expected three channels")
         return Dataset(*split(images)), images.shape[1:3]
     raise Problem(f"unknown data {spec!r}: expected shapes, cifar10, celeba, folder:PATH or a .npy file")
 
 
 def celeba_files(folder):
     """[(name, function)] of the official aligned JPEGs: a zip, several zips, or a folder of .jpg, in `folder`."""
-    import io
     import zipfile
 
     zips = [folder] if folder.is_file() else sorted(folder.glob("*.zip"))
@@ -1461,11 +1464,13 @@ def celeba_files(folder):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then move it to `path` in one step: nothing is ever half-written."""
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    """write(binary file), then move it to `path` in one step: nothing is ever half-written."""
+    path = pathlib.Path(path)
+    part = path.with_name(f"part-{os.getpid()}-{path.name}")
     try:
-        write(part)
-        with open(part, "rb+") as file:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
@@ -1488,7 +1493,7 @@ def read_checkpoint(path):
 
 
 def load(run, device="cpu"):
-    """The trained model of a run (folder of `train`, or a checkpoint file) with averaged weights: (model, state).
+    """The trained model of a run (folder of `train`, or a checkpoint file) with averaged weights.
 
     A folder's factors, which may have been trained on different machines, are joined; a file that holds some of the
     factors only is joined with its neighbours. Raises Problem.
@@ -1502,7 +1507,8 @@ def load(run, device="cpu"):
     states = {path: read_checkpoint(path) for path in paths}
     model = PixelAux(make_config(**states[paths[0]]["config"]))
     if run.is_file() and len(states[run]["factors"]) < len(model.factors):
-        states |= {path: read_checkpoint(path) for path in sorted(run.parent.glob("factor-*.pt")) if path != run}
+        siblings = (path for path in sorted(run.parent.glob("factor-*.pt")) if path != run)
+        states = {**{path: read_checkpoint(path) for path in siblings}, **states}  # the file named wins
     for path, state in states.items():
         for k, weights in state["factors"].items():
             try:
@@ -1512,7 +1518,7 @@ def load(run, device="cpu"):
     found = {k for state in states.values() for k in state["factors"]}
     if missing := sorted(set(range(len(model.factors))) - found):
         raise Problem(f"{run}: factor {missing[0]} is missing; `train --factor {missing[0]}` trains it")
-    return model.to(device, memory_format=torch.channels_last).eval(), states[paths[0]]
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 class Stop(Exception):
@@ -1533,6 +1539,21 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+def read_metrics(out):
+    """Records of OUT/metrics.jsonl, without a last line that a kill may have cut."""
+    records = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def training_steps(config, k, data):
+    """Steps of factor k: as configured, or from epochs (of 50,000 images where they are made on the fly)."""
+    images = 50_000 if data.train is None else len(data.train)
+    return config.steps[min(k, 1)] or math.ceil(config.epochs[min(k, 1)] * images / config.batch_size)
+
+
 def train_factor(model, k, data, out, device, resume=False, caught=()):
     """Train factor k of model on data, or go on where its checkpoint stands; returns it with averaged weights.
 
@@ -1546,8 +1567,7 @@ def train_factor(model, k, data, out, device, resume=False, caught=()):
     torch.manual_seed(1000 * config.seed + k)
     state = read_checkpoint(path) if resume and path.exists() else None
     factor, scale = model.factors[k], 1 / (model.dims * math.log(2))
-    steps = config.steps[min(k, 1)] or math.ceil(config.epochs[min(k, 1)] * len(data.train or [0] * 50000)
-                                                 / config.batch_size)
+    steps = training_steps(config, k, data)
     seed = (config.seed, k)
 
     def levels(x):
@@ -1559,7 +1579,7 @@ def train_factor(model, k, data, out, device, resume=False, caught=()):
     average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     fused = {"fused": True} if device.type == "cuda" else {}
     optimizer = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, **fused)
-    step, elapsed, done = 0, 0.0, False
+    step, elapsed = 0, 0.0
     if state is not None:
         training = state["training"]
         try:
@@ -1569,80 +1589,82 @@ def train_factor(model, k, data, out, device, resume=False, caught=()):
             raise Problem(f"{path}: of another model than {out / 'config.json'}") from None
         average.n_averaged.fill_(training["averaged"])
         optimizer.load_state_dict(training["optimizer"])
-        step, elapsed, done = training["step"], training["seconds"], training["done"]
+        step, elapsed = training["step"], training["seconds"]
         torch.set_rng_state(training["random"])
         if device.type == "cuda" and "random_cuda" in training:
             torch.cuda.set_rng_state(training["random_cuda"], device)
 
-    def save(done):
+    def save():
         training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=elapsed,
-                        averaged=int(average.n_averaged), random=torch.get_rng_state(), done=done)
+                        averaged=int(average.n_averaged), random=torch.get_rng_state())
         if device.type == "cuda":
             training["random_cuda"] = torch.cuda.get_rng_state(device)
         checkpoint = dict(format="pixelaux", version=VERSION, config=dataclasses.asdict(config),
                           factors={k: average.module.state_dict()}, training=training)
-        write_atomically(path, lambda part: torch.save(checkpoint, part))
+        torch.save(checkpoint, buffer := io.BytesIO())  # in memory: torch does not report a full disk as an OSError
+        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
     def progress():
         """Share of the training that is done, by steps or by minutes."""
         return elapsed / (60 * config.budget) if config.budget else step / steps
 
     if metrics.exists():  # a resumed run repeats what came after its checkpoint
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        keep = [line for line in lines if line["factor"] != k or line["step"] <= step]
-        write_atomically(metrics, lambda part: part.write_text("".join(json.dumps(line) + "\n" for line in keep)))
+        keep = [line for line in read_metrics(out) if line["factor"] != k or line["step"] <= step]
+        write_atomically(metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in keep).encode()))
     every = 20 if config.budget else max(1, min(20, steps // 10))
-    pictures, losses, last_save = 0.25, [], time.monotonic()
+    done = progress() >= 1
+    quarter, losses, last_save = int(4 * progress()), [], time.monotonic()
     test = to_tensor(data.test[np.arange(min(128, len(data.test)))])
-    bar = tqdm(total=None if config.budget else steps, initial=step, desc=f"factor {k}", unit="step", disable=done)
     factor.train()
     started, mark = time.monotonic() - elapsed, elapsed
-    while not done:
-        lr = config.lr * config.lr_decay**step * (max(0.0, 1 - progress()) if config.anneal else 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        x, x_hat = levels(data.batch(step, config.batch_size, seed))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            head = factor.head(x, x_hat)
-        bounds = factor.psi.bounds(x, x_hat) if config.tight and factor.psi else None
-        loss = -head.log_prob(x, bounds).flatten(1).sum(1).mean() * scale
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        average.update_parameters(factor)
-        losses.append(loss.detach())
-        step += 1
-        elapsed = time.monotonic() - started
-        done = progress() >= 1
-        bar.update()
-        if step % every == 0 or done or caught:  # the only places where the host waits for the device
-            values = torch.stack(losses).cpu()
-            if not values.isfinite().all():
-                bad = step - len(losses) + int((~values.isfinite()).nonzero()[0]) + 1
-                good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-                raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad}; {good}")
-            speed = config.batch_size * len(losses) / (elapsed - mark)
-            record = dict(factor=k, step=step, bits_per_dim=float(values.mean()), lr=lr, seconds=round(elapsed, 3),
-                          images_per_second=round(speed, 1))
-            mark, losses = elapsed, []
-            if progress() >= pictures or done:
-                average.module.eval()
-                with torch.inference_mode():
-                    record["test_bits_per_dim"] = float(average.module.log_prob(*levels(test)).mean().neg() * scale)
-                average.module.train()
-                pictures = progress() + 0.25
-            with open(metrics, "a") as file:
-                file.write(json.dumps(record) + "\n")
-            bar.set_postfix_str(f"{record['bits_per_dim']:.3f} bits/dim, {record['images_per_second']} images/s")
-            if done or caught or time.monotonic() - last_save > 120:
-                save(done)
-                last_save = time.monotonic()
-            if "test_bits_per_dim" in record and not done:
-                show_progress(model, k, average.module, test, out)
-            if caught and not done:
-                bar.close()
-                raise Stop(f"stopped at step {step} of factor {k}; --resume goes on from {path}")
-    bar.close()
+    with tqdm(total=None if config.budget else steps, initial=step, desc=f"factor {k}", unit="step",
+              disable=done) as bar:
+        while not done:
+            lr = config.lr * config.lr_decay**step * (max(0.0, 1 - progress()) if config.anneal else 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            x, x_hat = levels(data.batch(step, config.batch_size, seed))
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = -factor.log_prob(x, x_hat, config.tight).mean() * scale
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            average.update_parameters(factor)
+            losses.append(loss.detach())
+            step += 1
+            elapsed = time.monotonic() - started
+            done = progress() >= 1
+            bar.update()
+            if step % every == 0 or done or caught:  # the only places where the host waits for the device
+                values = torch.stack(losses).cpu()
+                if not values.isfinite().all():
+                    bad = step - len(losses) + int((~values.isfinite()).nonzero()[0]) + 1
+                    good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+                    raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad}; {good}")
+                speed = config.batch_size * len(losses) / (elapsed - mark)
+                record = dict(factor=k, step=step, bits_per_dim=float(values.mean()), lr=lr, seconds=round(elapsed, 3),
+                              images_per_second=round(speed, 1))
+                mark, losses = elapsed, []
+                if int(4 * progress()) > quarter:
+                    average.module.eval()
+                    with torch.inference_mode():
+                        log_prob = torch.cat([average.module.log_prob(*levels(x), config.tight)
+                                              for x in test.split(config.batch_size)])
+                    record["test_bits_per_dim"] = float(-log_prob.mean() * scale)
+                    average.module.train()
+                    quarter = int(4 * progress())
+                with open(metrics, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+                left = f", {max(0.0, 60 * config.budget - elapsed):.0f} s left" if config.budget else ""
+                bar.set_postfix_str(f"{record['bits_per_dim']:.3f} bits/dim, {speed:.0f} images/s{left}")
+                if done or caught or time.monotonic() - last_save > 120:
+                    save()
+                    last_save = time.monotonic()
+                if "test_bits_per_dim" in record and not done:
+                    show_progress(model, k, average.module, test, out)
+                    mark = time.monotonic() - started
+                if caught and not done:
+                    raise Stop(f"stopped at step {step} of factor {k}; --resume goes on from {path}")
     factor.load_state_dict(average.module.state_dict())
     return factor.eval()
 
@@ -1672,7 +1694,7 @@ def evaluate(model, images, batch_size=None, progress=None):
     forward passes. progress: called with the number of images done.
     """
     model.eval()
-    batch_size = batch_size or max(1, 2**20 // model.dims * 8)
+    batch_size = batch_size or max(1, int(2**30 / max(map(Decoder.bytes_per_image, model.factors))))
     bound, tight = [], []
     for start in range(0, len(images), batch_size):
         x = to_tensor(images[np.arange(start, min(start + batch_size, len(images)))]).to(model.device)
@@ -1698,39 +1720,35 @@ def bootstrap(values, seed=0, rounds=1000):
 
 def report(model, bound, tight, shapes=None, images=None, samples=None):
     """The table that `eval` prints, and the same as a dict."""
-    result, lines = dict(images=bound.shape[1], factors=[]), []
-    lines.append(f"{bound.shape[1]} test images. bits/dim of X: bits of an image / {model.dims}; cumulative: bits of all "
-                 "levels up to this one\n/ its sub-pixels (the model stopped there; the paper's Table 2). "
-                 "bound: the paper's, <=; exact: log p(X) itself, =.\n")
-    lines.append(f"{'':24}{'bits/dim of X':>20}{'cumulative':>24}")
-    lines.append(f"{'factor':24}{'bound':>10}{'exact':>10}{'bound':>14}{'exact':>10}")
+    kinds, result = {"bound": bound, "exact": tight}, dict(images=bound.shape[1], factors=[])
+    row = lambda name, cells: f"{name:20}" + "".join(f"{c:>12}" if isinstance(c, str) else f"{c:12.4f}" for c in cells)
+    lines = [
+        f"{bound.shape[1]} test images, bits/dim. of X: bits / {model.dims}, which add up; own: bits / sub-pixels of the "
+        "level; cumulative: bits of all\nlevels so far / sub-pixels of this one (the model stopped there: the paper's "
+        "Table 2). bound: the paper's, <=; exact: =.\n", row("", ["of X", "", "own", "", "cumulative", ""]),
+        row("factor", ["bound", "exact"] * 3)]
     for k, factor in enumerate(model.factors):
-        c, h, w = factor.shape
-        given = "" if k == 0 else f" | {model.factors[k - 1].shape[2]}x{model.factors[k - 1].shape[1]}"
-        name = f"{'gray ' if c == 1 else ''}{w}x{h}{given}"
-        row = dict(factor=name, shape=factor.shape)
-        for label, values in (("bound", bound), ("exact", tight)):
-            row[label] = float(bits_per_dim(values[k].mean(), model.dims))
-            row[label + "_cumulative"] = float(bits_per_dim(values[: k + 1].sum(0).mean(), math.prod(factor.shape)))
-        result["factors"].append(row)
-        lines.append(f"{name:24}{row['bound']:10.4f}{row['exact']:10.4f}"
-                     f"{row['bound_cumulative']:14.4f}{row['exact_cumulative']:10.4f}")
-    for label, values in (("bound", bound), ("exact", tight)):
+        (c, h, w), below = factor.shape, model.factors[k - 1].shape
+        name = f"{'gray ' if c == 1 else ''}{w}x{h}" + (f" | {'gray ' if below[0] == 1 else ''}{below[2]}x{below[1]}"
+                                                        if k else "")
+        cells = {f"{kind}_{how}": float(bits_per_dim(nats.mean(), dims))
+                 for how, first, dims in (("of_x", k, model.dims), ("own", k, c * h * w), ("cumulative", 0, c * h * w))
+                 for kind, values in kinds.items() for nats in [values[first : k + 1].sum(0)]}
+        result["factors"].append(dict(factor=name, shape=factor.shape, **cells))
+        lines.append(row(name, cells.values()))
+    for kind, values in kinds.items():
         bits = bits_per_dim(values.sum(0), model.dims)
-        low, high = bootstrap(bits)
-        result[label], result[label + "_interval"] = float(bits.mean()), [float(low), float(high)]
-    lines.append(f"{'total':24}{result['bound']:10.4f}{result['exact']:10.4f}      95% "
-                 f"[{result['bound_interval'][0]:.4f}, {result['bound_interval'][1]:.4f}] "
-                 f"[{result['exact_interval'][0]:.4f}, {result['exact_interval'][1]:.4f}]")
+        result[kind], result[f"{kind}_interval"] = float(bits.mean()), [float(v) for v in bootstrap(bits)]
+    interval = ", ".join(f"{kind} [{{:.4f}}, {{:.4f}}]".format(*result[f"{kind}_interval"]) for kind in kinds)
+    lines += [row("total", [result[kind] for kind in kinds]), f"95% intervals over the images: {interval}"]
     if shapes:
         true = shapes.log_prob(images)
         result["true"] = float(bits_per_dim(true.mean(), model.dims))
-        for label, values in (("bound", bound), ("exact", tight)):
-            result[label + "_excess_bits"] = float((true - values.sum(0)).mean() / math.log(2))
-        lines.append(f"{'true p(X)':24}{result['true']:10.4f}{result['true']:10.4f}      the limit; of it "
-                     f"{shapes.log_configurations / math.log(2) / model.dims:.4f} are the shape, the rest noise")
-        lines.append(f"excess over the true p(X), bits per image: bound {result['bound_excess_bits']:.1f}, "
-                     f"exact {result['exact_excess_bits']:.1f}")
+        result |= {f"{kind}_excess_bits": float((true - values.sum(0)).mean() / math.log(2)) for kind, values in kinds.items()}
+        lines += [row("true p(X)", [result["true"]] * 2) + "  the limit; "
+                  f"{shapes.log_configurations / math.log(2) / model.dims:.4f} of it are the shape, the rest noise",
+                  f"excess over the true p(X): bound {result['bound_excess_bits']:.1f}, "
+                  f"exact {result['exact_excess_bits']:.1f} bits per image"]
         if samples is not None:
             result["decodable"] = float(shapes.decodable(samples).mean())
             lines.append(f"samples whose shape decodes: {100 * result['decodable']:.0f}% of {len(samples)}")
@@ -1754,7 +1772,7 @@ def save_grid(levels, path, columns=8, tile=64):
             rows.append(np.concatenate([*x, *np.full_like(x[:1].repeat(columns - len(x), 0), 255)], 1))
     width = max(row.shape[1] for row in rows)
     rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    write_atomically(pathlib.Path(path), lambda part: Image.fromarray(np.concatenate(rows)).save(part))
+    write_atomically(path, lambda file: Image.fromarray(np.concatenate(rows)).save(file, "PNG"))
 
 
 def save_curves(out):
@@ -1764,7 +1782,7 @@ def save_curves(out):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(out)
     factors = sorted({line["factor"] for line in lines})
     if not factors:
         return
@@ -1781,7 +1799,7 @@ def save_curves(out):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    write_atomically(out / "curves.png", lambda part: figure.savefig(part, dpi=110))
+    write_atomically(out / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
     pyplot.close(figure)
 
 
@@ -1791,39 +1809,34 @@ def save_curves(out):
 
 
 def command_train(args):
-    chosen = {name: value for name in ("model", "preset", "size", "batch_size", "lr", "budget", "tight", "seed")
-              if (value := getattr(args, name)) is not None}
+    chosen = {name: value for name in ("model", "preset", "size", "batch_size", "lr", "budget", "tight", "seed",
+                                                             "look_right", "data", "data_dir") if (value := getattr(args, name)) is not None}
     if args.steps is not None:
         chosen["steps"] = (args.steps, args.steps)
     name = f"{args.model or 'pyramid'}-{(args.data or 'shapes').split(':')[0].removesuffix('.npy').split('/')[-1]}"
     out = pathlib.Path(args.out or f"runs/{name}")
     settings = out / "config.json"
     if args.resume:
-        if not settings.exists():
-            raise Problem(f"--resume: {out} holds no run")
-        stored = json.loads(settings.read_text())
-        for key, value in {**chosen, "data": args.data}.items():
-            old = stored["data"] if key == "data" else stored["config"][key]
-            if value is not None and key != "budget" and old != (list(value) if isinstance(value, tuple) else value):
+        config = read_config(settings)
+        for key, value in chosen.items():
+            old = getattr(config, key)
+            if key not in ("budget", "data_dir") and old != value:
                 raise Problem(f"--resume: {out} was trained with {key.replace('_', '-')} {old}, not {value}")
-        spec, folder, config = stored["data"], args.data_dir or stored["data_dir"], make_config(**stored["config"])
-        data, _ = load_data(spec, folder, config.size)
+        config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if k in ("budget", "data_dir")})
+        data, _ = load_data(config.data, config.data_dir, config.size)
     else:
-        spec, folder = args.data or "shapes", args.data_dir or "data"
-        data, size = load_data(spec, folder, chosen.pop("size", None))
-        config = make_config(**chosen, size=size)
+        if args.factor is None and (settings.exists() or any(out.glob("factor-*.pt"))):
+            raise Problem(f"--out: {out} already holds a run; --resume goes on with it, or choose another folder")
+        data, chosen["size"] = load_data(args.data or "shapes", args.data_dir or "data", args.size)
+        config = make_config(**chosen)
+        if settings.exists() and (read_config(settings) != config or (out / f"factor-{args.factor}.pt").exists()):
+            raise Problem(f"--out: {out} already holds another run, or this factor of it; see --resume")
     model = PixelAux(config)
     if args.factor is not None and not 0 <= args.factor < len(model.factors):
         raise Problem(f"--factor {args.factor}: the model has factors 0..{len(model.factors) - 1}")
     model = model.to(args.device, memory_format=torch.channels_last)
-    stored = json.dumps(dict(data=spec, data_dir=str(folder), config=dataclasses.asdict(config)), indent=1)
-    if not args.resume and settings.exists():
-        same = json.loads(settings.read_text()) == json.loads(stored)
-        if args.factor is None or not same or (out / f"factor-{args.factor}.pt").exists():
-            raise Problem(f"--out: {out} already holds a run; --resume goes on with it, or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        write_atomically(settings, lambda part: part.write_text(stored))
+    write_atomically(settings, lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=1).encode()))
     with stop_signals() as caught:
         for k in range(len(model.factors)) if args.factor is None else [args.factor]:
             train_factor(model, k, data, out, args.device, args.resume, caught)
@@ -1839,13 +1852,24 @@ def command_train(args):
           f"next: python pixelaux.py eval {out}   python pixelaux.py sample {out}")
 
 
-def run_data(args, state):
+def read_config(path):
+    try:
+        return make_config(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise Problem(f"--resume: {path.parent} holds no run") from None
+    except (ValueError, TypeError) as error:
+        raise Problem(f"{path}: not a configuration of pixelaux ({error})") from None
+
+
+def run_data(args, model):
     """The data that a run was trained on, or what --data and --data-dir say."""
-    folder = pathlib.Path(args.run)
-    settings = (folder if folder.is_dir() else folder.parent) / "config.json"
-    stored = json.loads(settings.read_text()) if settings.exists() else dict(data="shapes", data_dir="data")
-    size = tuple(state["config"]["size"])
-    return load_data(args.data or stored["data"], args.data_dir or stored["data_dir"], size)[0]
+    config = model.config
+    return load_data(args.data or config.data, args.data_dir or config.data_dir, config.size)[0]
+
+
+def run_folder(args):
+    run = pathlib.Path(args.run)
+    return run if run.is_dir() else run.parent
 
 
 def bar_of(total, unit, name=None):
@@ -1855,8 +1879,8 @@ def bar_of(total, unit, name=None):
 
 
 def command_eval(args):
-    model, state = load(args.run, args.device)
-    data = run_data(args, state)
+    model = load(args.run, args.device)
+    data = run_data(args, model)
     images = data.test[np.arange(min(args.n or len(data.test), len(data.test)))]
     with bar_of(len(images), "image") as bar:
         bound, tight = evaluate(model, images, args.batch_size, bar.update)
@@ -1865,56 +1889,48 @@ def command_eval(args):
         samples = model.sample(64, seed=args.seed or 0, tight=args.tight or False)[-1].permute(0, 2, 3, 1).cpu().numpy()
     text, result = report(model, bound, tight, data.shapes, images, samples)
     print(text)
-    folder = pathlib.Path(args.run)
-    folder = folder if folder.is_dir() else folder.parent
-    write_atomically(folder / "eval.json", lambda part: part.write_text(json.dumps(result, indent=1)))
+    write_atomically(run_folder(args) / "eval.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
 
 
-def given_images(args, model, state):
-    """Images for --given: of the level's own size as they are, of X's size through the chain down to --level."""
+def given_images(args, model):
+    """Images for --given: of a level's own size as they are, of X's size through the chain down to --level."""
     if args.given == "test":
-        x = run_data(args, state).test[np.arange(args.n)]
+        test = run_data(args, model).test
+        x = test[np.arange(min(args.n, len(test)))]
     elif args.given.endswith(".npy"):
-        try:
-            x = np.load(args.given, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise Problem(f"--given {args.given}: {error}") from None
+        x = read_npy(args.given)
     else:
         from PIL import Image
 
         try:
             with Image.open(args.given) as image:
-                x = np.asarray(to_rgb(image))[None]
-        except (OSError, SyntaxError) as error:
+                x = np.asarray(to_rgb(image))[None].repeat(args.n, 0)
+        except Exception as error:  # Pillow raises many kinds
             raise Problem(f"--given {args.given}: {error}") from None
-    x = x[..., None] if x.ndim == 3 else x
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not len(x):
-        raise Problem(f"--given {args.given}: {x.dtype} {x.shape}, expected uint8 (N, H, W, C)")
-    x = to_tensor(x)
-    x = x[:: 1][: args.n] if len(x) > 1 else x.expand(args.n, -1, -1, -1)
+    x = to_tensor(x)[: args.n]
     if tuple(x.shape[1:]) == model.shapes[0]:
         if not 1 <= args.level <= len(model.chain):
             raise Problem(f"--level {args.level}: the model has levels 1..{len(model.chain)} below X")
-        x = model.levels_of(x.contiguous())[len(model.chain) - args.level]
+        x = model.levels_of(x)[len(model.chain) - args.level]
     return x
 
 
 def command_sample(args):
-    model, state = load(args.run, args.device)
-    given = given_images(args, model, state) if args.given else None
+    model = load(args.run, args.device)
+    given, shapes = given_images(args, model) if args.given else None, model.shapes[::-1]
     n = args.n if given is None else len(given)
-    shapes = model.shapes[::-1]
     first = 0 if given is None else next((i + 1 for i, s in enumerate(shapes) if s == tuple(given.shape[1:])), 0)
     with bar_of(n * sum(h * w for _, h, w in shapes[first:]), "pixel") as bar:
         levels = model.sample(n, args.seed or 0, args.mode, args.shift, args.tight or False, given, not args.naive,
                               bar.update)
-    folder = pathlib.Path(args.run)
-    out = pathlib.Path(args.out or (folder if folder.is_dir() else folder.parent) / f"sample-{args.mode}-{args.seed or 0}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(levels, out.with_suffix(".png"))
+    name = "-".join(["sample", args.mode, str(args.seed or 0), *([f"shift{args.shift:g}"] if args.shift else []),
+                     *(["given"] if args.given else []), *(["tight"] if args.tight else [])])
+    out = str(args.out or run_folder(args) / name)
+    pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
+    save_grid(levels, f"{out}.png")
     arrays = {f"level{len(levels) - 1 - i}": level.permute(0, 2, 3, 1).cpu().numpy() for i, level in enumerate(levels)}
-    write_atomically(out.with_suffix(".npz"), lambda part: np.savez(part, **arrays))
-    print(f"{out.with_suffix('.png')}: a row for each level, coarsest first; {out.with_suffix('.npz')}: "
+    write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
+    print(f"{out}.png: a row for each level, coarsest first; {out}.npz: "
           f"{', '.join(f'{k} {v.shape}' for k, v in arrays.items())}, uint8, level0 is X")
 
 
@@ -1945,7 +1961,7 @@ def plain_forward(network, x, embeddings):
 
 
 def seconds(function, device, repeat=3):
-    """Best wall-clock time of `repeat` calls, after one to warm up."""
+    """Best wall-clock time of `repeat` calls, after one to warm up; of one call at once if repeat is 0."""
     times = []
     for _ in range(repeat + 1):
         if device.type == "cuda":
@@ -1955,7 +1971,7 @@ def seconds(function, device, repeat=3):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times[1:] or times)
 
 
 def command_bench(args):
@@ -1995,29 +2011,38 @@ def bench_train(args, device):
 
 
 def bench_sample(args, device):
-    size = args.size or (128, 128)
-    light = (args.model or "pyramid") != "pixelcnn"
-    preset = args.preset or ("celeba" if light else "cifar10")
-    extra = {} if light or args.preset else dict(nr_resnet=5)
-    model = build(args.model or "pyramid", size, preset, args.seed or 0, **extra).to(device).eval()
-    factor, pixels = model.factors[-1], size[0] * size[1]
-    print(f"finest factor of {model.config.model}, preset {preset}, {size[1]}x{size[0]}, float32, random weights")
-    print("batch   steps   s/image: naive      fast   one pass    us/pixel    fast / pass    naive / fast")
-    for n in [args.batch_size] if args.batch_size else (1, 16, 64):
-        x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
-        x_hat = model.levels_of(x)[-2] if model.chain else None
-        with torch.inference_mode():
-            planes, e = factor.planes(x, 256), factor.embeddings(x_hat)
-            forward = seconds(lambda: factor.net(planes, e), device)
-            decoder = Decoder(factor, n, x_hat)
-            noise = torch.rand(n, pixels, 6, dtype=torch.float64, device=device)
-            fast = seconds(lambda: decoder.run(Draw(noise)), device, 1)
-        steps, naive = len(decoder.schedule().steps), forward * pixels  # naive: a pass for every pixel, one timed
-        print(f"{n:5}{steps:8}{naive / n:16.1f}{fast / n:10.3f}{forward / n:11.3f}{fast / n / pixels * 1e6:12.1f}"
-              f"{fast / forward:15.2f}{naive / fast:16.0f}")
-    if light and model.chain:
-        print(f"the whole chain, one image: {seconds(lambda: model.sample(1), device, 1):.2f} s")
-    print("for reference: the paper 4,000 us/pixel without caching on a Titan X; PixelCNN++ 50,000 us/pixel with caching")
+    size = args.size
+    cases = [("pyramid", "celeba", size or (128, 128), {}), ("pixelcnn", "cifar10", size or (32, 32), dict(nr_resnet=5))]
+    cases = [(args.model, args.preset or "tiny", size or (32, 32), {})] if args.model else cases
+    print("the finest factor alone, float32, random weights; pass: one teacher-forced forward pass of the same batch;\n"
+          "naive: a pass for every pixel, of which one is timed\n"
+          "network                       batch   steps  s/image: naive    fast    pass  us/pixel  fast/pass  naive/fast")
+    for name, preset, size, extra in cases:
+        model = build(name, size, args.preset or preset, args.seed or 0, **extra).to(
+            device, memory_format=torch.channels_last).eval()
+        factor, pixels = model.factors[-1], size[0] * size[1]
+        label = f"{name}, {args.preset or preset}, {size[1]}x{size[0]}"
+        for n in [args.batch_size] if args.batch_size else (1, 16, 64):
+            if (need := n * Decoder.bytes_per_image(factor) / 2**30) > 16 and device.type == "cpu":
+                print(f"{label:30}{n:5}  left out: needs about {need:.0f} GiB")
+                continue
+            x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
+            x_hat = model.levels_of(x)[-2] if model.chain else None
+            with torch.inference_mode():
+                planes, e = factor.planes(x, factor.levels), factor.embeddings(x_hat)
+                decoder = Decoder(factor, n, x_hat)
+                draw = Draw(torch.rand(n, pixels, 2 * factor.shape[0], dtype=torch.float64, device=device))
+                decoder.run(draw)
+                times = [(seconds(lambda: factor.net(planes, e), device, 1), seconds(lambda: decoder.run(draw), device, 0))
+                         for _ in range(3 if n < 4 else 2)]  # in turn, as the machine may be shared
+            forward, fast = (min(column) for column in zip(*times))
+            steps = len(decoder.schedule().steps)
+            print(f"{label:30}{n:5}{steps:8}{forward * pixels / n:16.1f}{fast / n:8.3f}{forward / n:8.3f}"
+                  f"{fast / n / pixels * 1e6:10.1f}{fast / forward:11.2f}{forward * pixels / fast:12.0f}", flush=True)
+        if model.chain and model.config.model == "pyramid":
+            print(f"{label:30}    1  the whole chain, f_w included: {seconds(lambda: model.sample(1), device, 1):.2f} s")
+    print("for reference: the paper 4,000 us/pixel (Titan X, no caching); PixelCNN++ 50,000 us/pixel (caching, as the "
+          "paper quotes it)")
 
 
 def parse_size(text):
@@ -2030,10 +2055,16 @@ def parse_size(text):
     return sides[0], sides[-1]
 
 
+def parse_seed(text):
+    if not 0 <= (seed := int(text)) <= 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0..2147483648")
+    return seed
+
+
 def parse_device(text):
     try:
         device = torch.device(text)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise argparse.ArgumentTypeError(f"{text!r} is not available here; expected cpu or cuda") from None
     return device
@@ -2064,7 +2095,7 @@ def parser():
     def command(name, function, text, **flags):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
-        sub.add_argument("--seed", type=int, help="of everything random (default 0)")
+        sub.add_argument("--seed", type=parse_seed, help="of everything random, 0..2^31 (default 0)")
         sub.add_argument("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu",
                          help="cpu, cuda, cuda:1 (default: cuda if there is one)")
         return sub
@@ -2092,6 +2123,8 @@ def parser():
     train.add_argument("--lr", type=positive(float), help="learning rate of Adam (default: the preset's)")
     train.add_argument("--factor", type=int, metavar="K", help="train factor K alone, 0 is the coarsest")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    train.add_argument("--look-right", action=argparse.BooleanOptionalAction, default=None,
+                       help="--no-look-right: pyramid networks that look up and left only, sampled in a third of the steps")
     train.add_argument("--tight", action="store_true", default=None, help="train the exact likelihood, not the bound")
     for sub in (evaluation, sample):
         sub.add_argument("run", metavar="RUN", help="output folder of train, or a checkpoint file")
@@ -2113,6 +2146,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # evaluation and sampling are float32 throughout
     try:
         args.function(args)
     except Problem as problem:
@@ -2121,6 +2155,9 @@ def main(argv=None):
     except OSError as error:
         print(f"pixelaux: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pixelaux: interrupted", file=sys.stderr)
+        return 130
     except ArithmeticError as error:
         print(f"pixelaux: {error}", file=sys.stderr)
         return 1

@@ -32,7 +32,7 @@ run() {  # run NAME train-arguments...
 case $target in
   smoke) run smoke --model pyramid --steps 60 "$@" ;;
   cifar10-grayscale) run cifar10-grayscale --model grayscale --data cifar10 --data-dir "$DATA_DIR" --preset cifar10 "$@" ;;
-  cifar10-pyramid) run cifar10-pyramid --model pyramid --data cifar10 --data-dir "$DATA_DIR" --preset cifar10 "$@" ;;
+  cifar10-pyramid) run cifar10-pyramid --model pyramid --data cifar10 --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   celeba-pyramid) run celeba-pyramid --model pyramid --data celeba --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   *) sed -n '2,13s/^# \{0,1\}//p' "$0"; [ "$target" = help ] || exit 2 ;;
 esac

@@ -96,7 +96,7 @@ class Config:
 
 PRESETS = {
     "tiny": dict(nr_filters=24, nr_resnet=1, nr_resnet_cond=1, embedding=(1, "down", 2, "up", 1, "up", 1), dropout=0.0,
-                 batch_size=8, steps=(4000, 2000), lr=1e-2, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
+                 batch_size=8, steps=(3000, 2400), lr=1e-2, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
     "small": dict(nr_filters=64, nr_resnet=2, nr_resnet_cond=2, embedding=(2, "down", 3, "up", 2, "up", 2), dropout=0.0,
                   batch_size=32, steps=(4000, 4000), lr=2e-3, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.995),
     "cifar10": dict(),
@@ -570,7 +570,8 @@ class Network(nn.Module):
             skips.setdefault(scale, done)
             last[scale] = streams[-1]
         if causal:
-            self.outputs = [self.add([(streams[-1], dict(POINT, activation="elu", gain=0.03, exact=True))], channels=c_out)]
+            head = dict(POINT, activation="elu", gain=0.03, exact=True)
+            self.outputs = [self.add([(streams[-1], head)], channels=c_out)]
         else:
             self.outputs = [last[scale] for scale in sorted(last)]
         self.first = self.scale[self.outputs[0]]
@@ -764,8 +765,8 @@ class PixelAux(nn.Module):
         sample consistent, psi(sample) = x_hat. given: uint8 images of one level, (n, C, h, w), told by its shape;
         coarser levels are computed from them, finer ones sampled. The images are a function of the weights and the
         seed; `fast` (every activation once) and not fast (a full pass for every pixel, the oracle) give the same.
-        progress: called with the number of pixels done. until: sample that many levels only. Memory: the buffers of one factor's layers, in chunks of
-        images that keep them under about 4 GiB.
+        progress: called with the number of pixels done. until: sample that many levels only. Memory: the buffers of one
+        factor's layers, in chunks of images that keep them under about 4 GiB.
         """
         if mode not in ("random", "map"):
             raise Problem(f"unknown mode {mode!r}: expected random or map")
@@ -1134,7 +1135,7 @@ class Shapes:
     palette = np.array([[215, 55, 45], [50, 150, 70], [50, 90, 205], [240, 195, 55]], np.int16)
     kinds = ("square", "disc", "triangle", "cross")
 
-    def __init__(self, size, noise=0.3, bound=3):
+    def __init__(self, size, noise=0.25, bound=3):
         self.size, self.bound = size, bound
         self.support = np.arange(-bound, bound + 1)
         edges = 1 / (1 + np.exp(-(np.arange(-bound, bound + 2) - 0.5) / noise))
@@ -1350,7 +1351,8 @@ def decode_images(name, files, stamp, convert, size):
 
     def decode(file):
         broken = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(files), desc=f"decoding {name}", unit="image") as bar:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
+                total=len(files), desc=f"decoding {name}", unit="image") as bar:
             for start in range(0, len(files), 1024):
                 for result in pool.map(read, files[start : start + 1024]):
                     bar.update()
@@ -1753,7 +1755,8 @@ def report(model, bound, tight, shapes=None, images=None, samples=None):
     if shapes:
         true = shapes.log_prob(images)
         result["true"] = float(bits_per_dim(true.mean(), model.dims))
-        result |= {f"{kind}_excess_bits": float((true - values.sum(0)).mean() / math.log(2)) for kind, values in kinds.items()}
+        for kind, values in kinds.items():
+            result[f"{kind}_excess_bits"] = float((true - values.sum(0)).mean() / math.log(2))
         lines += [row("true p(X)", [result["true"]] * 2) + "  the limit; "
                   f"{shapes.log_configurations / math.log(2) / model.dims:.4f} of it are the shape, the rest noise",
                   f"excess over the true p(X): bound {result['bound_excess_bits']:.1f}, "
@@ -1818,8 +1821,8 @@ def save_curves(out):
 
 
 def command_train(args):
-    chosen = {name: value for name in ("model", "preset", "size", "batch_size", "lr", "budget", "tight", "seed",
-                                                             "look_right", "data", "data_dir") if (value := getattr(args, name)) is not None}
+    names = ("model", "preset", "size", "batch_size", "lr", "budget", "tight", "seed", "look_right", "data", "data_dir")
+    chosen = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.steps is not None:
         chosen["steps"] = (args.steps, args.steps)
     name = f"{args.model or 'pyramid'}-{(args.data or 'shapes').split(':')[0].removesuffix('.npy').split('/')[-1]}"

@@ -657,7 +657,7 @@ def test_shapes_have_the_probability_they_claim():
         assert abs(a - b).sum() > 6 * shapes.bound  # decoding by the nearest colour cannot err
     # the direct formula: all configurations that could have made the image, by a slow loop
     sigma = lambda z: 1 / (1 + math.exp(-z))
-    mass = [sigma((v + 0.5) / 0.3) - sigma((v - 0.5) / 0.3) for v in range(-3, 4)]
+    mass = [sigma((v + 0.5) / 0.25) - sigma((v - 0.5) / 0.25) for v in range(-3, 4)]
     mass = [m / sum(mass) for m in mass]
     for image, log_p in zip(x[:3], shapes.log_prob(x[:3])):
         total = 0.0

@@ -980,15 +980,6 @@ class Decoder:
             self.products.append(product(torch.cat([conv.matrix() for conv in convs], 1), sum(c.b for c in convs)))
             self.projections.append(projection)
         self.canvas = torch.zeros(n, h * w + 2, c, dtype=torch.long, device=self.device)
-        if self.tight:  # for each position: its cell's positions, its place in the cell, the position in x_hat
-            side = factor.psi.cell
-            r, col = np.ogrid[:h, :w]
-            dy, dx = np.ogrid[:side, :side]
-            cells = (r // side * side)[..., None, None] * w + (col // side * side)[..., None, None] + dy * w + dx
-            place, coarse = r % side * side + col % side, r // side * (w // side) + col // side
-            self.cells, self.place, self.coarse = (
-                torch.from_numpy(np.concatenate([v.reshape(h * w, -1), np.zeros((2, v.size // (h * w)), int)]))
-                .to(self.device) for v in (cells, place, coarse))
 
     @staticmethod
     def bytes_per_image(factor):
@@ -998,10 +989,15 @@ class Decoder:
 
     def limits(self, positions):
         """Function (x, c) -> inclusive interval of channel c at these positions; x: (N P, C, 1, 1), so far."""
-        psi, n, p = self.factor.psi, self.n, len(positions)
-        blocks = self.canvas[:, self.cells[positions].flatten()].reshape(n * p, psi.cell**2, -1)
-        x_hat = self.x_hat.flatten(2)[:, :, self.coarse[positions, 0]].transpose(1, 2).reshape(n * p, -1, 1, 1)
-        place = self.place[positions].repeat(n, 1).unsqueeze(2)  # (N P, 1, 1)
+        psi, n, p, (_, h, w) = self.factor.psi, self.n, len(positions), self.factor.shape
+        side, r, col = psi.cell, positions // w, positions % w
+        within = torch.arange(side, device=self.device)
+        corner = r // side * side * w + col // side * side
+        cells = (corner[:, None] + (within[:, None] * w + within).flatten()).clamp(max=h * w)  # padding: anywhere
+        coarse = (r // side * (w // side) + col // side).clamp(max=h * w // side**2 - 1)
+        blocks = self.canvas[:, cells.flatten()].reshape(n * p, side**2, -1)
+        x_hat = self.x_hat.flatten(2)[:, :, coarse].transpose(1, 2).reshape(n * p, -1, 1, 1)
+        place = (r % side * side + col % side).repeat(n)[:, None, None]  # (N P, 1, 1)
 
         def interval(x, c):
             filled = blocks.scatter(1, place.expand(-1, -1, x.shape[1]), x.reshape(n * p, 1, -1))
@@ -2161,24 +2157,18 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False  # evaluation and sampling are float32 throughout
     try:
         args.function(args)
-    except Problem as problem:
-        print(f"pixelaux: {problem}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"pixelaux: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pixelaux: interrupted", file=sys.stderr)
-        return 130
-    except ArithmeticError as error:
-        print(f"pixelaux: {error}", file=sys.stderr)
-        return 1
-    except Stop as stop:
-        print(f"pixelaux: {stop}", file=sys.stderr)
-        return 130
-    except ImportError as error:
-        print(f"pixelaux: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
-        return 2
+    except (Problem, ArithmeticError, Stop, OSError, ImportError, KeyboardInterrupt) as error:
+        message, status = str(error), 2
+        if isinstance(error, ArithmeticError):
+            status = 1
+        elif isinstance(error, (Stop, KeyboardInterrupt)):
+            message, status = message or "interrupted", 130
+        elif isinstance(error, ImportError):
+            message = f"{error.name} is not installed: pip install -r requirements.txt"
+        elif isinstance(error, OSError):
+            message = f"{error.filename or 'output'}: {error.strerror or error}"
+        print(f"pixelaux: {message}", file=sys.stderr)
+        return status
     return 0
 
 

@@ -18,6 +18,7 @@ A model is its list of psi; a factor is a causal network, a head and, if it is c
     Sec. 4.2   MAP and reduced-variance sampling                 LogisticMixture.sample(mode=, shift)
     beyond     exact likelihood in place of the bound            psi.bounds, tight=True
     beyond     sampling at about the cost of one forward pass    Schedule, Decoder
+    beyond     the likelihood as real bits                       compress, decompress
 
 Where we deviate from the paper, or the paper is silent, the docstring concerned says so.
 Units: log-probabilities are natural logarithms (nats); bits/dim are bits per sub-pixel of X.
@@ -36,6 +37,7 @@ import math
 import os
 import pathlib
 import signal
+import struct
 import sys
 import time
 import typing
@@ -490,9 +492,9 @@ class Conv(nn.Module):
         inside = whole & (r >= 0) & (r < h) & (c >= 0) & (c < w)
         return np.where(inside, r * w + c, h * w).reshape(target[0] * target[1], kh * kw)
 
-    def matrix(self):
-        """The weight as (C_out, kh kw C_in), the layout of gathered taps."""
-        return self.weight().permute(0, 2, 3, 1).flatten(1)
+    def matrix(self, taps):
+        """The weight of some taps as (C_out, len(taps) C_in), the layout of gathered taps."""
+        return self.weight().permute(0, 2, 3, 1).flatten(1, 2)[:, taps].flatten(1)
 
 
 class Layer(nn.Module):
@@ -792,8 +794,8 @@ class PixelAux(nn.Module):
                 chunk = max(1, int(4 * 2**30 / Decoder.bytes_per_image(factor)))
                 for part in torch.arange(n).split(chunk):
                     draw = Draw(noise[part].to(self.device), mode)
-                    decoder = Decoder(factor, len(part), None if x_hat is None else x_hat[part], shift, tight)
-                    images.append(decoder.run(draw, fast, progress))
+                    decoder = Decoder(factor, len(part), None if x_hat is None else x_hat[part], shift, tight, fast)
+                    images.append(decoder.run(draw, progress))
                 done.append(torch.cat(images))
         finally:
             self.train(training)
@@ -828,12 +830,16 @@ def make_config(preset="tiny", **fields):
 
 
 class Schedule:
-    """Where each node of a causal network is evaluated at each sequential step.
+    """Where each layer of a causal network is evaluated at each sequential step.
 
     Pixel (r, c) is drawn at step c + lag r, with the smallest lag at which everything that it needs is drawn before;
-    lag = W is the raster order. A node's position is evaluated at the first step at which all that its taps read is
-    there. So the light network comes out as a diagonal wavefront (lag 8), and a network with resampling row by row,
-    its vertical stream once a row, without either being written down anywhere. Nodes with equal times form a group.
+    lag = W is the raster order. A position of a layer is evaluated at the first step at which all that its taps read
+    is there. So the light network comes out as a diagonal wavefront (lag 8), and a network with resampling row by row,
+    its vertical stream once a row, without either being written down anywhere.
+
+    With few images the time goes into reading the weights, once a step. So a layer has up to two parts: the taps that
+    are there `lag` steps early (in the raster order those of the row above) are summed for lag steps together, a row,
+    and the others when the position's time comes. Parts with equal times form a group.
 
     fast=False: one step that evaluates everything everywhere, the full pass.
 
@@ -843,43 +849,37 @@ class Schedule:
     """
 
     def __init__(self, net, size, multiple, fast, device):
+        first = net.nodes_given
         sizes = [net.size(i, size) for i in range(len(net.channels))]
         count = [h * w for h, w in sizes]
-        first = net.nodes_given
-        taps = {(sizes[node], sizes[i], conv.geometry): conv.taps(sizes[node], sizes[i])
-                for i, layer in enumerate(net.layers, first) for node, conv in zip(layer.sources, layer.convs)}
+        tables = {(sizes[node], sizes[i], conv.geometry): conv.taps(sizes[node], sizes[i])
+                  for i, layer in enumerate(net.layers, first) for node, conv in zip(layer.sources, layer.convs)}
 
         def times(lag):
-            """Step of each pixel, and first step at which each node's positions can be evaluated."""
+            """Of each pixel, its step; of each node's positions, the first step at which they are known; and of each
+            layer, the same of what its taps read: {source: (H W, kh kw)}."""
             r, c = np.ogrid[: size[0], : size[1]]
             drawn = (c + lag * r).ravel()
-            ready = [drawn + 1] + [np.zeros(n, int) for n in count[1:first]]
+            ready, reads = [drawn + 1] + [np.zeros(n, int) for n in count[1:first]], []
             for i, layer in enumerate(net.layers, first):
-                step = np.zeros(count[i], int) if layer.residual is None else ready[layer.residual]
-                for node, conv in zip(layer.sources, layer.convs):
-                    if node not in net.embeddings:
-                        read = np.append(ready[node], 0)[taps[sizes[node], sizes[i], conv.geometry]]
-                        step = np.maximum(step, read.max(1))
-                ready.append(step)
-            return drawn, ready
+                reads.append({j: np.append(ready[node], 0)[tables[sizes[node], sizes[i], conv.geometry]]
+                              for j, (node, conv) in enumerate(zip(layer.sources, layer.convs))
+                              if node not in net.embeddings})
+                known = [np.zeros(count[i], int) if layer.residual is None else ready[layer.residual]]
+                ready.append(np.max(known + [read.max(1) for read in reads[-1].values()], 0))
+            return drawn, ready, reads
 
-        if fast:
-            low, high = 1, size[1]
-            while low < high:
-                lag = (low + high) // 2
-                drawn, ready = times(lag)
-                low, high = (low, lag) if (ready[-1] <= drawn).all() else (lag + 1, high)
-            self.lag = low
-            drawn, ready = times(low)
-            if (ready[-1] > drawn).any():
-                raise AssertionError("the network is not causal")
-            ready[0] = ready[-1] = drawn
-        else:
-            ready = [np.zeros(n, int) for n in count]
-        groups = {}
-        self.group = [groups.setdefault((sizes[i], step.tobytes()), len(groups)) for i, step in enumerate(ready)]
-
-        steps = 1 + max(int(step.max()) for step in ready)
+        low, high = 1, size[1]
+        while low < high:
+            lag = (low + high) // 2
+            drawn, ready, _ = times(lag)
+            low, high = (low, lag) if (ready[-1] <= drawn).all() else (lag + 1, high)
+        self.lag = low
+        drawn, ready, reads = times(low)
+        if (ready[-1] > drawn).any():
+            raise AssertionError("the network is not causal")
+        ready[0] = ready[-1] = drawn
+        groups, steps = {}, 1 + max(int(step.max()) for step in ready) if fast else 1
 
         def padded(n):
             n = -(-n // multiple)
@@ -887,22 +887,42 @@ class Schedule:
             return multiple * (1 << (n - 1).bit_length() if n and device.type == "cuda" else n)
 
         # positions: of each group at each step; rows: key -> what is read at each position; slots: of the buffer read.
-        # A key is a group (its own positions), or a group and the geometry of the taps that it reads.
-        positions, rows, self.reads, self.slots = {}, {}, {}, {}
-        for i, step in enumerate(ready):
-            group = self.group[i]
-            if group not in positions and i not in net.embeddings:
+        # A key is a group (its own positions), or a group and the taps that it reads.
+        positions, rows, self.slots = {}, {}, {}
+
+        def group_of(i, step):
+            step = step if fast else np.zeros_like(step)
+            group = groups.setdefault((sizes[i], step.tobytes()), len(groups))
+            if group not in positions:
                 parts = np.split(step.argsort(kind="stable"), np.bincount(step, minlength=steps).cumsum()[:-1])
                 positions[group] = [np.pad(p, (0, padded(len(p)) - len(p)), constant_values=count[i] + 1) for p in parts]
                 rows[group], self.slots[group] = np.arange(count[i] + 2)[:, None], count[i] + 2
+            return group
+
+        def key_of(i, group, node, conv, taps):
+            if conv.kernel == (1, 1):
+                return group
+            table = tables[sizes[node], sizes[i], conv.geometry][:, taps]
+            key = group, sizes[node], conv.geometry, taps
+            rows[key] = np.concatenate([table, np.full((2, table.shape[1]), count[node])])
+            self.slots[key] = count[node] + 2
+            return key
+
+        # parts: of each layer, in order: (group, [(source, its taps, key)])
+        self.input, self.parts = group_of(0, drawn), []
         for i, layer in enumerate(net.layers, first):
-            for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)):
-                self.reads[i, j] = key = self.group[i]
-                if conv.kernel != (1, 1):
-                    self.reads[i, j] = key = self.group[i], sizes[node], conv.geometry
-                    table = taps[sizes[node], sizes[i], conv.geometry]
-                    rows[key] = np.concatenate([table, np.full((2, table.shape[1]), count[node])])
-                    self.slots[key] = count[node] + 2
+            step, split = ready[i], ({}, {})
+            before = step // low * low
+            for j, read in reads[i - first].items():
+                early = (read <= before[:, None]).all(0) & (low >= 4) & (layer.sources[j] > 0)
+                for taps, mask in zip(split, (early, ~early)):
+                    if mask.any():
+                        taps[j] = tuple(np.flatnonzero(mask).tolist())
+            if not all(split):
+                split = [split[0] or split[1]]
+            self.parts.append([
+                (group, [(j, taps, key_of(i, group, layer.sources[j], layer.convs[j], taps)) for j, taps in part.items()])
+                for part, when in zip(split, [before, step][-len(split):]) for group in [group_of(i, when)]])
         # steps: (layout, indices), layout = ((key, how many indices), ..) for the keys that have any; pixels: drawn there
         self.steps, self.pixels = [], []
         for t in range(steps):
@@ -912,7 +932,7 @@ class Schedule:
             if layout:
                 indices = np.concatenate([parts[key] for key, _ in layout])
                 self.steps.append((layout, torch.from_numpy(indices).to(device)))
-                self.pixels.append(int((ready[0] == t).sum()) if fast else 1)
+                self.pixels.append(int((drawn == t).sum()) if fast else 1)
 
 
 class Draw:
@@ -957,35 +977,64 @@ class Decoder:
     """Runs a factor's causal network over n images in an order in which everything is known when it is needed, and
     asks `symbol(head, positions, limits)` for the levels of each set of pixels.
 
-    Every activation is kept in a buffer (n, H W + 2, C) and computed once; a layer at a set of positions is a gather
-    of what all its sources' taps read and one matrix product. The embedding's 1x1 projections do not depend on x and
-    are computed once, for all positions.
+    Every activation is kept in a buffer (n, H W + 2, C) and computed once; a part of a layer at a set of positions is
+    a gather of what its taps read and one matrix product. The embedding's 1x1 projections do not depend on x and are
+    computed once, for all positions. fast=False: the same by a full pass for every pixel.
     On CUDA a step is captured as a graph, one for each layout that recurs, and replayed.
     """
 
-    def __init__(self, factor, n, x_hat=None, shift=0.0, tight=False):
-        self.factor, self.n, self.shift, self.x_hat = factor, n, shift, x_hat
-        self.tight, net = tight and factor.psi is not None, factor.net
-        first, self.device = net.nodes_given, net.layers[0].convs[0].v.device
-        c, h, w = factor.shape
+    def __init__(self, factor, n, x_hat=None, shift=0.0, tight=False, fast=True):
+        self.factor, self.n, self.shift, self.x_hat, self.fast = factor, n, shift, x_hat, fast
+        self.tight, self.graphs, net = tight and factor.psi is not None, {}, factor.net
+        self.device, first, (c, h, w) = net.layers[0].convs[0].v.device, net.nodes_given, factor.shape
+        multiple = rows_alike(net.layers[0].convs[0].v)
+        key = (h, w), multiple // math.gcd(n, multiple), fast, self.device
+        cache = net.__dict__.setdefault("schedules", {})
+        if key not in cache:
+            cache[key] = Schedule(net, *key)
+        self.schedule = schedule = cache[key]
         e = dict(zip(net.embeddings, map(concat_elu, factor.embeddings(x_hat))))
-        self.products, self.projections = [], []
-        for i, layer in enumerate(net.layers, first):
-            sources, projection = list(zip(layer.sources, layer.convs)), None
-            for node, conv in sources:
+        groups = {0: schedule.input} | {i: parts[-1][0] for i, parts in enumerate(schedule.parts, first)}
+        outputs = [{} for _ in net.channels]  # of each node: activation that is read -> its buffer, if it needs one
+
+        def buffer(node, channels):
+            slots = n * (math.prod(net.size(node, (h, w))) + 2)
+            return torch.zeros(slots, channels, dtype=factor.dtype, device=self.device)
+
+        def read(node, activation, key):
+            """(what is read, its buffer, where in it); no buffer if it is there from the same step."""
+            outputs[node].setdefault(activation)
+            if key != groups[node] and outputs[node][activation] is None:
+                outputs[node][activation] = buffer(node, net.channels[node] * (1 + (activation == "concat_elu")))
+            return (node, activation), None if key == groups[node] else outputs[node][activation], key
+
+        self.records = []  # a part each: its group, reads, product, what is added to it, layer, residual, node, outputs
+        for i, (layer, parts) in enumerate(zip(net.layers, schedule.parts), first):
+            bias, added = sum(conv.b for node, conv in zip(layer.sources, layer.convs) if node not in e), None
+            for node, conv in zip(layer.sources, layer.convs):
                 if node in e:  # one at most
-                    projection = F.pad(conv(e[node], net.size(i, (h, w))).flatten(2).transpose(1, 2), (0, 0, 0, 2))
-                    projection = projection.flatten(0, 1)
-            convs = [conv for node, conv in sources if node not in e]
-            self.products.append(product(torch.cat([conv.matrix() for conv in convs], 1), sum(c.b for c in convs)))
-            self.projections.append(projection)
+                    projection = conv(e[node], net.size(i, (h, w))).flatten(2).transpose(1, 2)
+                    added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), parts[0][0]
+            for part, (group, reads) in enumerate(parts, 1):
+                weight = torch.cat([layer.convs[j].matrix(taps) for j, taps, _ in reads], 1)
+                reads = [read(layer.sources[j], layer.convs[j].activation, key) for j, _, key in reads]
+                if part < len(parts):  # the early part is a sum for the other one to go on with
+                    early = buffer(i, len(weight))
+                    self.records.append((group, reads, product(weight, bias), added, None, None, i, {"none": early}))
+                    added, bias = (None, early, parts[-1][0]), torch.zeros_like(bias)
+                else:
+                    residual = None if layer.residual is None else read(layer.residual, "none", group)
+                    self.records.append((group, reads, product(weight, bias), added, layer, residual, i, outputs[i]))
+        self.input = outputs[0]["none"]
+        images = torch.arange(n, device=self.device).unsqueeze(1)
+        self.offsets = {key: images * slots for key, slots in schedule.slots.items()}
         self.canvas = torch.zeros(n, h * w + 2, c, dtype=torch.long, device=self.device)
 
     @staticmethod
     def bytes_per_image(factor):
         net, (_, h, w) = factor.net, factor.shape
         size = torch.finfo(factor.dtype).bits // 8
-        return size * sum(4 * channels * math.prod(net.size(i, (h, w))) for i, channels in enumerate(net.channels))
+        return size * sum(6 * channels * math.prod(net.size(i, (h, w))) for i, channels in enumerate(net.channels))
 
     def limits(self, positions):
         """Function (x, c) -> inclusive interval of channel c at these positions; x: (N P, C, 1, 1), so far."""
@@ -1006,47 +1055,15 @@ class Decoder:
 
         return interval
 
-    def plan(self, schedule):
-        """One record a layer: what it reads, and which of its activations are needed at once or in a buffer."""
-        net, first, n = self.factor.net, self.factor.net.nodes_given, self.n
-        group, buffers, records = schedule.group, {}, []
-        wanted = [set() for _ in net.channels]  # activations of each node
-
-        def read(node, activation, direct):
-            """(what is read, its buffer, or None if it is there from the same step)"""
-            wanted[node].add(activation)
-            if direct:
-                return (node, activation), None
-            if (node, activation) not in buffers:
-                channels = net.channels[node] * (2 if activation == "concat_elu" else 1)
-                slots = n * (math.prod(net.size(node, self.factor.shape[1:])) + 2)
-                buffers[node, activation] = torch.zeros(slots, channels, dtype=self.factor.dtype, device=self.device)
-            return (node, activation), buffers[node, activation]
-
-        for i, layer in enumerate(net.layers, first):
-            reads = [(*read(node, conv.activation, conv.kernel == (1, 1) and group[node] == group[i]),
-                      schedule.reads[i, j])
-                     for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)) if node not in net.embeddings]
-            residual = layer.residual
-            if residual is not None:
-                residual = read(residual, "none", group[residual] == group[i])
-            records.append((group[i], reads, self.products[i - first], self.projections[i - first], layer, residual))
-        self.input, self.group, self.graphs = buffers[0, "none"], group[0], {}
-        images = torch.arange(n, device=self.device).unsqueeze(1)
-        self.offsets = {key: images * slots for key, slots in schedule.slots.items()}
-        self.records = [
-            (*record, [((i, a), ACTIVATIONS[a], buffers.get((i, a))) for a in sorted(wanted[i])])
-            for i, record in enumerate(records, first)]
-
     def step(self, layout, indices, symbol, only=None):
         """Evaluate what `layout` names, then draw. only: draw this position alone (the full pass)."""
         n = self.n
         index = dict(zip([key for key, _ in layout], indices.split([length for _, length in layout])))
-        positions = index.get(self.group)  # of the pixels to draw
+        positions = index.get(self.schedule.input)  # of the pixels to draw
         if n > 1:  # the images' buffers lie one after the other
             index = {key: (part + self.offsets[key]).view(-1) for key, part in index.items()}
         now = {}
-        for group, reads, product, projection, layer, residual, wanted in self.records:
+        for group, reads, product, added, layer, residual, node, outputs in self.records:
             if group not in index:
                 continue
             rows = len(index[group])
@@ -1056,11 +1073,12 @@ class Decoder:
 
             taps = [rows_of(*read) for read in reads]
             y = product(torch.cat(taps, 1) if len(taps) > 1 else taps[0])
-            if projection is not None:
-                y += rows_of(None, projection, group)
-            y = layer.finish(y, None if residual is None else rows_of(*residual, group))
-            for read, activation, buffer in wanted:
-                now[read] = value = activation(y)
+            if added:
+                y += rows_of(*added)
+            if residual:
+                y = layer.finish(y, rows_of(*residual))
+            for activation, buffer in outputs.items():
+                now[node, activation] = value = ACTIVATIONS[activation](y)
                 if buffer is not None:
                     buffer.index_copy_(0, index[group], value)
         if positions is None:
@@ -1074,30 +1092,19 @@ class Decoder:
         unit = F.pad(to_unit(x, self.factor.levels, self.factor.dtype), (0, 1), value=1.0)
         self.input.view(n, -1, unit.shape[2]).index_copy_(1, positions, unit)
 
-    def run(self, symbol, fast=True, progress=None):
-        """-> uint8 (n, C, H, W)"""
+    def run(self, symbol, progress=None):
+        """-> uint8 (n, C, H, W); progress is called with the number of pixels done."""
         c, h, w = self.factor.shape
-        schedule = self.schedule(fast)
-        self.plan(schedule)
         self.input.zero_().view(self.n, h * w + 2, c + 1)[:, : h * w, -1] = 1.0
-        for only in [None] if fast else range(h * w):
-            for (layout, indices), pixels in zip(schedule.steps, schedule.pixels):
-                if self.device.type == "cuda" and fast and isinstance(symbol, Draw):
+        for only in [None] if self.fast else range(h * w):
+            for (layout, indices), pixels in zip(self.schedule.steps, self.schedule.pixels):
+                if self.device.type == "cuda" and self.fast and isinstance(symbol, Draw):
                     self.replay(layout, indices, symbol)
                 else:
                     self.step(layout, indices, symbol, only)
                 if progress:
                     progress(self.n * pixels)
         return self.canvas[:, : h * w].transpose(1, 2).reshape(self.n, c, h, w).to(torch.uint8)
-
-    def schedule(self, fast=True):
-        cache = self.factor.net.__dict__.setdefault("schedules", {})
-        rows = rows_alike(self.factor.net.layers[0].convs[0].v)
-        multiple = rows // math.gcd(self.n, rows)
-        key = self.factor.shape[1:], multiple, fast, self.device
-        if key not in cache:
-            cache[key] = Schedule(self.factor.net, *key)
-        return cache[key]
 
     def replay(self, layout, indices, symbol):
         """A layout's first step runs eagerly, the second is captured, and from then on the graph is replayed."""
@@ -1112,6 +1119,117 @@ class Decoder:
         graph, static = self.graphs[layout]
         static.copy_(indices)
         graph.replay()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lossless compression: the likelihood in real bits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Code:
+    """Source of symbols that writes the levels x of given images, or reads them: a range coder for each image.
+
+    Both directions run the same steps of `Decoder`, so their probabilities agree bit for bit. constriction makes 24-bit
+    integer tables of them, in which every level has at least 1: no image is impossible, and that costs some 2e-5 bits.
+    """
+
+    def __init__(self, factor, coders, x=None):
+        import constriction
+
+        self.tables = constriction.stream.model.Categorical(perfect=False)
+        self.coders, self.shape = coders, factor.shape
+        self.x = None if x is None else x.flatten(2).cpu().numpy().astype(np.int32)  # (n, C, H W)
+
+    def __call__(self, head, positions, limits):
+        c, h, w = self.shape
+        x = torch.zeros(len(self.coders), len(positions), c, dtype=torch.long, device=positions.device)
+        real = positions[positions < h * w].cpu().numpy()  # padding comes after them and is not coded
+        for channel in range(c):
+            pmf = head.pmf(channel, x.flatten(0, 1)[:, :, None, None], limits)
+            pmf = pmf.view(len(self.coders), len(positions), -1)[:, : len(real)].cpu().numpy()
+            for i, (coder, table) in enumerate(zip(self.coders, pmf)):
+                if self.x is None:
+                    symbols = coder.decode(self.tables, table)
+                else:
+                    coder.encode(symbols := self.x[i, channel, real], self.tables, table)
+                x[i, : len(real), channel] = torch.from_numpy(symbols).to(x)
+        return x
+
+
+@torch.no_grad()
+def compress(model, x, tight=True, progress=None):
+    """x: uint8 (N, 3, H, W) -> N arrays of uint32 of -log2 p(x) bits each, up to 64 more. progress: as in `sample`.
+
+    The arithmetic must be the same for `decompress`: device, number of threads, versions and N.
+    """
+    import constriction
+
+    levels, coders = model.levels_of(x.to(model.device)), [constriction.stream.queue.RangeEncoder() for _ in x]
+    for factor, level, x_hat in zip(model.eval().factors, levels, [None, *levels]):
+        Decoder(factor, len(x), x_hat, tight=tight).run(Code(factor, coders, level), progress)
+    return [coder.get_compressed() for coder in coders]
+
+
+@torch.no_grad()
+def decompress(model, words, tight=True, progress=None):
+    """What `compress` returned -> uint8 (N, 3, H, W)."""
+    import constriction
+
+    x, coders = None, [constriction.stream.queue.RangeDecoder(part) for part in words]
+    for factor in model.eval().factors:
+        x = Decoder(factor, len(words), x, tight=tight).run(Code(factor, coders), progress)
+    return x
+
+
+HEADER = struct.Struct("<4s8sIHHBB")  # magic, fingerprint, CRC of the image, height, width, threads, tight
+
+
+def fingerprint(model):
+    """8 bytes that depend on every weight and on the kind of model, not on the size of the images."""
+    digest = hashlib.sha256(f"{model.config.model} {model.config.levels}".encode())
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
+    return digest.digest()[:8]
+
+
+def resized(model, size):
+    """The same weights for images of another size (H, W), with as many levels. Raises Problem if it does not fit."""
+    if tuple(size) == tuple(model.config.size):
+        return model
+    scales = sum(isinstance(psi, Half) for psi in model.chain)
+    other = PixelAux(dataclasses.replace(model.config, size=tuple(size), scales=scales))
+    other.load_state_dict(model.state_dict())
+    return other.to(model.device, memory_format=torch.channels_last).eval()
+
+
+def pack(model, x, tight=True, progress=None):
+    """One image, uint8 (3, H, W) -> the bytes of a .pxa file: header, range coder's words, CRC of all before it."""
+    words, = compress(model, x[None], tight, progress)
+    crc = zlib.crc32(x.cpu().contiguous().numpy().tobytes())
+    file = HEADER.pack(b"PXA1", fingerprint(model), crc, *x.shape[1:], torch.get_num_threads(), tight)
+    file += words.astype("<u4").tobytes()
+    return file + zlib.crc32(file).to_bytes(4, "little")
+
+
+def unpack(model, file, progress=None):
+    """The bytes of a .pxa file -> uint8 (3, H, W). Raises Problem rather than return another image."""
+    if len(file) < HEADER.size + 4 or not file.startswith(b"PXA1"):
+        raise Problem("not a .pxa file")
+    if zlib.crc32(file[:-4]).to_bytes(4, "little") != file[-4:]:
+        raise Problem("truncated or altered")
+    _, mark, crc, h, w, threads, tight = HEADER.unpack_from(file)
+    if mark != fingerprint(model):
+        raise Problem("was compressed with another model")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # a product split otherwise may round otherwise
+    try:
+        words = np.frombuffer(file[HEADER.size : -4], "<u4").astype(np.uint32)
+        x = decompress(resized(model, (h, w)), [words], bool(tight), progress)[0].cpu()
+    finally:
+        torch.set_num_threads(before)
+    if zlib.crc32(x.contiguous().numpy().tobytes()) != crc:
+        raise Problem("this machine rounds otherwise than the one that wrote it: same device and versions are needed")
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1896,8 +2014,90 @@ def command_eval(args):
     if data.shapes:
         samples = model.sample(64, seed=args.seed or 0, tight=args.tight or False)[-1].permute(0, 2, 3, 1).cpu().numpy()
     text, result = report(model, bound, tight, data.shapes, images, samples)
+    if args.coded:
+        n = min(args.coded, len(images))
+        more, result["coded"] = coded(model, images[:n], tight.sum(0)[:n])
+        text += "\n" + more
     print(text)
     write_atomically(run_folder(args) / "eval.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+
+
+def image_bits(images, **how):
+    """Bits of a file of Pillow's that holds images, uint8 (N, H, W, 3): each by itself, and all as one mosaic."""
+    from PIL import Image
+
+    def bits(image):
+        Image.fromarray(image).save(buffer := io.BytesIO(), **how)
+        return 8 * buffer.tell()
+
+    n, h, w, _ = images.shape
+    columns = math.ceil(math.sqrt(n))
+    mosaic = np.zeros((-(-n // columns) * columns, h, w, 3), np.uint8)
+    mosaic[:n] = images
+    mosaic = mosaic.reshape(-1, columns, h, w, 3).swapaxes(1, 2).reshape(-1, columns * w, 3)
+    return sum(map(bits, images)), bits(mosaic)
+
+
+def coded(model, images, nats, tight=True, chunk=64):
+    """Code images, uint8 (N, H, W, 3), restore them, and report real bits/dim beside -log2 p (nats: (N,)) and others'."""
+    bits, dims = 0, len(images) * model.dims
+    with bar_of(2 * len(images) * sum(h * w for _, h, w in model.shapes), "pixel", "coding") as bar:
+        for start in range(0, len(images), chunk):
+            x = to_tensor(images[start : start + chunk])
+            words = compress(model, x, tight, bar.update)
+            if not torch.equal(decompress(model, words, tight, bar.update).cpu(), x):
+                raise AssertionError(f"images {start}..{start + len(x) - 1} were not restored")
+            bits += 32 * sum(map(len, words))
+    ideal = float(bits_per_dim(nats.sum(), dims))
+    result = dict(images=len(images), coded=bits / dims, ideal=ideal)
+    lines = [f"{len(images)} images coded and restored bit for bit: {bits / dims:.4f} bits/dim; -log2 p {ideal:.4f} "
+             f"({100 * (bits / dims / ideal - 1):+.3f}%, {(bits - ideal * dims) / len(images):.1f} bits an image)"]
+    for name, how in (("PNG", dict(format="PNG", optimize=True)),
+                      ("lossless WebP", dict(format="WEBP", lossless=True, quality=100, method=6))):
+        single, mosaic = (value / dims for value in image_bits(images, **how))
+        result[name] = single, mosaic
+        lines.append(f"{name}: {single:.4f} bits/dim, as one mosaic of all {mosaic:.4f}")
+    return "\n".join(lines), result
+
+
+def read_exactly(path):
+    """An image file of 8-bit RGB or gray -> uint8 (3, H, W). Raises Problem for what would not come back the same."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            mode = image.mode + ("A" if "transparency" in image.info else "")
+            pixels = np.array(image.convert("RGB"))
+    except OSError as error:  # Pillow's UnidentifiedImageError is one
+        raise Problem(error.strerror or "not an image file") from None
+    if mode not in ("RGB", "L"):
+        raise Problem(f"{mode} image, expected 8-bit RGB or gray without transparency")
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def command_codec(args):
+    """compress: IMAGE -> NAME.pxa; decompress: NAME.pxa -> NAME.png. Nothing is overwritten."""
+    from PIL import Image
+
+    model, packing = load(args.run, args.device), args.command == "compress"
+    for path in map(pathlib.Path, args.files):
+        target = pathlib.Path(args.out or path.parent) / f"{path.stem}.{'pxa' if packing else 'png'}"
+        with bar_of(None, "pixel", path.name) as bar:
+            try:
+                if target.exists():
+                    raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
+                if packing:
+                    x = read_exactly(path)
+                    file = pack(resized(model, tuple(x.shape[1:])), x, args.tight, bar.update)
+                else:
+                    x = unpack(model, path.read_bytes(), bar.update)
+                    Image.fromarray(x.permute(1, 2, 0).numpy()).save(buffer := io.BytesIO(), "PNG")
+                    file = buffer.getvalue()
+            except Problem as error:
+                raise Problem(f"{path}: {error}") from None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, lambda stream: stream.write(file))
+        print(f"{target}: {x.shape[2]}x{x.shape[1]}, {len(file)} bytes, {8 * len(file) / x.numel():.3f} bits/dim")
 
 
 def given_images(args, model):
@@ -2044,7 +2244,7 @@ def bench_sample(args, device):
                 times = [(seconds(lambda: factor.net(planes, e), device, 1), seconds(lambda: decoder.run(draw), device, 0))
                          for _ in range(3 if n < 4 else 2)]  # in turn, as the machine may be shared
             forward, fast = (min(column) for column in zip(*times))
-            steps = len(decoder.schedule().steps)
+            steps = len(decoder.schedule.steps)
             print(f"{label:30}{n:5}{steps:8}{forward * pixels / n:16.1f}{fast / n:8.3f}{forward / n:8.3f}"
                   f"{fast / n / pixels * 1e6:10.1f}{fast / forward:11.2f}{forward * pixels / fast:12.0f}", flush=True)
         if model.chain and model.config.model == "pyramid":
@@ -2098,7 +2298,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     top = Parser(prog="pixelaux.py", description="PixelCNN models with auxiliary variables (Kolesnikov & Lampert 2017)")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{train,eval,sample,bench}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, function, text, **flags):
         sub = commands.add_parser(name, help=text, description=text)
@@ -2140,6 +2340,8 @@ def parser():
                          help="samples from the model conditioned on psi(sample) = x_hat")
     evaluation.add_argument("--n", type=positive(int), help="the first N test images only (default: all)")
     evaluation.add_argument("--batch-size", type=positive(int))
+    evaluation.add_argument("--coded", type=positive(int), metavar="N",
+                            help="also code the first N test images, restore them, and compare with PNG and WebP")
     sample.add_argument("--n", type=positive(int), default=16, help="how many images (default 16)")
     sample.add_argument("--mode", choices=("random", "map"), default="random", help="map: the paper's MAP sampling")
     sample.add_argument("--shift", type=float, default=0.0, help="added to the log-scales; below 0: less variance")
@@ -2148,6 +2350,15 @@ def parser():
     sample.add_argument("--level", type=int, default=1, help="of --given: 1 is the one next to X (default)")
     sample.add_argument("--naive", action="store_true", help="the plain sampler, a full pass for every pixel: the oracle")
     sample.add_argument("--out", metavar="NAME", help="writes NAME.png and NAME.npz (default: in the run's folder)")
+    for name, text, what in (("compress", "images, losslessly, into .pxa files", "IMAGE"),
+                             ("decompress", ".pxa files into PNG files", "FILE.pxa")):
+        codec = command(name, command_codec, text)
+        codec.add_argument("run", metavar="RUN", help="output folder of train, or a checkpoint file")
+        codec.add_argument("files", metavar=what, nargs="+")
+        codec.add_argument("--out", metavar="FOLDER", help="for the results (default: beside the files)")
+        if name == "compress":
+            codec.add_argument("--tight", action=argparse.BooleanOptionalAction, default=True,
+                               help="with the exact likelihood (default), or the paper's")
     bench.add_argument("what", choices=("train", "sample"))
     return top
 

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import threading
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -595,19 +596,21 @@ def test_fast_equals_naive_integer_for_integer(name, size, n, dtype):
 def test_the_light_networks_wavefront(look_right, lag):
     model = small("pyramid", (16, 32), scales=0, nr_light=3, look_right=look_right)
     decoder = Decoder(model.factors[0], 1)
-    assert decoder.schedule().lag == lag and len(decoder.schedule().steps) == 31 + lag * 15 + 1
+    assert decoder.schedule.lag == lag and len(decoder.schedule.steps) == 31 + lag * 15 + 1
     assert same(model.sample(1), model.sample(1, fast=False))
 
 
 def test_every_activation_is_computed_once():
     model = small("pixelcnn", (8, 12))
-    net, schedule = model.factors[0].net, Decoder(model.factors[0], 4).schedule()
-    for i in range(len(net.channels)):
-        positions = np.concatenate([dict(zip([k for k, _ in layout], indices.split([m for _, m in layout])))
-                                    .get(schedule.group[i], torch.zeros(0, dtype=torch.long)).numpy()
-                                    for layout, indices in schedule.steps])
+    net, schedule = model.factors[0].net, Decoder(model.factors[0], 4).schedule
+    for i, parts in enumerate(schedule.parts, net.nodes_given):
         h, w = net.size(i, (8, 12))
-        assert sorted(p for p in positions if p < h * w) == list(range(h * w))
+        for group, _ in parts:
+            positions = np.concatenate([dict(zip([k for k, _ in layout], indices.split([m for _, m in layout])))
+                                        .get(group, torch.zeros(0, dtype=torch.long)).numpy()
+                                        for layout, indices in schedule.steps])
+            assert sorted(p for p in positions if p < h * w) == list(range(h * w))
+    assert any(len(parts) == 2 for parts in schedule.parts)
 
 
 def test_given_images_stay_and_coarser_levels_follow():
@@ -640,6 +643,69 @@ def test_sampling_leaves_the_mode_and_global_random_state_alone():
     model.sample(1)
     build("pyramid", 8, **SMALL)
     assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+# --------------------------------------------------------------------------- codec
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("tight", [True, False])
+def test_images_come_back_from_as_many_bits_as_their_probability_says(name, tight):
+    model = small(name, dtype=torch.float32)
+    x = torch.cat([images(2, model.shapes[0]), images(1, model.shapes[0], levels=2), 255 * images(1, model.shapes[0], 2)])
+    words = pixelaux.compress(model, x, tight)
+    assert torch.equal(pixelaux.decompress(model, words, tight), x)
+    with torch.no_grad():
+        ideal = -model.double().log_prob(x, tight) / math.log(2)
+    for part, bits in zip(words, ideal.tolist()):
+        assert 32 * len(part) <= 1.001 * bits + 64
+    changed = [words[1], *words[1:]]  # control: other bits, another image
+    assert not torch.equal(pixelaux.decompress(model.float(), changed, tight), x)
+
+
+def test_impossible_images_are_coded_all_the_same():
+    model = small("pyramid", dtype=torch.float32, wild=3.0)  # means far outside, log-scales at the clamp
+    x = images(2, model.shapes[0])
+    with torch.no_grad():
+        assert model.double().log_prob(x, tight=True).min() < -30 * model.dims * math.log(2)
+    words = pixelaux.compress(model.float(), x)
+    assert torch.equal(pixelaux.decompress(model, words), x)
+    assert max(map(len, words)) <= model.dims  # 24 bits a sub-pixel at most, and 32 for a carry
+
+
+@pytest.fixture(scope="module")
+def packed():
+    model = small("pyramid", (16, 16), dtype=torch.float32)
+    x = images(1, (3, 24, 16))[0]  # another size than the model was built for
+    return model, x, pixelaux.pack(pixelaux.resized(model, (24, 16)), x)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_a_damaged_file_is_refused(packed, data):
+    model, x, file = packed
+    how = data.draw(st.sampled_from(["flip", "cut", "longer"]))
+    if how == "flip":
+        bit = data.draw(st.integers(0, 8 * len(file) - 1))
+        damaged = bytearray(file)
+        damaged[bit // 8] ^= 1 << bit % 8
+    else:
+        damaged = file[: data.draw(st.integers(0, len(file) - 1))] if how == "cut" else file + b"\0"
+    with pytest.raises(Problem, match="not a .pxa file|truncated or altered"):
+        pixelaux.unpack(model, bytes(damaged))
+
+
+def test_a_whole_file_comes_back_from_its_own_model_alone(packed):
+    model, x, file = packed
+    assert torch.equal(pixelaux.unpack(model, file), x)
+    with pytest.raises(Problem, match="another model"):
+        pixelaux.unpack(small("pyramid", (16, 16), dtype=torch.float32, seed=1), file)
+    header = pixelaux.HEADER.unpack_from(file)
+    wrong = pixelaux.HEADER.pack(*header[:2], header[2] ^ 1, *header[3:]) + file[pixelaux.HEADER.size : -4]
+    with pytest.raises(Problem, match="rounds otherwise"):
+        pixelaux.unpack(model, wrong + zlib.crc32(wrong).to_bytes(4, "little"))
+    with pytest.raises(Problem, match="multiples of"):
+        pixelaux.resized(model, (17, 16))
 
 
 # --------------------------------------------------------------------------- data
@@ -989,6 +1055,45 @@ def test_sample_command_writes_the_images_of_the_api(run, tmp_path):
         half = Half()(torch.from_numpy(again["level0"]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         assert np.array_equal(half, again["level1"])
         assert source == "test" or np.array_equal(again["level1"], arrays["level1"])
+
+
+def test_compress_and_decompress_commands(run, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(256, size=(16, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels[:, :16, 0]).save(tmp_path / "b.png")
+    Image.fromarray(pixels[:, :16]).convert("RGBA").save(tmp_path / "alpha.png")
+    Image.fromarray(pixels[:7]).save(tmp_path / "odd.png")
+    (tmp_path / "text.png").write_text("hello")
+    files, out, back = [str(tmp_path / n) for n in ("a.png", "b.png")], tmp_path / "out", tmp_path / "back"
+    assert main(["compress", str(run), *files, "--out", str(out)]) == 0
+    assert main(["decompress", str(run), str(out / "a.pxa"), str(out / "b.pxa"), "--out", str(back)]) == 0
+    assert np.array_equal(np.array(Image.open(back / "a.png")), pixels)
+    assert np.array_equal(np.array(Image.open(back / "b.png")), np.repeat(pixels[:, :16, :1], 3, 2))
+    before = (out / "a.pxa").read_bytes()
+    for arguments, expected in [
+        (["compress", str(run), files[0], "--out", str(out)], "exists"), (["compress", str(run), "gone.png"], "gone.png"),
+        (["compress", str(run), str(tmp_path / "alpha.png")], "RGBA"),
+        (["compress", str(run), str(tmp_path / "odd.png")], "multiples of"),
+        (["compress", str(run), str(tmp_path / "text.png")], "not an image"),
+        (["decompress", str(run), files[0], "--out", str(back / "x")], "not a .pxa file"),
+        (["decompress", str(run), str(tmp_path / "gone.pxa")], "gone.pxa"),
+    ]:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert expected in error and "Traceback" not in error, arguments
+    assert (out / "a.pxa").read_bytes() == before and not (tmp_path / "alpha.pxa").exists()
+
+
+def test_coded_evaluation_counts_real_bits(run, capsys):
+    assert main(["eval", str(run), "--n", "6", "--coded", "4", "--device", "cpu"]) == 0
+    text, result = capsys.readouterr().out, json.loads((run / "eval.json").read_text())["coded"]
+    assert "4 images coded and restored" in text and "PNG" in text and "WebP" in text
+    assert result["ideal"] < result["coded"] <= 1.001 * result["ideal"] + 64 / 768
+    one = np.zeros((5, 8, 8, 3), np.uint8)
+    single, mosaic = pixelaux.image_bits(one, format="PNG")
+    Image.fromarray(one[0]).save(buffer := io.BytesIO(), "PNG")
+    assert single == 5 * 8 * buffer.tell() > mosaic > 8 * buffer.tell()
 
 
 def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys):

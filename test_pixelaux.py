@@ -1208,4 +1208,8 @@ def test_the_commands_of_the_readme_run(run, tmp_path, monkeypatch):
         elif arguments[0] in ("eval", "sample"):
             assert pathlib.Path(arguments[1]).exists(), f"no earlier command of the README makes {arguments[1]}"
             arguments += ["--n", "2"]
+        elif arguments[0] == "compress":
+            pathlib.Path(arguments[2]).parent.mkdir()
+            Image.fromarray(made[0]).save(arguments[2])
         assert main(arguments) == 0, line
+    assert np.array_equal(np.array(Image.open("restored/picture.png")), made[0])

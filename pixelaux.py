@@ -34,19 +34,24 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.pool
 import os
 import pathlib
+import shutil
 import signal
 import struct
 import sys
+import tarfile
 import time
-import typing
+import urllib.request
+import zipfile
 import zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Subset
 
 VERSION = 1  # of the checkpoint format
 
@@ -106,23 +111,34 @@ PRESETS = {
 }
 
 
+def make_config(preset="tiny", **fields):
+    """The Config of a preset with some fields changed. Raises Problem, naming what there is to choose from."""
+    known = [("preset", preset, PRESETS), ("model", fields.get("model", Config.model), MODELS)]
+    known += [("option", name, [field.name for field in dataclasses.fields(Config)]) for name in fields]
+    for kind, name, names in known:
+        if name not in names:
+            raise Problem(f"unknown {kind} {name!r}: expected one of {', '.join(names)}")
+    fields = {"preset": preset, **PRESETS[preset], **fields}
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})  # JSON has lists only
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # psi: deterministic auxiliary variables
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def feasible(values, weights, low, high, top):
+def feasible(values, dim, weights, low, high, top):
     """Intervals that are left for v_1, v_2, .. in 0..top, each given those before it, when low <= sum w_j v_j <= high.
 
-    values: int64 (..., J); weights: J positive ints; low, high: int64 (...). Returns lo, hi: int64 (..., J), inclusive.
+    values: int64, v_j along dim; weights: positive ints; low, high: int64, without dim. Returns lo, hi, inclusive.
     """
     lo, hi, rest = [], [], top * sum(weights)  # rest: the most that the sub-pixels to come can add
-    for value, weight in zip(values.unbind(-1), weights):
+    for value, weight in zip(values.unbind(dim), weights):
         rest -= weight * top
         lo.append(-((rest - low) // weight))  # ceil((low - rest) / weight)
         hi.append(high // weight)
         low, high = low - weight * value, high - weight * value
-    return torch.stack(lo, -1).clamp(0, top), torch.stack(hi, -1).clamp(0, top)
+    return torch.stack(lo, dim).clamp(0, top), torch.stack(hi, dim).clamp(0, top)
 
 
 class Half:
@@ -142,17 +158,17 @@ class Half:
 
     def __call__(self, x):
         """x: uint8 (N, C, H, W) -> uint8 (N, C, H/2, W/2)."""
-        n, c, h, w = x.shape
-        blocks = x.reshape(n, c, h // 2, 2, w // 2, 2).int()
-        return ((blocks.sum((3, 5)) + 2) // 4).to(torch.uint8)
+        return ((self.blocks(x).sum(2) + 2) // 4).to(torch.uint8)
+
+    def blocks(self, x):
+        """(N, C, H, W) -> int64 (N, C, 4, H/2, W/2): the pixels of each 2x2 block, in raster order."""
+        return F.pixel_unshuffle(x.long(), 2).unflatten(1, (-1, 4))
 
     def bounds(self, x, x_hat):
-        """Inclusive feasible interval (lo, hi), int64 (N, C, H, W), of each sub-pixel given x_hat and those before it."""
-        n, c, h, w = x.shape
-        blocks = x.long().reshape(n, c, h // 2, 2, w // 2, 2).transpose(3, 4)  # (N, C, H/2, W/2, 2, 2)
+        """Inclusive feasible (lo, hi), int64 (N, C, H, W), of each sub-pixel given x_hat and those before it."""
         total = 4 * x_hat.long()
-        intervals = feasible(blocks.flatten(4), (1, 1, 1, 1), total - 2, total + 1, self.levels - 1)
-        return tuple(v.unflatten(4, (2, 2)).transpose(3, 4).reshape(n, c, h, w) for v in intervals)
+        intervals = feasible(self.blocks(x), 2, (1, 1, 1, 1), total - 2, total + 1, self.levels - 1)
+        return tuple(F.pixel_shuffle(v.flatten(1, 2), 2) for v in intervals)
 
 
 class Gray:
@@ -179,26 +195,22 @@ class Gray:
         return ((a * red + b * green + c * blue) >> 12).to(torch.uint8)
 
     def bounds(self, x, x_hat):
-        """Inclusive feasible interval (lo, hi), int64 (N, 3, H, W): of red, of green given red, of blue given both.
+        """Inclusive feasible (lo, hi), int64 (N, 3, H, W): of red, of green given red, of blue given both.
 
         Every value in an interval has a completion as long as no weight exceeds 4096 (levels of 16 and more).
         """
         low = 4096 * x_hat[:, 0].long()
-        intervals = feasible(x.long().movedim(1, -1), self.weights, low, low + 4095, self.levels - 1)
-        return tuple(v.movedim(-1, 1) for v in intervals)
+        return feasible(x.long(), 1, self.weights, low, low + 4095, self.levels - 1)
 
 
 MODELS = {"pixelcnn": (), "grayscale": (Gray,), "pyramid": (Half,), "grayscale-pyramid": (Gray, Half)}
 
 
 def make_chain(config):
-    """The model's list of psi, finest first. Raises Problem if the size does not fit, naming the sizes that do."""
-    if config.model not in MODELS:
-        raise Problem(f"unknown model {config.model!r}: expected one of {', '.join(MODELS)}")
-    h, w = config.size
+    """The model's list of psi, finest first."""
+    scales = config.scales if config.scales >= 0 else (min(config.size) // 8).bit_length() - 1
     chain, levels = [], config.levels
     for kind in MODELS[config.model]:
-        scales = config.scales if config.scales >= 0 else max(0, int(math.log2(max(1, min(h, w) // 8))))
         for _ in range(scales if kind is Half else 1):
             chain.append(kind(levels))
             levels = chain[-1].levels_out
@@ -812,18 +824,6 @@ def build(name, size, preset="tiny", seed=0, **overrides):
     return PixelAux(make_config(model=name, size=size, preset=preset, seed=seed, **overrides))
 
 
-def make_config(preset="tiny", **fields):
-    if preset not in PRESETS:
-        raise Problem(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    known = {f.name for f in dataclasses.fields(Config)}
-    if unknown := sorted(set(fields) - known):
-        raise Problem(f"unknown option {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
-    config = Config(**{"preset": preset, **PRESETS[preset], **fields})
-    for name in ("size", "embedding", "epochs", "steps", "betas"):  # lists, when they come from a checkpoint
-        setattr(config, name, tuple(getattr(config, name)))
-    return config
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling: each activation computed once, independent positions together
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1251,21 +1251,19 @@ class Shapes:
 
     def __init__(self, size, noise=0.25, bound=3):
         self.size, self.bound = size, bound
-        self.support = np.arange(-bound, bound + 1)
         edges = 1 / (1 + np.exp(-(np.arange(-bound, bound + 2) - 0.5) / noise))
         self.pmf = np.diff(edges) / (edges[-1] - edges[0])
         self.grid = size[0] // 2, size[1] // 2  # shapes have pixels of 2x2: their half-resolution view is sharp
         side = min(self.grid)
+        if side < 6 or any(s % 2 for s in size):
+            raise Problem(f"--size {size[0]}x{size[1]}: shapes need an even height and width of 12 or more")
         step = max(1, side // 16)
         self.places = np.array([
             (kind, cy, cx, radius) for kind in range(len(self.kinds))
             for radius in range(side // 8 + 1, side // 4 + 2, step)
             for cy in range(radius, self.grid[0] - radius, step) for cx in range(radius, self.grid[1] - radius, step)
-        ]).reshape(-1, 4)
-        if side < 6 or any(s % 2 for s in size):
-            raise Problem(f"--size {size[0]}x{size[1]}: shapes need an even height and width of 12 or more")
-        colours = len(self.palette)
-        self.pairs = [(a, b) for a in range(colours) for b in range(colours) if a != b]  # ground, shape
+        ])
+        self.pairs = list(itertools.permutations(range(len(self.palette)), 2))  # ground, shape
         self.log_configurations = math.log(len(self.places) * len(self.pairs))
 
     def masks(self, places):
@@ -1324,28 +1322,27 @@ class Shapes:
 class Dataset:
     """train, test: uint8 (N, H, W, 3); train is None where images are made on the fly, from `shapes`."""
 
-    train: typing.Any
-    test: typing.Any
+    train: np.ndarray | Subset | None
+    test: np.ndarray | Subset
     flip: bool = False
-    shapes: typing.Any = None
-    order: tuple = (None, None)  # the current epoch's (key, permutation)
+    shapes: Shapes | None = None
 
     def batch(self, step, n, seed):
         """Training batch number `step` as uint8 (n, 3, H, W), a function of (step, n, seed)."""
         if self.train is None:
             return to_tensor(self.shapes.sample(n, [*seed, step]))
-        rows = np.arange(step * n, (step + 1) * n)
-        epochs, index = rows // len(self.train), np.empty(n, np.int64)
-        for epoch in np.unique(epochs):
-            if self.order[0] != (key := (*seed, int(epoch))):
-                self.order = key, np.random.default_rng(key).permutation(len(self.train))
-            chosen = epochs == epoch
-            index[chosen] = self.order[1][rows[chosen] % len(self.train)]
-        images = self.train[index]
+        size, rows = len(self.train), range(step * n, (step + 1) * n)
+        images = self.train[[permutation((*seed, row // size), size)[row % size] for row in rows]]
         if self.flip:
             flips = np.random.default_rng([*seed, step, 1]).random(n) < 0.5
             images = np.where(flips[:, None, None, None], images[:, :, ::-1], images)
         return to_tensor(images)
+
+
+@functools.lru_cache(2)
+def permutation(seed, n):
+    """Of 0..n-1, a function of the seed."""
+    return np.random.default_rng(seed).permutation(n)
 
 
 def to_tensor(images):
@@ -1358,8 +1355,6 @@ CIFAR10 = dict(url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", md
 
 def download(url, path, md5):
     """Fetch url to path: progress bar, taken up again where it broke off, checked, moved into place in one step."""
-    import urllib.request
-
     from tqdm import tqdm
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1370,11 +1365,9 @@ def download(url, path, md5):
         with urllib.request.urlopen(request, timeout=60) as reply:
             have = have if reply.status == 206 else 0  # 206: the server goes on where we stopped
             total = have + int(reply.headers.get("Content-Length", 0))
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    total=total or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := reply.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
+            bar = tqdm.wrapattr(reply, "read", total or None, initial=have, desc=path.name)
+            with open(part, "ab" if have else "wb") as file, bar as body:
+                shutil.copyfileobj(body, file)
         if part.stat().st_size < total:
             raise OSError("the connection broke off")
     except OSError as error:
@@ -1387,200 +1380,155 @@ def download(url, path, md5):
 
 
 def load_cifar10(folder):
-    """Train and test images of the official binary archive, or of its unpacked folder, in `folder`."""
-    import tarfile
-
+    """The 50,000 training and 10,000 test images of the official binary archive, or its unpacked files, in `folder`."""
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-    unpacked = [f for f in (folder, folder / "cifar-10-batches-bin") if all((f / n).is_file() for n in names)]
-    archive = folder if folder.is_file() else folder / "cifar-10-binary.tar.gz"
-    if unpacked:
-        blobs = [(unpacked[0] / name).read_bytes() for name in names]
-    else:
-        if not archive.exists():
-            download(CIFAR10["url"], archive, CIFAR10["md5"])
-        try:
-            with tarfile.open(archive) as tar:
-                blobs = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
-        except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
-            raise Problem(f"{archive}: not the CIFAR-10 binary archive ({error})") from None
-    for name, blob in zip(names, blobs):
-        if len(blob) != 30_730_000:
-            raise Problem(f"{name}: {len(blob)} bytes, expected CIFAR-10's 30730000")
-    images = np.concatenate([np.frombuffer(blob, np.uint8).reshape(-1, 3073)[:, 1:] for blob in blobs])
-    images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images[:50000]), np.ascontiguousarray(images[50000:])
+    unpacked = [f for f in (folder, folder / "cifar-10-batches-bin") if all((f / name).is_file() for name in names)]
+    source = unpacked[0] if unpacked else folder if folder.is_file() else folder / "cifar-10-binary.tar.gz"
+    if not source.exists():
+        download(CIFAR10["url"], source, CIFAR10["md5"])
+    try:
+        if unpacked:
+            content = b"".join((source / name).read_bytes() for name in names)
+        else:
+            with tarfile.open(source) as tar:
+                content = b"".join(tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
+    except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
+        raise Problem(f"{source}: not the CIFAR-10 binary archive ({error})") from None
+    if len(content) != 60_000 * 3073:
+        raise Problem(f"{source}: {len(content)} bytes of images, expected CIFAR-10's {60_000 * 3073}")
+    images = np.frombuffer(content, np.uint8).reshape(-1, 3073)[:, 1:]  # the first byte is the label
+    return np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
-def to_rgb(image):
-    """PIL image of any mode -> RGB: 16 bits are scaled, transparency is laid over white, EXIF rotation applied."""
+def read_image(file, size=None, celeba=False):
+    """RGB of an image of any mode, uint8 (H, W, 3): 16 bits scaled, transparency over white, EXIF rotation applied.
+
+    size: (H, W), to which a centre crop of that aspect is resized. celeba: first the paper's crop of an aligned
+    178x218 image: 25 left and right, 50 top, 40 bottom.
+    """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+    if celeba:
+        if image.size != (178, 218):
+            raise Problem(f"{image.width}x{image.height}, expected CelebA's aligned 178x218")
+        image = image.crop((25, 50, 153, 178))
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float64)
+        values = np.asarray(image, np.float64)
         image = Image.fromarray((values / (257 if values.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if size:
+        if image.width < size[1] or image.height < size[0]:
+            raise Problem(f"{image.width}x{image.height} is smaller than {size[1]}x{size[0]}")
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
-def fit(image, size):
-    """Centre crop to the aspect of size = (H, W), resized to it."""
-    from PIL import Image, ImageOps
+def read_images(kind, sources, size, expected):
+    """The images in the sources, folders (searched recursively) or zip files, as uint8 (N, H, W, 3); see read_image.
 
-    image = to_rgb(image)
-    if image.width < size[1] or image.height < size[0]:
-        raise Problem(f"{image.width}x{image.height} is smaller than {size[1]}x{size[0]}")
-    return ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
-
-
-def crop_celeba(image, size):
-    """The paper's crop of an aligned 178x218 CelebA image: 25 left and right, 50 top, 40 bottom; then resized."""
-    if image.size != (178, 218):
-        raise Problem(f"{image.width}x{image.height}, expected CelebA's aligned 178x218")
-    return fit(image.crop((25, 50, 153, 178)), size)
-
-
-def decode_images(name, files, stamp, convert, size):
-    """Decode image files once into a memory-mapped uint8 (N, H, W, 3) file in the cache folder, with all cores.
-
-    files: [(name, function returning a file object or path)]. Files that cannot be read are named and skipped.
-    The cache is $XDG_CACHE_HOME/pixelaux (~/.cache/pixelaux); its name depends on stamp (any object) and the size.
+    They are decoded once, with all cores, into a memory-mapped file in $XDG_CACHE_HOME/pixelaux (~/.cache/pixelaux);
+    its name depends on kind ("celeba" or "folder") and on the files' names, sizes and dates. Files that cannot be read
+    are named and skipped. expected: what Problem says of sources without images.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from PIL import Image
     from tqdm import tqdm
 
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pixelaux"
-    path = cache / f"{name}-{size[0]}x{size[1]}-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]}.bytes"
-
-    def read(entry):
+    files = []
+    for source in sources:
         try:
-            with Image.open(entry[1]()) as image:
-                return np.asarray(convert(image, size))
-        except Exception as error:  # Pillow and zipfile raise many kinds
-            return f"{entry[0]}: {error}"
+            archive = None if source.is_dir() else zipfile.ZipFile(source)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise Problem(f"{source}: {getattr(error, 'strerror', error)}; expected {expected}") from None
+        files += [zipfile.Path(archive, member) for member in archive.namelist()] if archive else source.rglob("*")
+    known = Image.registered_extensions()
+    files = sorted((f for f in files if f.suffix.lower() in known and f.is_file()), key=lambda f: (f.name, str(f)))
+    if not files:
+        raise Problem(f"{sources[0]}: no image files there; expected {expected}")
 
-    def decode(file):
+    def read(file):
+        try:
+            with file.open("rb") as stream:
+                return read_image(stream, size, kind == "celeba")
+        except Exception as error:  # Pillow and zipfile raise many kinds
+            return f"{file}: {error}"
+
+    def decode(out):
         broken = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(
-                total=len(files), desc=f"decoding {name}", unit="image") as bar:
-            for start in range(0, len(files), 1024):
-                for result in pool.map(read, files[start : start + 1024]):
-                    bar.update()
-                    broken += [result] if isinstance(result, str) else []
-                    file.write(b"" if isinstance(result, str) else result.tobytes())
-        for line in broken[:10]:
-            print(f"pixelaux: skipped {line}", file=sys.stderr)
-        if len(broken) > 10:
-            print(f"pixelaux: skipped {len(broken) - 10} more files", file=sys.stderr)
+        with multiprocessing.pool.ThreadPool() as pool:
+            chunks = (pool.imap(read, files[start : start + 1024]) for start in range(0, len(files), 1024))
+            for image in tqdm(itertools.chain.from_iterable(chunks), f"decoding {kind}", len(files), unit="image"):
+                if isinstance(image, str):
+                    broken.append(image)
+                else:
+                    out.write(image)
         if len(broken) == len(files):
             raise Problem(f"none of the {len(files)} image files could be read; the first: {broken[0]}")
+        for line in broken[:10] + [f"{len(broken) - 10} more files"] * (len(broken) > 10):
+            print(f"pixelaux: skipped {line}", file=sys.stderr)
 
+    on_disk = [f for f in [*sources, *files] if isinstance(f, pathlib.Path) and f.is_file()]
+    stamp = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in on_disk])
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pixelaux"
+    path = cache / f"{kind}-{size[0]}x{size[1]}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.bytes"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(path, decode)
     return np.memmap(path, np.uint8, "r").reshape(-1, *size, 3)
 
 
-def split(images, share=0.05):
-    """(train, test) with a random 5% for the test, by a fixed seed: the paper's share; it states no seed, ours is 0."""
-    if len(images) < 2:
-        raise Problem("one image only: at least 2 are needed, one of them for the test")
-    order = np.random.default_rng(0).permutation(len(images))
-    test = max(1, int(len(images) * share))
-    return Subset(images, np.sort(order[test:])), Subset(images, np.sort(order[:test]))
-
-
-class Subset:
-    """Rows of a (memory-mapped) array."""
-
-    def __init__(self, images, index):
-        self.images, self.index = images, index
-
-    def __len__(self):
-        return len(self.index)
-
-    def __getitem__(self, rows):
-        return self.images[self.index[rows]]
-
-
-def read_npy(path):
-    """uint8 (N, H, W, C) of a .npy file that holds it, or (N, C, H, W); C is 1 or 3."""
+def read_npy(path, channels=(1, 3)):
+    """uint8 (N, H, W, C) of a .npy file that holds it, or (N, C, H, W)."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise Problem(f"{path}: {error}") from None
-    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+    if images.ndim == 4 and images.shape[1] in channels and images.shape[3] not in channels:
         images = images.transpose(0, 2, 3, 1)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
-        raise Problem(f"{path}: {images.dtype} {images.shape}, expected uint8 (N, H, W, C)")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in channels or not len(images):
+        wanted = " or ".join(map(str, channels))
+        raise Problem(f"{path}: {images.dtype} {images.shape}, expected uint8 (N, H, W, C), C = {wanted}")
     return images
 
 
-DATA_SIZES = {"shapes": (16, 16), "cifar10": (32, 32), "celeba": (128, 128)}
-
-
 def load_data(spec, folder, size=None):
-    """spec: "shapes", "cifar10", "celeba", "folder:PATH" or a .npy file -> (Dataset, (H, W)). Raises Problem."""
+    """spec: "shapes", "cifar10", "celeba", "folder:PATH" or a .npy file -> (Dataset, (H, W)). Raises Problem.
+
+    Images that come without a test set give a random 5% to it, by a fixed seed: the share is the paper's (Sec. 4.2),
+    which states no seed; ours is 0.
+    """
     folder = pathlib.Path(folder)
-    asked, size = size, size or DATA_SIZES.get(spec, (64, 64))
     if spec == "shapes":
-        shapes = Shapes(size)
-        return Dataset(None, shapes.sample(512, [0, 20170806]), shapes=shapes), size
+        shapes = Shapes(size or (16, 16))
+        return Dataset(None, shapes.sample(512, [0, 20170806]), shapes=shapes), shapes.size
     if spec == "cifar10":
-        if size != (32, 32):
+        if size not in (None, (32, 32)):
             raise Problem("--size: CIFAR-10 images are 32x32")
-        return Dataset(*load_cifar10(folder), flip=True), size
+        images = load_cifar10(folder)
+        return Dataset(images[:50_000], images[50_000:], flip=True), (32, 32)
     if spec == "celeba":
-        files = celeba_files(folder)
-        stamp = [name for name, _ in files], [(str(f), f.stat().st_size) for f in sorted(folder.glob("*.zip"))]
-        images = decode_images("celeba", files, stamp, crop_celeba, size)
-        return Dataset(*split(images), flip=True), size
-    if spec.startswith("folder:"):
-        path = pathlib.Path(spec.removeprefix("folder:"))
-        if not path.is_dir():
-            raise Problem(f"{path}: no such folder")
-        from PIL import Image
-
-        known = Image.registered_extensions()
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in known and f.is_file())
-        if not files:
-            raise Problem(f"{path}: no image files in this folder")
-        stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        images = decode_images("folder", [(f, lambda f=f: f) for f in files], stamp, fit, size)
-        return Dataset(*split(images), flip=True), size
-    if spec.endswith(".npy"):
-        images = read_npy(spec)
-        if asked not in (None, images.shape[1:3]):
-            raise Problem(f"--size {size[0]}x{size[1]}: the images of {spec} are {images.shape[1]}x{images.shape[2]}")
-        if images.shape[3] != 3:
-            raise Problem(f"{spec}: {images.shape}, expected three channels")
-        return Dataset(*split(images)), images.shape[1:3]
-    raise Problem(f"unknown data {spec!r}: expected shapes, cifar10, celeba, folder:PATH or a .npy file")
-
-
-def celeba_files(folder):
-    """[(name, function)] of the official aligned JPEGs: a zip, several zips, or a folder of .jpg, in `folder`."""
-    import zipfile
-
-    zips = [folder] if folder.is_file() else sorted(folder.glob("*.zip"))
-    entries = []
-    for path in zips:
-        try:
-            archive = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise Problem(f"{path}: {error}") from None
-        entries += [(name, lambda a=archive, n=name: io.BytesIO(a.read(n)))
-                    for name in archive.namelist() if name.lower().endswith(".jpg")]
-    if not zips:
-        entries = [(f.name, lambda f=f: f) for f in sorted(folder.rglob("*.jpg"))]
-    if not entries:
-        raise Problem(f"--data-dir {folder}: no CelebA there; expected img_align_celeba.zip, or its JPEGs "
-                      "(see https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)")
-    return sorted(entries, key=lambda entry: pathlib.PurePath(entry[0]).name)
+        sources = [folder] if folder.is_file() else sorted(folder.glob("*.zip")) or [folder]
+        images = read_images("celeba", sources, size or (128, 128), "img_align_celeba.zip or its JPEGs in --data-dir, "
+                             "from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html")
+    elif spec.startswith("folder:"):
+        sources = [pathlib.Path(spec.removeprefix("folder:"))]
+        images = read_images("folder", sources, size or (64, 64), "a folder or a zip of images")
+    elif spec.endswith(".npy"):
+        images = read_npy(spec, channels=(3,))
+    else:
+        raise Problem(f"unknown data {spec!r}: expected shapes, cifar10, celeba, folder:PATH or a .npy file")
+    found = images.shape[1:3]
+    if size not in (None, found):
+        raise Problem(f"--size {size[0]}x{size[1]}: the images of {spec} are {found[0]}x{found[1]}")
+    if len(images) < 2:
+        raise Problem(f"{spec}: one image only; at least 2 are needed, one of them for the test")
+    order, count = permutation(0, len(images)), max(1, int(0.05 * len(images)))
+    train, test = (Subset(images, np.sort(rows)) for rows in (order[count:], order[:count]))
+    return Dataset(train, test, flip=not spec.endswith(".npy")), found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1606,12 +1554,12 @@ def read_checkpoint(path):
     """A checkpoint's dict. Raises Problem if the file is truncated, foreign or of another version."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != "pixelaux":
+            raise ValueError
     except FileNotFoundError:
-        raise Problem(f"{path}: no such file") from None
+        raise Problem(f"{path}: no such run or checkpoint") from None
     except Exception as error:  # torch raises many kinds; weights_only keeps foreign files from running code
         raise Problem(f"{path}: not a pixelaux checkpoint, or a damaged one ({type(error).__name__})") from None
-    if not isinstance(state, dict) or state.get("format") != "pixelaux":
-        raise Problem(f"{path}: not a pixelaux checkpoint")
     if state["version"] != VERSION:
         raise Problem(f"{path}: checkpoint format {state['version']}, this program reads {VERSION}")
     return state
@@ -1624,23 +1572,20 @@ def load(run, device="cpu"):
     factors only is joined with its neighbours. Raises Problem.
     """
     run = pathlib.Path(run)
-    if not run.exists():
-        raise Problem(f"{run}: no such run")
-    paths = [run] if run.is_file() else sorted(run.glob("factor-*.pt"))
+    paths = sorted(run.glob("factor-*.pt")) if run.is_dir() else [run]
     if not paths:
         raise Problem(f"{run}: no checkpoint in this folder; expected factor-0.pt, .. as `train` writes them")
-    states = {path: read_checkpoint(path) for path in paths}
-    model = PixelAux(make_config(**states[paths[0]]["config"]))
-    if run.is_file() and len(states[run]["factors"]) < len(model.factors):
-        siblings = (path for path in sorted(run.parent.glob("factor-*.pt")) if path != run)
-        states = {**{path: read_checkpoint(path) for path in siblings}, **states}  # the file named wins
-    for path, state in states.items():
-        for k, weights in state["factors"].items():
+    state = read_checkpoint(paths[0])
+    model, found = PixelAux(make_config(**state["config"])), set()
+    if run.is_file() and len(state["factors"]) < len(model.factors):
+        paths = [*sorted(run.parent.glob("factor-*.pt")), run]  # the file named comes last: it wins
+    for path in paths:
+        for k, weights in read_checkpoint(path)["factors"].items():
             try:
                 model.factors[k].load_state_dict(weights)
             except (RuntimeError, IndexError):
-                raise Problem(f"{path}: of another model than {paths[0]}") from None
-    found = {k for state in states.values() for k in state["factors"]}
+                raise Problem(f"{path}: of another model than {run}") from None
+            found.add(k)
     if missing := sorted(set(range(len(model.factors))) - found):
         raise Problem(f"{run}: factor {missing[0]} is missing; `train --factor {missing[0]}` trains it")
     return model.to(device, memory_format=torch.channels_last).eval()
@@ -1820,57 +1765,47 @@ def evaluate(model, images, batch_size=None, progress=None):
     """
     model.eval()
     batch_size = batch_size or max(1, int(2**30 / max(map(Decoder.bytes_per_image, model.factors))))
-    bound, tight = [], []
-    for start in range(0, len(images), batch_size):
-        x = to_tensor(images[np.arange(start, min(start + batch_size, len(images)))]).to(model.device)
-        levels, rows = model.levels_of(x), ([], [])
+    results = []
+    for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
+        levels, nats = model.levels_of(to_tensor(images[rows]).to(model.device)), []
         for factor, level, level_hat in zip(model.factors, levels, [None, *levels]):
             head = factor.head(level, level_hat)
             limits = factor.psi.bounds(level, level_hat) if factor.psi else None
-            for row, bounds in zip(rows, (None, limits)):
-                row.append(head.log_prob(level, bounds).flatten(1).sum(1).double().cpu().numpy())
-        bound.append(np.stack(rows[0]))
-        tight.append(np.stack(rows[1]))
+            nats += [head.log_prob(level, bounds).flatten(1).sum(1) for bounds in (None, limits)]
+        results.append(torch.stack(nats).double().cpu())  # (2 factors, n)
         if progress:
-            progress(len(x))
-    return np.concatenate(bound, 1), np.concatenate(tight, 1)
-
-
-def bootstrap(values, seed=0, rounds=1000):
-    """95% confidence interval of the mean of values (N,), by resampling images."""
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(rounds)]
-    return tuple(np.percentile(means, [2.5, 97.5]))
+            progress(len(rows))
+    results = torch.cat(results, 1).numpy()
+    return results[::2], results[1::2]
 
 
 def report(model, bound, tight, shapes=None, images=None, samples=None):
     """The table that `eval` prints, and the same as a dict."""
-    kinds, result = {"bound": bound, "exact": tight}, dict(images=bound.shape[1], factors=[])
     row = lambda name, cells: f"{name:20}" + "".join(f"{c:>12}" if isinstance(c, str) else f"{c:12.4f}" for c in cells)
-    lines = [
-        f"{bound.shape[1]} test images, bits/dim. of X: bits / {model.dims}, which add up; own: bits / sub-pixels of the "
-        "level; cumulative: bits of all\nlevels so far / sub-pixels of this one (the model stopped there: the paper's "
-        "Table 2). bound: the paper's, <=; exact: =.\n", row("", ["of X", "", "own", "", "cumulative", ""]),
-        row("factor", ["bound", "exact"] * 3)]
+    result, kinds = dict(images=bound.shape[1], factors=[]), {"bound": bound, "exact": tight}
+    lines = [f"{bound.shape[1]} test images, bits/dim. of X: bits / {model.dims}, which add up; own: bits / sub-pixels "
+             "of the level; cumulative: bits of all\nlevels so far / sub-pixels of this one (the model stopped there: "
+             "the paper's Table 2). bound: the paper's, <=; exact: =.\n",
+             row("", ["of X", "", "own", "", "cumulative", ""]), row("factor", [*kinds] * 3)]
+    names = [f"{'gray ' if c == 1 else ''}{w}x{h}" for c, h, w in (factor.shape for factor in model.factors)]
     for k, factor in enumerate(model.factors):
-        (c, h, w), below = factor.shape, model.factors[k - 1].shape
-        name = f"{'gray ' if c == 1 else ''}{w}x{h}" + (f" | {'gray ' if below[0] == 1 else ''}{below[2]}x{below[1]}"
-                                                        if k else "")
-        cells = {f"{kind}_{how}": float(bits_per_dim(nats.mean(), dims))
-                 for how, first, dims in (("of_x", k, model.dims), ("own", k, c * h * w), ("cumulative", 0, c * h * w))
-                 for kind, values in kinds.items() for nats in [values[first : k + 1].sum(0)]}
+        name, dims, cells = " | ".join(names[k::-1][:2]), math.prod(factor.shape), {}
+        for column, first, per in (("of_x", k, model.dims), ("own", k, dims), ("cumulative", 0, dims)):
+            for kind, nats in kinds.items():
+                cells[f"{kind}_{column}"] = float(bits_per_dim(nats[first : k + 1].sum(0).mean(), per))
         result["factors"].append(dict(factor=name, shape=factor.shape, **cells))
         lines.append(row(name, cells.values()))
-    for kind, values in kinds.items():
-        bits = bits_per_dim(values.sum(0), model.dims)
-        result[kind], result[f"{kind}_interval"] = float(bits.mean()), [float(v) for v in bootstrap(bits)]
-    interval = ", ".join(f"{kind} [{{:.4f}}, {{:.4f}}]".format(*result[f"{kind}_interval"]) for kind in kinds)
-    lines += [row("total", [result[kind] for kind in kinds]), f"95% intervals over the images: {interval}"]
+    for kind, nats in kinds.items():
+        bits = bits_per_dim(nats.sum(0), model.dims)
+        means = np.random.default_rng(0).choice(bits, (1000, len(bits))).mean(1)  # bootstrap: images drawn again
+        result |= {kind: float(bits.mean()), f"{kind}_interval": np.percentile(means, [2.5, 97.5]).tolist()}
+    intervals = ", ".join("{} [{:.4f}, {:.4f}]".format(kind, *result[f"{kind}_interval"]) for kind in kinds)
+    lines += [row("total", [result[kind] for kind in kinds]), f"95% intervals over the images: {intervals}"]
     if shapes:
         true = shapes.log_prob(images)
         result["true"] = float(bits_per_dim(true.mean(), model.dims))
-        for kind, values in kinds.items():
-            result[f"{kind}_excess_bits"] = float((true - values.sum(0)).mean() / math.log(2))
+        for kind, nats in kinds.items():
+            result[f"{kind}_excess_bits"] = float((true - nats.sum(0)).mean() / math.log(2))
         lines += [row("true p(X)", [result["true"]] * 2) + "  the limit; "
                   f"{shapes.log_configurations / math.log(2) / model.dims:.4f} of it are the shape, the rest noise",
                   f"excess over the true p(X): bound {result['bound_excess_bits']:.1f}, "
@@ -1886,47 +1821,43 @@ def save_grid(levels, path, columns=8, tile=64):
 
     Every image is shown about `tile` pixels high, by repetition of its pixels.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    rows = []
-    for start in range(0, len(levels[0]), columns):
-        for level in levels:
-            x = level[start : start + columns].cpu().numpy().transpose(0, 2, 3, 1)
-            x = np.repeat(x * 17, 3, 3) if x.shape[3] == 1 else x
-            zoom = max(1, max(tile, levels[-1].shape[2]) // x.shape[1])
-            x = np.pad(x.repeat(zoom, 1).repeat(zoom, 2), ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
-            rows.append(np.concatenate([*x, *np.full_like(x[:1].repeat(columns - len(x), 0), 255)], 1))
-    width = max(row.shape[1] for row in rows)
-    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    write_atomically(path, lambda file: Image.fromarray(np.concatenate(rows)).save(file, "PNG"))
+    sizes = [np.array(level.shape[2:]) for level in levels]  # H, W
+    zooms = [max(1, max(tile, sizes[-1][0]) // size[0]) for size in sizes]
+    height, width = np.max([size * zoom for size, zoom in zip(sizes, zooms)], 0) + 4  # of a cell, with its border
+    bands = -(-len(levels[0]) // columns)
+    grid = Image.new("RGB", (columns * width, bands * len(levels) * height), "white")
+    for k, (level, zoom) in enumerate(zip(levels, zooms)):
+        for i, image in enumerate(level.permute(0, 2, 3, 1).cpu().numpy()):
+            image = Image.fromarray(image if image.shape[2] == 3 else 17 * image[:, :, 0])
+            band, column = divmod(i, columns)
+            grid.paste(ImageOps.scale(image, zoom, Image.Resampling.NEAREST),
+                       (column * width + 2, (band * len(levels) + k) * height + 2))
+    write_atomically(path, lambda file: grid.save(file, "PNG"))
 
 
 def save_curves(out):
     """OUT/curves.png: bits/dim of X by step, a panel for each factor, from OUT/metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = read_metrics(out)
     factors = sorted({line["factor"] for line in lines})
     if not factors:
         return
-    figure, axes = pyplot.subplots(1, len(factors), figsize=(4.5 * len(factors), 3.2), squeeze=False)
-    for axis, k in zip(axes[0], factors):
+    figure = Figure(figsize=(4.5 * len(factors), 3.2), layout="tight")
+    for axis, k in zip(figure.subplots(1, len(factors), squeeze=False)[0], factors):
         mine = [line for line in lines if line["factor"] == k]
-        tests = [line for line in mine if "test_bits_per_dim" in line]
-        axis.plot([m["step"] for m in mine], [m["bits_per_dim"] for m in mine], lw=1, label="training batches")
-        axis.plot([m["step"] for m in tests], [m["test_bits_per_dim"] for m in tests], "o-", ms=4,
-                  label="test images, averaged weights")
-        axis.set_ylim(0.95 * min(m["bits_per_dim"] for m in mine),
-                      1.05 * max(m["bits_per_dim"] for m in mine[len(mine) // 10 :]))
+        for key, style, label in (("bits_per_dim", "-", "training batches"),
+                                  ("test_bits_per_dim", "o-", "test images, averaged weights")):
+            points = [(line["step"], line[key]) for line in mine if key in line]
+            axis.plot(*np.array(points).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
+        axis.set_ylim(0.95 * min(line["bits_per_dim"] for line in mine),
+                      1.05 * max(line["bits_per_dim"] for line in mine[len(mine) // 10 :]))
         axis.set(title=f"factor {k}", xlabel="step", ylabel="bits/dim of X")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout()
     write_atomically(out / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
-    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2103,19 +2034,15 @@ def command_codec(args):
 def given_images(args, model):
     """Images for --given: of a level's own size as they are, of X's size through the chain down to --level."""
     if args.given == "test":
-        test = run_data(args, model).test
-        x = test[np.arange(min(args.n, len(test)))]
+        x = run_data(args, model).test
     elif args.given.endswith(".npy"):
         x = read_npy(args.given)
     else:
-        from PIL import Image
-
         try:
-            with Image.open(args.given) as image:
-                x = np.asarray(to_rgb(image))[None].repeat(args.n, 0)
+            x = read_image(args.given)[None].repeat(args.n, 0)
         except Exception as error:  # Pillow raises many kinds
             raise Problem(f"--given {args.given}: {error}") from None
-    x = to_tensor(x)[: args.n]
+    x = to_tensor(x[np.arange(min(args.n, len(x)))])
     if tuple(x.shape[1:]) == model.shapes[0]:
         if not 1 <= args.level <= len(model.chain):
             raise Problem(f"--level {args.level}: the model has levels 1..{len(model.chain)} below X")
@@ -2124,19 +2051,18 @@ def given_images(args, model):
 
 
 def command_sample(args):
-    model = load(args.run, args.device)
-    given, shapes = given_images(args, model) if args.given else None, model.shapes[::-1]
-    n = args.n if given is None else len(given)
-    first = 0 if given is None else next((i + 1 for i, s in enumerate(shapes) if s == tuple(given.shape[1:])), 0)
-    with bar_of(n * sum(h * w for _, h, w in shapes[first:]), "pixel") as bar:
-        levels = model.sample(n, args.seed or 0, args.mode, args.shift, args.tight or False, given, not args.naive,
-                              bar.update)
-    name = "-".join(["sample", args.mode, str(args.seed or 0), *([f"shift{args.shift:g}"] if args.shift else []),
-                     *(["given"] if args.given else []), *(["tight"] if args.tight else [])])
+    model, seed = load(args.run, args.device), args.seed or 0
+    given = given_images(args, model) if args.given else None
+    n, shape = (args.n, None) if given is None else (len(given), tuple(given.shape[1:]))
+    sampled = model.shapes[: model.shapes.index(shape)] if shape in model.shapes else model.shapes
+    with bar_of(n * sum(h * w for _, h, w in sampled), "pixel") as bar:
+        levels = model.sample(n, seed, args.mode, args.shift, args.tight or False, given, not args.naive, bar.update)
+    name = (f"sample-{args.mode}-{seed}" + f"-shift{args.shift:g}" * bool(args.shift) + "-given" * bool(args.given)
+            + "-tight" * bool(args.tight))
     out = str(args.out or run_folder(args) / name)
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_grid(levels, f"{out}.png")
-    arrays = {f"level{len(levels) - 1 - i}": level.permute(0, 2, 3, 1).cpu().numpy() for i, level in enumerate(levels)}
+    arrays = {f"level{i}": level.permute(0, 2, 3, 1).cpu().numpy() for i, level in enumerate(levels[::-1])}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
     print(f"{out}.png: a row for each level, coarsest first; {out}.npz: "
           f"{', '.join(f'{k} {v.shape}' for k, v in arrays.items())}, uint8, level0 is X")
@@ -2253,40 +2179,81 @@ def bench_sample(args, device):
           "paper quotes it)")
 
 
-def parse_size(text):
-    try:
-        sides = [int(part) for part in text.lower().split("x")]
-        if len(sides) > 2 or min(sides) < 1:
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected SIDE or HEIGHTxWIDTH, such as 32 or 48x64") from None
-    return sides[0], sides[-1]
-
-
-def parse_seed(text):
-    if not 0 <= (seed := int(text)) <= 2**31:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0..2147483648")
-    return seed
-
-
-def parse_device(text):
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not available here; expected cpu or cuda") from None
-    return device
-
-
-def positive(kind):
+def checked(kind, expected, valid):
+    """A type for argparse: kind(text), which must be valid; the error tells what was expected."""
     def parse(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
-        return value
+        with contextlib.suppress(ValueError, RuntimeError, AssertionError, NotImplementedError):
+            if valid(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
 
-    parse.__name__ = kind.__name__
     return parse
+
+
+def sides(text):
+    """SIDE or HEIGHTxWIDTH -> (H, W)."""
+    height, width = map(int, text.lower().split("x") if "x" in text.lower() else (text, text))
+    return height, width
+
+
+COMMANDS = {
+    "train": (command_train, "train all factors of a model in turn, or one of them"),
+    "eval": (command_eval, "bits/dim on the whole test set, by factor and resolution"),
+    "sample": (command_sample, "a picture of samples, and the arrays"),
+    "compress": (command_codec, "images, losslessly, into .pxa files"),
+    "decompress": (command_codec, ".pxa files into PNG files"),
+    "bench": (command_bench, "speed, beside plain implementations in the same process"),
+}
+
+
+def flags():
+    """(commands that take it, flag, help, what else argparse is to know) of every flag."""
+    count = checked(int, "a whole number above 0", lambda value: value > 0)
+    number = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
+    seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
+    size = checked(sides, "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda value: min(value) > 0)
+    device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
+    switch = dict(action="store_true", default=None)
+    return [
+        ("eval sample compress decompress", "run", "output folder of train, or a checkpoint file", dict(metavar="RUN")),
+        ("bench", "what", None, dict(choices=("train", "sample"))),
+        ("train bench", "--model", "default pyramid", dict(choices=MODELS)),
+        ("train bench", "--preset", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: the paper's",
+         dict(choices=PRESETS)),
+        ("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default shapes, or the run's)",
+         dict(metavar="WHAT")),
+        ("train eval sample", "--data-dir", "where cifar10 or celeba lie or go (default: data)", dict(metavar="DIR")),
+        ("train bench", "--size", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)", dict(type=size)),
+        ("train", "--out", "folder of the run (default runs/MODEL-DATA)", dict(metavar="RUN")),
+        ("train", "--resume", "go on with the run in --out", dict(action="store_true")),
+        ("train", "--factor", "train factor K alone, 0 is the coarsest", dict(type=int, metavar="K")),
+        ("train", "--steps", "for each factor (default: the preset's)", dict(type=count)),
+        ("train", "--budget", "for each factor, in place of --steps", dict(type=number, metavar="MINUTES")),
+        ("train", "--lr", "learning rate of Adam (default: the preset's)", dict(type=number)),
+        ("train eval bench", "--batch-size", None, dict(type=count)),
+        ("train", "--tight", "train the exact likelihood, not the bound", switch),
+        ("eval sample", "--tight", "samples from the model conditioned on psi(sample) = x_hat", switch),
+        ("train", "--look-right", "--no-look-right: pyramid networks that look up and left only, sampled in a third of "
+         "the steps", dict(action=argparse.BooleanOptionalAction, default=None)),
+        ("eval", "--n", "the first N test images only (default: all)", dict(type=count)),
+        ("sample", "--n", "how many images (default 16)", dict(type=count, default=16)),
+        ("sample", "--mode", "map: the paper's MAP sampling", dict(choices=("random", "map"), default="random")),
+        ("sample", "--shift", "added to the log-scales; below 0: less variance", dict(type=float, default=0.0)),
+        ("sample", "--given", "start from these: test, an image file or a .npy file, of the size of a level, or of X "
+         "and reduced to --level", dict(metavar="IMAGES")),
+        ("sample", "--level", "of --given: 1 is the one next to X (default)", dict(type=int, default=1)),
+        ("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", dict(action="store_true")),
+        ("sample", "--out", "writes NAME.png and NAME.npz (default: in the run's folder)", dict(metavar="NAME")),
+        ("eval", "--coded", "also code the first N test images, restore them, and compare with PNG and WebP",
+         dict(type=count, metavar="N")),
+        ("compress decompress", "files", "images, or .pxa files", dict(nargs="+", metavar="FILE")),
+        ("compress decompress", "--out", "for the results (default: beside the files)", dict(metavar="FOLDER")),
+        ("compress", "--tight", "with the exact likelihood (default), or the paper's",
+         dict(action=argparse.BooleanOptionalAction, default=True)),
+        ("train eval sample compress decompress bench", "--seed", "of everything random, 0..2^31 (default 0)", dict(type=seed)),
+        ("train eval sample compress decompress bench", "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)",
+         dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu")),
+    ]
 
 
 class Parser(argparse.ArgumentParser):
@@ -2299,88 +2266,34 @@ class Parser(argparse.ArgumentParser):
 def parser():
     top = Parser(prog="pixelaux.py", description="PixelCNN models with auxiliary variables (Kolesnikov & Lampert 2017)")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name, function, text, **flags):
-        sub = commands.add_parser(name, help=text, description=text)
+    for command, (function, text) in COMMANDS.items():
+        sub = commands.add_parser(command, help=text, description=text)
         sub.set_defaults(function=function)
-        sub.add_argument("--seed", type=parse_seed, help="of everything random, 0..2^31 (default 0)")
-        sub.add_argument("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu",
-                         help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-        return sub
-
-    def data_flags(sub, default):
-        sub.add_argument("--data", metavar="WHAT", help=f"shapes, cifar10, celeba, folder:PATH or FILE.npy ({default})")
-        sub.add_argument("--data-dir", metavar="DIR", help="where cifar10 or celeba lie or go (default: data)")
-
-    train = command("train", command_train, "train all factors of a model in turn, or one of them")
-    evaluation = command("eval", command_eval, "bits/dim on the whole test set, by factor and resolution")
-    sample = command("sample", command_sample, "a picture of samples, and the arrays")
-    bench = command("bench", command_bench, "speed, beside plain implementations in the same process")
-    for sub in (train, bench):
-        sub.add_argument("--model", choices=list(MODELS), help="default pyramid")
-        sub.add_argument("--preset", choices=list(PRESETS), help="tiny: minutes on a laptop (default); small: an hour; "
-                         "cifar10, celeba: the paper's")
-        sub.add_argument("--size", type=parse_size, help="side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)")
-        sub.add_argument("--batch-size", type=positive(int))
-    data_flags(train, "default shapes")
-    data_flags(evaluation, "default: the run's")
-    data_flags(sample, "default: the run's")
-    train.add_argument("--out", metavar="RUN", help="folder of the run (default runs/MODEL-DATA)")
-    train.add_argument("--steps", type=positive(int), help="for each factor (default: the preset's)")
-    train.add_argument("--budget", type=positive(float), metavar="MINUTES", help="for each factor, in place of --steps")
-    train.add_argument("--lr", type=positive(float), help="learning rate of Adam (default: the preset's)")
-    train.add_argument("--factor", type=int, metavar="K", help="train factor K alone, 0 is the coarsest")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    train.add_argument("--look-right", action=argparse.BooleanOptionalAction, default=None,
-                       help="--no-look-right: pyramid networks that look up and left only, sampled in a third of the steps")
-    train.add_argument("--tight", action="store_true", default=None, help="train the exact likelihood, not the bound")
-    for sub in (evaluation, sample):
-        sub.add_argument("run", metavar="RUN", help="output folder of train, or a checkpoint file")
-        sub.add_argument("--tight", action="store_true", default=None,
-                         help="samples from the model conditioned on psi(sample) = x_hat")
-    evaluation.add_argument("--n", type=positive(int), help="the first N test images only (default: all)")
-    evaluation.add_argument("--batch-size", type=positive(int))
-    evaluation.add_argument("--coded", type=positive(int), metavar="N",
-                            help="also code the first N test images, restore them, and compare with PNG and WebP")
-    sample.add_argument("--n", type=positive(int), default=16, help="how many images (default 16)")
-    sample.add_argument("--mode", choices=("random", "map"), default="random", help="map: the paper's MAP sampling")
-    sample.add_argument("--shift", type=float, default=0.0, help="added to the log-scales; below 0: less variance")
-    sample.add_argument("--given", metavar="IMAGES", help="start from these: test, an image file or a .npy file, of the "
-                        "size of a level, or of X and reduced to --level")
-    sample.add_argument("--level", type=int, default=1, help="of --given: 1 is the one next to X (default)")
-    sample.add_argument("--naive", action="store_true", help="the plain sampler, a full pass for every pixel: the oracle")
-    sample.add_argument("--out", metavar="NAME", help="writes NAME.png and NAME.npz (default: in the run's folder)")
-    for name, text, what in (("compress", "images, losslessly, into .pxa files", "IMAGE"),
-                             ("decompress", ".pxa files into PNG files", "FILE.pxa")):
-        codec = command(name, command_codec, text)
-        codec.add_argument("run", metavar="RUN", help="output folder of train, or a checkpoint file")
-        codec.add_argument("files", metavar=what, nargs="+")
-        codec.add_argument("--out", metavar="FOLDER", help="for the results (default: beside the files)")
-        if name == "compress":
-            codec.add_argument("--tight", action=argparse.BooleanOptionalAction, default=True,
-                               help="with the exact likelihood (default), or the paper's")
-    bench.add_argument("what", choices=("train", "sample"))
+        for takers, flag, text, options in flags():
+            if command in takers.split():
+                sub.add_argument(flag, help=text, **options)
     return top
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # evaluation and sampling are float32 throughout
+    status = 2
     try:
         args.function(args)
-    except (Problem, ArithmeticError, Stop, OSError, ImportError, KeyboardInterrupt) as error:
-        message, status = str(error), 2
-        if isinstance(error, ArithmeticError):
-            status = 1
-        elif isinstance(error, (Stop, KeyboardInterrupt)):
-            message, status = message or "interrupted", 130
-        elif isinstance(error, ImportError):
-            message = f"{error.name} is not installed: pip install -r requirements.txt"
-        elif isinstance(error, OSError):
-            message = f"{error.filename or 'output'}: {error.strerror or error}"
-        print(f"pixelaux: {message}", file=sys.stderr)
-        return status
-    return 0
+        return 0
+    except ImportError as error:
+        message = f"{error.name} is not installed: pip install -r requirements.txt"
+    except OSError as error:
+        message = f"{error.filename or 'output'}: {error.strerror or error}"
+    except Problem as error:
+        message = error
+    except ArithmeticError as error:
+        message, status = error, 1
+    except (Stop, KeyboardInterrupt) as error:
+        message, status = str(error) or "interrupted", 130
+    print(f"pixelaux: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

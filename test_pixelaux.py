@@ -784,7 +784,8 @@ def test_folders_take_every_kind_of_image_and_skip_what_is_broken(tmp_path, monk
     everything = np.concatenate([data.train[np.arange(7)], data.test[np.arange(1)]])
     deep = gray[..., 0]  # 16-bit: 257 times the value is the value
     assert (everything == deep[..., None]).all((1, 2, 3)).sum() == 1
-    assert np.array_equal(pixelaux.to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 0))), [[[255] * 3]])
+    Image.new("RGBA", (1, 1), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.array_equal(pixelaux.read_image(tmp_path / "clear.png"), [[[255] * 3]])
     again, _ = pixelaux.load_data(f"folder:{tmp_path / 'images'}", "data", (32, 32))  # from the cache
     assert np.array_equal(again.train[np.arange(7)], data.train[np.arange(7)])
 
@@ -1122,7 +1123,7 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys):
         (["train", "--device", "cuda:77"], "--device"), (["train", "--factor", "5"], "--factor"),
         (["train", "--size", "18"], "multiples of"), (["train", "--size", "4"], "--size"),
         (["train", "--data", "cifar10", "--size", "16"], "32x32"),
-        (["train", "--data", f"folder:{tmp_path}/none"], "no such folder"),
+        (["train", "--data", f"folder:{tmp_path}/none"], "No such file"),
         (["train", "--data", f"folder:{tmp_path}/nothing"], "no image files"),
         (["train", "--data", "celeba", "--data-dir", str(tmp_path / "nothing")], "nothing"),
         (["train", "--data", f"{tmp_path}/float.npy"], "float64"), (["train", "--data", f"{tmp_path}/bad.npy"], "bad.npy"),

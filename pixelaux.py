@@ -1240,71 +1240,59 @@ def unpack(model, file, progress=None):
 class Shapes:
     """Built-in images whose probability is known: a coloured shape on a coloured ground, and independent noise.
 
-    A configuration (kind, centre, radius, two colours) is drawn uniformly, then every sub-pixel gets noise from a
-    logistic with `noise` levels as its scale, discretised and cut off at `bound`. Colours are more than 2 bound apart
-    in some channel, so that the configuration can be read off the image, and log p(X) is exact:
-    -log(number of configurations) + sum log pmf(noise).
+    A configuration (square, disc, triangle or cross; centre, radius, two colours) is drawn uniformly, then every
+    sub-pixel gets noise from a logistic with `noise` levels as its scale, discretised and cut off at `bound`. Colours
+    are more than 2 bound apart in some channel, so that the configuration can be read off the image, and log p(X) is
+    exact: -log(number of configurations) + sum log pmf(noise).
     """
 
     palette = np.array([[215, 55, 45], [50, 150, 70], [50, 90, 205], [240, 195, 55]], np.int16)
-    kinds = ("square", "disc", "triangle", "cross")
 
     def __init__(self, size, noise=0.25, bound=3):
         self.size, self.bound = size, bound
         edges = 1 / (1 + np.exp(-(np.arange(-bound, bound + 2) - 0.5) / noise))
         self.pmf = np.diff(edges) / (edges[-1] - edges[0])
-        self.grid = size[0] // 2, size[1] // 2  # shapes have pixels of 2x2: their half-resolution view is sharp
-        side = min(self.grid)
+        h, w = size[0] // 2, size[1] // 2  # shapes have pixels of 2x2: their half-resolution view is sharp
+        side = min(h, w)
         if side < 6 or any(s % 2 for s in size):
             raise Problem(f"--size {size[0]}x{size[1]}: shapes need an even height and width of 12 or more")
         step = max(1, side // 16)
-        self.places = np.array([
-            (kind, cy, cx, radius) for kind in range(len(self.kinds))
-            for radius in range(side // 8 + 1, side // 4 + 2, step)
-            for cy in range(radius, self.grid[0] - radius, step) for cx in range(radius, self.grid[1] - radius, step)
-        ])
-        self.pairs = list(itertools.permutations(range(len(self.palette)), 2))  # ground, shape
-        self.log_configurations = math.log(len(self.places) * len(self.pairs))
-
-    def masks(self, places):
-        """(M, 4) -> bool (M, H, W): where the shape is."""
-        kind, cy, cx, radius = (v[:, None, None] for v in np.asarray(places).T)
-        dy = np.arange(self.grid[0])[None, :, None] - cy
-        dx = np.arange(self.grid[1])[None, None, :] - cx
-        box = (abs(dy) <= radius) & (abs(dx) <= radius)
+        kind, cy, cx, radius = np.array([
+            (kind, cy, cx, radius) for kind in range(4) for radius in range(side // 8 + 1, side // 4 + 2, step)
+            for cy in range(radius, h - radius, step) for cx in range(radius, w - radius, step)]).T[:, :, None, None]
+        dy, dx = np.arange(h)[:, None] - cy, np.arange(w) - cx
         disc = dy * dy + dx * dx <= radius * radius + radius
         triangle = 2 * abs(dx) <= dy + radius
         cross = (abs(dy) <= radius // 3) | (abs(dx) <= radius // 3)
-        mask = box & np.choose(kind, [np.ones_like(disc), disc, triangle, cross])
-        return mask.repeat(2, 1).repeat(2, 2)
+        box = (abs(dy) <= radius) & (abs(dx) <= radius)
+        self.masks = box & np.choose(kind, [box, disc, triangle, cross])  # (places, H/2, W/2): where the shape is
+        self.pairs = np.array(list(itertools.permutations(range(len(self.palette)), 2)))  # ground, shape
+        self.log_configurations = math.log(len(self.masks) * len(self.pairs))
 
-    def clean(self, places, ground, shape):
-        """Noiseless images, int16 (M, H, W, 3)."""
-        return np.where(self.masks(places)[..., None], self.palette[shape][:, None, None],
-                        self.palette[ground][:, None, None])
+    def clean(self, place, pair):
+        """Noiseless images, int16 (N, H, W, 3), of the configurations with these indices, (N,)."""
+        ground, shape = self.palette[self.pairs[pair].T][:, :, None, None]
+        return np.where(self.masks[place].repeat(2, 1).repeat(2, 2)[..., None], shape, ground)
 
     def sample(self, n, seed):
         """uint8 (n, H, W, 3), a function of the seed (an int or a sequence of ints)."""
         rng = np.random.default_rng(seed)
-        ground, shape = np.array(self.pairs)[rng.integers(len(self.pairs), size=n)].T
-        images = self.clean(self.places[rng.integers(len(self.places), size=n)], ground, shape)
-        noise = np.searchsorted(self.pmf.cumsum()[:-1], rng.random(images.shape, np.float32), side="right") - self.bound
-        return (images + noise).astype(np.uint8)
+        pair, place = rng.integers(len(self.pairs), size=n), rng.integers(len(self.masks), size=n)
+        noise = rng.random((n, *self.size, 3), np.float32)
+        noise = np.searchsorted(self.pmf.cumsum()[:-1], noise, side="right") - self.bound
+        return (self.clean(place, pair) + noise).astype(np.uint8)
 
     def decode(self, x):
         """x: uint8 (N, H, W, 3) -> the noise that x would be, int (N, H, W, 3), around its best configuration."""
         x = np.asarray(x).astype(np.int16)
-        colour = abs(x[:, :, :, None] - self.palette).sum(-1).argmin(-1)  # (N, H, W)
-        count = lambda v: (v.reshape(len(x), 1, -1) == np.arange(len(self.palette))[:, None]).sum(-1)  # (N, colours)
-        ground = count(np.concatenate([colour[:, 0], colour[:, -1], colour[:, :, 0], colour[:, :, -1]], 1)).argmax(1)
-        inner = count(colour)
-        inner[np.arange(len(x)), ground] = -1
-        shape = inner.argmax(1)
-        found = (colour == shape[:, None, None]).reshape(len(x), -1).astype(np.float32)
-        parts = np.array_split(self.places, 1 + len(self.places) // 1000)
-        masks = (self.masks(part).reshape(len(part), -1).astype(np.float32) for part in parts)
-        differ = [found.sum(1)[:, None] + mask.sum(1) - 2 * found @ mask.T for mask in masks]  # pixels that differ
-        return x - self.clean(self.places[np.concatenate(differ, 1).argmin(1)], ground, shape)
+        nearest = abs(x[:, :, :, None] - self.palette).sum(-1).argmin(-1)  # (N, H, W): which colour
+        seen = (nearest[:, None] == np.arange(len(self.palette))[:, None, None]).astype(np.float32)
+        seen = F.avg_pool2d(torch.from_numpy(seen), 2).flatten(2).numpy()  # (N, colours, H/2 W/2)
+        inside = seen @ self.masks.reshape(len(self.masks), -1).T.astype(np.float32)  # (N, colours, places)
+        ground, shape = self.pairs.T
+        agree = inside[:, shape] - inside[:, ground] + seen.sum(2)[:, ground, None]  # (N, pairs, places)
+        pair, place = np.divmod(agree.reshape(len(x), -1).argmax(1), len(self.masks))
+        return x - self.clean(place, pair)
 
     def log_prob(self, x):
         """True log p(X) of uint8 (N, H, W, 3), nats (N,); -inf where X is impossible."""
@@ -1782,34 +1770,36 @@ def evaluate(model, images, batch_size=None, progress=None):
 def report(model, bound, tight, shapes=None, images=None, samples=None):
     """The table that `eval` prints, and the same as a dict."""
     row = lambda name, cells: f"{name:20}" + "".join(f"{c:>12}" if isinstance(c, str) else f"{c:12.4f}" for c in cells)
-    result, kinds = dict(images=bound.shape[1], factors=[]), {"bound": bound, "exact": tight}
-    lines = [f"{bound.shape[1]} test images, bits/dim. of X: bits / {model.dims}, which add up; own: bits / sub-pixels "
-             "of the level; cumulative: bits of all\nlevels so far / sub-pixels of this one (the model stopped there: "
-             "the paper's Table 2). bound: the paper's, <=; exact: =.\n",
-             row("", ["of X", "", "own", "", "cumulative", ""]), row("factor", [*kinds] * 3)]
+    both, n = np.stack([bound, tight]), bound.shape[1]  # (2, factors, N)
+    columns = [f"{kind}_{of}" for of in ("of_x", "own", "cumulative") for kind in ("bound", "exact")]
+    result = dict(images=n, factors=[])
+    lines = [f"{n} test images, bits/dim. of X: bits / {model.dims}, which add up; own: bits / sub-pixels of the level; "
+             "cumulative: bits of all\nlevels so far / sub-pixels of this one (the model stopped there: the paper's Table "
+             "2). bound: the paper's, <=; exact: =.\n",
+             row("", ["of X", "", "own", "", "cumulative", ""]), row("factor", ["bound", "exact"] * 3)]
     names = [f"{'gray ' if c == 1 else ''}{w}x{h}" for c, h, w in (factor.shape for factor in model.factors)]
     for k, factor in enumerate(model.factors):
-        name, dims, cells = " | ".join(names[k::-1][:2]), math.prod(factor.shape), {}
-        for column, first, per in (("of_x", k, model.dims), ("own", k, dims), ("cumulative", 0, dims)):
-            for kind, nats in kinds.items():
-                cells[f"{kind}_{column}"] = float(bits_per_dim(nats[first : k + 1].sum(0).mean(), per))
-        result["factors"].append(dict(factor=name, shape=factor.shape, **cells))
-        lines.append(row(name, cells.values()))
-    for kind, nats in kinds.items():
-        bits = bits_per_dim(nats.sum(0), model.dims)
-        means = np.random.default_rng(0).choice(bits, (1000, len(bits))).mean(1)  # bootstrap: images drawn again
-        result |= {kind: float(bits.mean()), f"{kind}_interval": np.percentile(means, [2.5, 97.5]).tolist()}
-    intervals = ", ".join("{} [{:.4f}, {:.4f}]".format(kind, *result[f"{kind}_interval"]) for kind in kinds)
-    lines += [row("total", [result[kind] for kind in kinds]), f"95% intervals over the images: {intervals}"]
+        name, dims = " | ".join(names[k::-1][:2]), math.prod(factor.shape)
+        cells = [float(bits) for first, per in ((k, model.dims), (k, dims), (0, dims))
+                 for bits in bits_per_dim(both[:, first : k + 1].sum(1).mean(1), per)]
+        result["factors"].append(dict(factor=name, shape=factor.shape, **dict(zip(columns, cells))))
+        lines.append(row(name, cells))
+    intervals = []
+    for kind, bits in zip(("bound", "exact"), bits_per_dim(both.sum(1), model.dims)):
+        means = np.random.default_rng(0).choice(bits, (1000, n)).mean(1)  # bootstrap over the images
+        low, high = np.percentile(means, [2.5, 97.5]).tolist()
+        result |= {kind: float(bits.mean()), f"{kind}_interval": [low, high]}
+        intervals.append(f"{kind} [{low:.4f}, {high:.4f}]")
+    lines += [row("total", [result["bound"], result["exact"]]),
+              f"95% intervals over the images: {', '.join(intervals)}"]
     if shapes:
         true = shapes.log_prob(images)
-        result["true"] = float(bits_per_dim(true.mean(), model.dims))
-        for kind, nats in kinds.items():
-            result[f"{kind}_excess_bits"] = float((true - nats.sum(0)).mean() / math.log(2))
+        excess = [float(bits) for bits in (true - both.sum(1)).mean(1) / math.log(2)]
+        result |= dict(true=float(bits_per_dim(true.mean(), model.dims)), bound_excess_bits=excess[0],
+                       exact_excess_bits=excess[1])
         lines += [row("true p(X)", [result["true"]] * 2) + "  the limit; "
                   f"{shapes.log_configurations / math.log(2) / model.dims:.4f} of it are the shape, the rest noise",
-                  f"excess over the true p(X): bound {result['bound_excess_bits']:.1f}, "
-                  f"exact {result['exact_excess_bits']:.1f} bits per image"]
+                  "excess over the true p(X): bound {:.1f}, exact {:.1f} bits per image".format(*excess)]
         if samples is not None:
             result["decodable"] = float(shapes.decodable(samples).mean())
             lines.append(f"samples whose shape decodes: {100 * result['decodable']:.0f}% of {len(samples)}")
@@ -1843,8 +1833,6 @@ def save_curves(out):
 
     lines = read_metrics(out)
     factors = sorted({line["factor"] for line in lines})
-    if not factors:
-        return
     figure = Figure(figsize=(4.5 * len(factors), 3.2), layout="tight")
     for axis, k in zip(figure.subplots(1, len(factors), squeeze=False)[0], factors):
         mine = [line for line in lines if line["factor"] == k]
@@ -1852,9 +1840,9 @@ def save_curves(out):
                                   ("test_bits_per_dim", "o-", "test images, averaged weights")):
             points = [(line["step"], line[key]) for line in mine if key in line]
             axis.plot(*np.array(points).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
-        axis.set_ylim(0.95 * min(line["bits_per_dim"] for line in mine),
-                      1.05 * max(line["bits_per_dim"] for line in mine[len(mine) // 10 :]))
-        axis.set(title=f"factor {k}", xlabel="step", ylabel="bits/dim of X")
+        values = [line["bits_per_dim"] for line in mine]
+        limits = 0.95 * min(values), 1.05 * max(values[len(values) // 10 :])
+        axis.set(title=f"factor {k}", xlabel="step", ylabel="bits/dim of X", ylim=limits)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     write_atomically(out / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
@@ -2196,66 +2184,6 @@ def sides(text):
     return height, width
 
 
-COMMANDS = {
-    "train": (command_train, "train all factors of a model in turn, or one of them"),
-    "eval": (command_eval, "bits/dim on the whole test set, by factor and resolution"),
-    "sample": (command_sample, "a picture of samples, and the arrays"),
-    "compress": (command_codec, "images, losslessly, into .pxa files"),
-    "decompress": (command_codec, ".pxa files into PNG files"),
-    "bench": (command_bench, "speed, beside plain implementations in the same process"),
-}
-
-
-def flags():
-    """(commands that take it, flag, help, what else argparse is to know) of every flag."""
-    count = checked(int, "a whole number above 0", lambda value: value > 0)
-    number = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
-    seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
-    size = checked(sides, "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda value: min(value) > 0)
-    device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
-    switch = dict(action="store_true", default=None)
-    return [
-        ("eval sample compress decompress", "run", "output folder of train, or a checkpoint file", dict(metavar="RUN")),
-        ("bench", "what", None, dict(choices=("train", "sample"))),
-        ("train bench", "--model", "default pyramid", dict(choices=MODELS)),
-        ("train bench", "--preset", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: the paper's",
-         dict(choices=PRESETS)),
-        ("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default shapes, or the run's)",
-         dict(metavar="WHAT")),
-        ("train eval sample", "--data-dir", "where cifar10 or celeba lie or go (default: data)", dict(metavar="DIR")),
-        ("train bench", "--size", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)", dict(type=size)),
-        ("train", "--out", "folder of the run (default runs/MODEL-DATA)", dict(metavar="RUN")),
-        ("train", "--resume", "go on with the run in --out", dict(action="store_true")),
-        ("train", "--factor", "train factor K alone, 0 is the coarsest", dict(type=int, metavar="K")),
-        ("train", "--steps", "for each factor (default: the preset's)", dict(type=count)),
-        ("train", "--budget", "for each factor, in place of --steps", dict(type=number, metavar="MINUTES")),
-        ("train", "--lr", "learning rate of Adam (default: the preset's)", dict(type=number)),
-        ("train eval bench", "--batch-size", None, dict(type=count)),
-        ("train", "--tight", "train the exact likelihood, not the bound", switch),
-        ("eval sample", "--tight", "samples from the model conditioned on psi(sample) = x_hat", switch),
-        ("train", "--look-right", "--no-look-right: pyramid networks that look up and left only, sampled in a third of "
-         "the steps", dict(action=argparse.BooleanOptionalAction, default=None)),
-        ("eval", "--n", "the first N test images only (default: all)", dict(type=count)),
-        ("sample", "--n", "how many images (default 16)", dict(type=count, default=16)),
-        ("sample", "--mode", "map: the paper's MAP sampling", dict(choices=("random", "map"), default="random")),
-        ("sample", "--shift", "added to the log-scales; below 0: less variance", dict(type=float, default=0.0)),
-        ("sample", "--given", "start from these: test, an image file or a .npy file, of the size of a level, or of X "
-         "and reduced to --level", dict(metavar="IMAGES")),
-        ("sample", "--level", "of --given: 1 is the one next to X (default)", dict(type=int, default=1)),
-        ("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", dict(action="store_true")),
-        ("sample", "--out", "writes NAME.png and NAME.npz (default: in the run's folder)", dict(metavar="NAME")),
-        ("eval", "--coded", "also code the first N test images, restore them, and compare with PNG and WebP",
-         dict(type=count, metavar="N")),
-        ("compress decompress", "files", "images, or .pxa files", dict(nargs="+", metavar="FILE")),
-        ("compress decompress", "--out", "for the results (default: beside the files)", dict(metavar="FOLDER")),
-        ("compress", "--tight", "with the exact likelihood (default), or the paper's",
-         dict(action=argparse.BooleanOptionalAction, default=True)),
-        ("train eval sample compress decompress bench", "--seed", "of everything random, 0..2^31 (default 0)", dict(type=seed)),
-        ("train eval sample compress decompress bench", "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)",
-         dict(type=device, default="cuda" if torch.cuda.is_available() else "cpu")),
-    ]
-
-
 class Parser(argparse.ArgumentParser):
     """An error is one line."""
 
@@ -2265,35 +2193,80 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     top = Parser(prog="pixelaux.py", description="PixelCNN models with auxiliary variables (Kolesnikov & Lampert 2017)")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, (function, text) in COMMANDS.items():
-        sub = commands.add_parser(command, help=text, description=text)
-        sub.set_defaults(function=function)
-        for takers, flag, text, options in flags():
-            if command in takers.split():
-                sub.add_argument(flag, help=text, **options)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for command, function, text in (("train", command_train, "train all factors of a model in turn, or one of them"),
+                                    ("eval", command_eval, "bits/dim on the whole test set, by factor and resolution"),
+                                    ("sample", command_sample, "a picture of samples, and the arrays"),
+                                    ("compress", command_codec, "images, losslessly, into .pxa files"),
+                                    ("decompress", command_codec, ".pxa files into PNG files"),
+                                    ("bench", command_bench, "speed, beside plain implementations in one process")):
+        commands.add_parser(command, help=text, description=text).set_defaults(command=command, function=function)
+
+    def add(names, flag, text=None, **options):
+        for name in names.split():
+            commands.choices[name].add_argument(flag, help=text, **options)
+
+    count = checked(int, "a whole number above 0", lambda value: value > 0)
+    number = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
+    size = checked(sides, "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda value: min(value) > 0)
+    seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
+    device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
+    optional = dict(action="store_true", default=None)  # None: as the run in --out has it
+    add("eval sample compress decompress", "run", "output folder of train, or a checkpoint file", metavar="RUN")
+    add("bench", "what", choices=("train", "sample"))
+    add("train bench", "--model", "default pyramid", choices=MODELS)
+    add("train bench", "--preset", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: the paper's",
+        choices=PRESETS)
+    add("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default: shapes, or the run's)",
+        metavar="WHAT")
+    add("train eval sample", "--data-dir", "where cifar10 or celeba lie or go (default: data)", metavar="DIR")
+    add("train bench", "--size", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)", type=size)
+    add("train eval bench", "--batch-size", type=count)
+    add("train", "--out", "folder of the run (default runs/MODEL-DATA)", metavar="RUN")
+    add("train", "--resume", "go on with the run in --out", action="store_true")
+    add("train", "--factor", "train factor K alone, 0 is the coarsest", type=int, metavar="K")
+    add("train", "--steps", "for each factor (default: the preset's)", type=count)
+    add("train", "--budget", "for each factor, in place of --steps", type=number, metavar="MINUTES")
+    add("train", "--lr", "learning rate of Adam (default: the preset's)", type=number)
+    add("train", "--tight", "train the exact likelihood, not the bound", **optional)
+    add("train", "--look-right", "--no-look-right: pyramid networks that look up and left only, sampled in a third of the "
+        "steps", action=argparse.BooleanOptionalAction, default=None)
+    add("eval sample", "--tight", "samples from the model conditioned on psi(sample) = x_hat", **optional)
+    add("eval", "--n", "the first N test images only (default: all)", type=count)
+    add("sample", "--n", "how many images (default 16)", type=count, default=16)
+    add("sample", "--mode", "map: the paper's MAP sampling", choices=("random", "map"), default="random")
+    add("sample", "--shift", "added to the log-scales; below 0: less variance", type=float, default=0.0)
+    add("sample", "--given", "start from these: test, an image file or a .npy file, of the size of a level, or of X and "
+        "reduced to --level", metavar="IMAGES")
+    add("sample", "--level", "of --given: 1 is the one next to X (default)", type=int, default=1)
+    add("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", action="store_true")
+    add("sample", "--out", "writes NAME.png and NAME.npz (default: in the run's folder)", metavar="NAME")
+    add("eval", "--coded", "also code the first N test images, restore them, and compare with PNG and WebP", type=count,
+        metavar="N")
+    add("compress decompress", "files", "images, or .pxa files", nargs="+", metavar="FILE")
+    add("compress decompress", "--out", "for the results (default: beside the files)", metavar="FOLDER")
+    add("compress", "--tight", "with the exact likelihood (default), or the paper's", default=True,
+        action=argparse.BooleanOptionalAction)
+    add("train eval sample compress decompress bench", "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
+    add("train eval sample compress decompress bench", "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)", type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu")
     return top
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # evaluation and sampling are float32 throughout
-    status = 2
     try:
         args.function(args)
         return 0
-    except ImportError as error:
-        message = f"{error.name} is not installed: pip install -r requirements.txt"
-    except OSError as error:
-        message = f"{error.filename or 'output'}: {error.strerror or error}"
-    except Problem as error:
-        message = error
-    except ArithmeticError as error:
-        message, status = error, 1
-    except (Stop, KeyboardInterrupt) as error:
-        message, status = str(error) or "interrupted", 130
-    print(f"pixelaux: {message}", file=sys.stderr)
-    return status
+    except (Problem, ArithmeticError, Stop, OSError, ImportError, KeyboardInterrupt) as error:
+        message = str(error) or "interrupted"
+        if isinstance(error, ImportError):
+            message = f"{error.name} is not installed: pip install -r requirements.txt"
+        elif isinstance(error, OSError):
+            message = f"{error.filename or 'output'}: {error.strerror or error}"
+        print(f"pixelaux: {message}", file=sys.stderr)
+        return 130 if isinstance(error, (Stop, KeyboardInterrupt)) else 1 if isinstance(error, ArithmeticError) else 2
 
 
 if __name__ == "__main__":

@@ -716,7 +716,7 @@ def test_shapes_have_the_probability_they_claim():
     x = shapes.sample(200, [1, 2])
     assert x.dtype == np.uint8 and np.array_equal(x, shapes.sample(200, [1, 2]))
     assert shapes.pmf.sum() == pytest.approx(1) and len(shapes.pmf) == 2 * shapes.bound + 1
-    masks = shapes.masks(shapes.places).reshape(len(shapes.places), -1)
+    masks = shapes.masks.repeat(2, 1).repeat(2, 2).reshape(len(shapes.masks), -1)
     assert len(np.unique(masks, axis=0)) == len(masks)  # each configuration is another image
     for a, b in itertools.combinations(shapes.palette, 2):
         assert abs(a - b).sum() > 6 * shapes.bound  # decoding by the nearest colour cannot err

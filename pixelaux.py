@@ -113,9 +113,8 @@ PRESETS = {
 
 def make_config(preset="tiny", **fields):
     """The Config of a preset with some fields changed. Raises Problem, naming what there is to choose from."""
-    known = [("preset", preset, PRESETS), ("model", fields.get("model", Config.model), MODELS)]
-    known += [("option", name, [field.name for field in dataclasses.fields(Config)]) for name in fields]
-    for kind, name, names in known:
+    choices = [("preset", preset, PRESETS), ("model", fields.get("model", Config.model), MODELS)]
+    for kind, name, names in choices + [("option", name, Config.__annotations__) for name in fields]:
         if name not in names:
             raise Problem(f"unknown {kind} {name!r}: expected one of {', '.join(names)}")
     fields = {"preset": preset, **PRESETS[preset], **fields}
@@ -1416,49 +1415,47 @@ def read_image(file, size=None, celeba=False):
     return np.asarray(image)
 
 
-def read_images(kind, sources, size, expected):
+def read_images(kind, sources, size):
     """The images in the sources, folders (searched recursively) or zip files, as uint8 (N, H, W, 3); see read_image.
 
     They are decoded once, with all cores, into a memory-mapped file in $XDG_CACHE_HOME/pixelaux (~/.cache/pixelaux);
     its name depends on kind ("celeba" or "folder") and on the files' names, sizes and dates. Files that cannot be read
-    are named and skipped. expected: what Problem says of sources without images.
+    are named and skipped.
     """
     from PIL import Image
     from tqdm import tqdm
 
-    files = []
+    files, broken, known = [], [], Image.registered_extensions()
+    expected = "expected a folder or a zip file of images (CelebA: https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)"
     for source in sources:
         try:
             archive = None if source.is_dir() else zipfile.ZipFile(source)
         except (OSError, zipfile.BadZipFile) as error:
-            raise Problem(f"{source}: {getattr(error, 'strerror', error)}; expected {expected}") from None
-        files += [zipfile.Path(archive, member) for member in archive.namelist()] if archive else source.rglob("*")
-    known = Image.registered_extensions()
-    files = sorted((f for f in files if f.suffix.lower() in known and f.is_file()), key=lambda f: (f.name, str(f)))
+            raise Problem(f"{source}: {getattr(error, 'strerror', error)}; {expected}") from None
+        inside = [zipfile.Path(archive, member) for member in archive.namelist()] if archive else source.rglob("*")
+        files += [f for f in inside if f.suffix.lower() in known and f.is_file()]
     if not files:
-        raise Problem(f"{sources[0]}: no image files there; expected {expected}")
+        raise Problem(f"{sources[0]}: no image files there; {expected}")
 
     def read(file):
         try:
             with file.open("rb") as stream:
-                return read_image(stream, size, kind == "celeba")
+                return read_image(stream, size, kind == "celeba").tobytes()
         except Exception as error:  # Pillow and zipfile raise many kinds
-            return f"{file}: {error}"
+            broken.append(f"{file}: {error}")
+            return b""
 
     def decode(out):
-        broken = []
         with multiprocessing.pool.ThreadPool() as pool:
             chunks = (pool.imap(read, files[start : start + 1024]) for start in range(0, len(files), 1024))
-            for image in tqdm(itertools.chain.from_iterable(chunks), f"decoding {kind}", len(files), unit="image"):
-                if isinstance(image, str):
-                    broken.append(image)
-                else:
-                    out.write(image)
-        if len(broken) == len(files):
-            raise Problem(f"none of the {len(files)} image files could be read; the first: {broken[0]}")
+            chained = itertools.chain.from_iterable(chunks)
+            out.writelines(tqdm(chained, f"decoding {kind}", len(files), unit="image"))
         for line in broken[:10] + [f"{len(broken) - 10} more files"] * (len(broken) > 10):
             print(f"pixelaux: skipped {line}", file=sys.stderr)
+        if len(broken) == len(files):
+            raise Problem(f"none of the {len(files)} image files could be read; the first: {broken[0]}")
 
+    files.sort(key=lambda file: (file.name, str(file)))
     on_disk = [f for f in [*sources, *files] if isinstance(f, pathlib.Path) and f.is_file()]
     stamp = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in on_disk])
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pixelaux"
@@ -1478,8 +1475,7 @@ def read_npy(path, channels=(1, 3)):
     if images.ndim == 4 and images.shape[1] in channels and images.shape[3] not in channels:
         images = images.transpose(0, 2, 3, 1)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in channels or not len(images):
-        wanted = " or ".join(map(str, channels))
-        raise Problem(f"{path}: {images.dtype} {images.shape}, expected uint8 (N, H, W, C), C = {wanted}")
+        raise Problem(f"{path}: {images.dtype} {images.shape}, expected uint8 (N, H, W, C), C in {channels}")
     return images
 
 
@@ -1500,23 +1496,20 @@ def load_data(spec, folder, size=None):
         return Dataset(images[:50_000], images[50_000:], flip=True), (32, 32)
     if spec == "celeba":
         sources = [folder] if folder.is_file() else sorted(folder.glob("*.zip")) or [folder]
-        images = read_images("celeba", sources, size or (128, 128), "img_align_celeba.zip or its JPEGs in --data-dir, "
-                             "from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html")
+        images = read_images("celeba", sources, size or (128, 128))
     elif spec.startswith("folder:"):
-        sources = [pathlib.Path(spec.removeprefix("folder:"))]
-        images = read_images("folder", sources, size or (64, 64), "a folder or a zip of images")
+        images = read_images("folder", [pathlib.Path(spec.removeprefix("folder:"))], size or (64, 64))
     elif spec.endswith(".npy"):
         images = read_npy(spec, channels=(3,))
     else:
         raise Problem(f"unknown data {spec!r}: expected shapes, cifar10, celeba, folder:PATH or a .npy file")
-    found = images.shape[1:3]
-    if size not in (None, found):
-        raise Problem(f"--size {size[0]}x{size[1]}: the images of {spec} are {found[0]}x{found[1]}")
+    if size not in (None, images.shape[1:3]):
+        raise Problem(f"--size {size[0]}x{size[1]}: the images of {spec} are {images.shape[1]}x{images.shape[2]}")
     if len(images) < 2:
         raise Problem(f"{spec}: one image only; at least 2 are needed, one of them for the test")
     order, count = permutation(0, len(images)), max(1, int(0.05 * len(images)))
     train, test = (Subset(images, np.sort(rows)) for rows in (order[count:], order[:count]))
-    return Dataset(train, test, flip=not spec.endswith(".npy")), found
+    return Dataset(train, test, flip=not spec.endswith(".npy")), images.shape[1:3]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1586,24 +1579,19 @@ class Stop(Exception):
 @contextlib.contextmanager
 def stop_signals():
     """Yields a list that a SIGINT or SIGTERM makes non-empty, so that a step is never cut in two."""
-    caught, before = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not in the main thread
-            before[number] = signal.signal(number, lambda number, frame: caught.append(number))
-    try:
+    caught = []
+    with contextlib.ExitStack() as restore:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                before = signal.signal(number, lambda number, frame: caught.append(number))
+                restore.callback(signal.signal, number, before)
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def read_metrics(out):
     """Records of OUT/metrics.jsonl, without a last line that a kill may have cut."""
-    records = []
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+    with open(out / "metrics.jsonl") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def training_steps(config, k, data):
@@ -1773,9 +1761,9 @@ def report(model, bound, tight, shapes=None, images=None, samples=None):
     both, n = np.stack([bound, tight]), bound.shape[1]  # (2, factors, N)
     columns = [f"{kind}_{of}" for of in ("of_x", "own", "cumulative") for kind in ("bound", "exact")]
     result = dict(images=n, factors=[])
-    lines = [f"{n} test images, bits/dim. of X: bits / {model.dims}, which add up; own: bits / sub-pixels of the level; "
-             "cumulative: bits of all\nlevels so far / sub-pixels of this one (the model stopped there: the paper's Table "
-             "2). bound: the paper's, <=; exact: =.\n",
+    lines = [f"{n} test images, bits/dim. of X: bits / {model.dims}, which add up; own: bits / sub-pixels of the "
+             "level; cumulative: bits of all\nlevels so far / sub-pixels of this one (the model stopped there: the "
+             "paper's Table 2). bound: the paper's, <=; exact: =.\n",
              row("", ["of X", "", "own", "", "cumulative", ""]), row("factor", ["bound", "exact"] * 3)]
     names = [f"{'gray ' if c == 1 else ''}{w}x{h}" for c, h, w in (factor.shape for factor in model.factors)]
     for k, factor in enumerate(model.factors):
@@ -2180,8 +2168,8 @@ def checked(kind, expected, valid):
 
 def sides(text):
     """SIDE or HEIGHTxWIDTH -> (H, W)."""
-    height, width = map(int, text.lower().split("x") if "x" in text.lower() else (text, text))
-    return height, width
+    height, _, width = text.lower().partition("x")
+    return int(height), int(width or height)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2211,13 +2199,12 @@ def parser():
     size = checked(sides, "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda value: min(value) > 0)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
-    optional = dict(action="store_true", default=None)  # None: as the run in --out has it
-    add("eval sample compress decompress", "run", "output folder of train, or a checkpoint file", metavar="RUN")
+    add("eval sample", "run", "output folder of train, or a checkpoint file", metavar="RUN")
     add("bench", "what", choices=("train", "sample"))
     add("train bench", "--model", "default pyramid", choices=MODELS)
     add("train bench", "--preset", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: the paper's",
         choices=PRESETS)
-    add("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default: shapes, or the run's)",
+    add("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default shapes or the run's)",
         metavar="WHAT")
     add("train eval sample", "--data-dir", "where cifar10 or celeba lie or go (default: data)", metavar="DIR")
     add("train bench", "--size", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)", type=size)
@@ -2228,16 +2215,16 @@ def parser():
     add("train", "--steps", "for each factor (default: the preset's)", type=count)
     add("train", "--budget", "for each factor, in place of --steps", type=number, metavar="MINUTES")
     add("train", "--lr", "learning rate of Adam (default: the preset's)", type=number)
-    add("train", "--tight", "train the exact likelihood, not the bound", **optional)
-    add("train", "--look-right", "--no-look-right: pyramid networks that look up and left only, sampled in a third of the "
-        "steps", action=argparse.BooleanOptionalAction, default=None)
-    add("eval sample", "--tight", "samples from the model conditioned on psi(sample) = x_hat", **optional)
+    add("train eval sample", "--tight", "train on, or sample from, the model conditioned on psi(x) = x_hat",
+        action="store_true", default=None)
+    add("train", "--look-right", "--no-look-right: pyramid networks that look up and left only, sampled in a third "
+        "of the steps", action=argparse.BooleanOptionalAction, default=None)
     add("eval", "--n", "the first N test images only (default: all)", type=count)
     add("sample", "--n", "how many images (default 16)", type=count, default=16)
     add("sample", "--mode", "map: the paper's MAP sampling", choices=("random", "map"), default="random")
     add("sample", "--shift", "added to the log-scales; below 0: less variance", type=float, default=0.0)
-    add("sample", "--given", "start from these: test, an image file or a .npy file, of the size of a level, or of X and "
-        "reduced to --level", metavar="IMAGES")
+    add("sample", "--given", "start from these: test, an image file or a .npy file, of the size of a level, or of X "
+        "and reduced to --level", metavar="IMAGES")
     add("sample", "--level", "of --given: 1 is the one next to X (default)", type=int, default=1)
     add("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", action="store_true")
     add("sample", "--out", "writes NAME.png and NAME.npz (default: in the run's folder)", metavar="NAME")
@@ -2247,8 +2234,9 @@ def parser():
     add("compress decompress", "--out", "for the results (default: beside the files)", metavar="FOLDER")
     add("compress", "--tight", "with the exact likelihood (default), or the paper's", default=True,
         action=argparse.BooleanOptionalAction)
-    add("train eval sample compress decompress bench", "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
-    add("train eval sample compress decompress bench", "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)", type=device,
+    every = " ".join(commands.choices)
+    add(every, "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
+    add(every, "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)", type=device,
         default="cuda" if torch.cuda.is_available() else "cpu")
     return top
 

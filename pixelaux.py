@@ -2199,7 +2199,7 @@ def parser():
     size = checked(sides, "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda value: min(value) > 0)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
-    add("eval sample", "run", "output folder of train, or a checkpoint file", metavar="RUN")
+    add("eval sample compress decompress", "run", "output folder of train, or a checkpoint file", metavar="RUN")
     add("bench", "what", choices=("train", "sample"))
     add("train bench", "--model", "default pyramid", choices=MODELS)
     add("train bench", "--preset", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: the paper's",

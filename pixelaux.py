@@ -1426,7 +1426,9 @@ def read_images(kind, sources, size):
     from tqdm import tqdm
 
     files, broken, known = [], [], Image.registered_extensions()
-    expected = "expected a folder or a zip file of images (CelebA: https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)"
+    expected = "expected a folder or a zip file of images"
+    if kind == "celeba":
+        expected = "expected img_align_celeba.zip or its JPEGs (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)"
     for source in sources:
         try:
             archive = None if source.is_dir() else zipfile.ZipFile(source)

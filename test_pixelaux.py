@@ -786,6 +786,10 @@ def test_folders_take_every_kind_of_image_and_skip_what_is_broken(tmp_path, monk
     assert (everything == deep[..., None]).all((1, 2, 3)).sum() == 1
     Image.new("RGBA", (1, 1), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert np.array_equal(pixelaux.read_image(tmp_path / "clear.png"), [[[255] * 3]])
+    turned = Image.Exif()
+    turned[274] = 6  # the camera was held upright
+    Image.fromarray(gray).convert("RGB").save(tmp_path / "turned.png", exif=turned)
+    assert np.array_equal(pixelaux.read_image(tmp_path / "turned.png"), np.rot90(gray[..., :3], -1))
     again, _ = pixelaux.load_data(f"folder:{tmp_path / 'images'}", "data", (32, 32))  # from the cache
     assert np.array_equal(again.train[np.arange(7)], data.train[np.arange(7)])
 
@@ -894,7 +898,8 @@ def weights(run):
 
 
 def test_training_leaves_what_the_readme_says(run):
-    assert {"config.json", "metrics.jsonl", "factor-0.pt", "factor-1.pt", "samples.png", "curves.png"} <= set(os.listdir(run))
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "metrics.jsonl", "factor-0.pt", "factor-1.pt", "samples.png", "curves.png"} <= names
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["factor"] == 1] == list(range(1, 9))
     assert all(math.isfinite(line["bits_per_dim"]) for line in lines)
@@ -1033,7 +1038,7 @@ def test_evaluation_covers_every_image_and_prints_the_table(run, capsys):
     assert "true p(X)" in text and "decodes" in text and result["images"] == 5
     rows = result["factors"]
     assert sum(row["bound_of_x"] for row in rows) == pytest.approx(result["bound"])
-    assert rows[0]["bound_cumulative"] == pytest.approx(rows[0]["bound_of_x"] * 4)  # 8x8 has a quarter of the sub-pixels
+    assert rows[0]["bound_cumulative"] == pytest.approx(rows[0]["bound_of_x"] * 4)  # 8x8: a quarter of the sub-pixels
     assert rows[0]["exact_own"] == rows[0]["exact_cumulative"] and rows[1]["exact_own"] == rows[1]["exact_of_x"]
     assert rows[1]["bound_cumulative"] == pytest.approx(result["bound"])
     assert result["bound_interval"][0] <= result["bound"] <= result["bound_interval"][1]
@@ -1097,60 +1102,50 @@ def test_coded_evaluation_counts_real_bits(run, capsys):
     assert single == 5 * 8 * buffer.tell() > mosaic > 8 * buffer.tell()
 
 
-def test_bad_input_is_one_line_and_status_2(run, tmp_path, capsys):
-    (tmp_path / "cut.pt").write_bytes((run / "factor-0.pt").read_bytes()[:3000])
-    (tmp_path / "foreign.pt").write_bytes(b"hello")
-    torch.save({"weights": 1}, tmp_path / "other.pt")
-    torch.save({**torch.load(run / "factor-0.pt", weights_only=True), "version": 999}, tmp_path / "version.pt")
-    mixed = tmp_path / "mixed"
-    mixed.mkdir()
-    assert main(["train", "--model", "pixelcnn", "--steps", "1", "--batch-size", "2", "--out", str(tmp_path / "pc")]) == 0
-    (mixed / "factor-0.pt").write_bytes((run / "factor-0.pt").read_bytes())
-    (mixed / "factor-1.pt").write_bytes((tmp_path / "pc" / "factor-0.pt").read_bytes())
-    (tmp_path / "nothing").mkdir()
-    np.save(tmp_path / "float.npy", np.zeros((9, 8, 8, 3)))
-    np.save(tmp_path / "good.npy", np.zeros((9, 8, 8, 3), np.uint8))
-    (tmp_path / "bad.npy").write_bytes(b"no array")
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text('{"surprise": 1}')
-    (tmp_path / "file").write_text("")
-    cases = [
-        (["train", "--model", "nonsense"], "nonsense"), (["train", "--preset", "huge"], "huge"),
-        (["train", "--nonsense"], "--nonsense"), (["nonsense"], "nonsense"), ([], "required"),
-        (["train", "--data", "nonsense"], "nonsense"), (["train", "--steps", "0"], "--steps"),
-        (["train", "--seed", "-1"], "--seed"), (["train", "--seed", "9" * 30], "--seed"),
-        (["train", "--lr", "nan"], "--lr"), (["train", "--size", "12y"], "--size"),
-        (["train", "--device", "cuda:77"], "--device"), (["train", "--factor", "5"], "--factor"),
-        (["train", "--size", "18"], "multiples of"), (["train", "--size", "4"], "--size"),
-        (["train", "--data", "cifar10", "--size", "16"], "32x32"),
-        (["train", "--data", f"folder:{tmp_path}/none"], "No such file"),
-        (["train", "--data", f"folder:{tmp_path}/nothing"], "no image files"),
-        (["train", "--data", "celeba", "--data-dir", str(tmp_path / "nothing")], "nothing"),
-        (["train", "--data", f"{tmp_path}/float.npy"], "float64"), (["train", "--data", f"{tmp_path}/bad.npy"], "bad.npy"),
-        (["train", "--data", f"{tmp_path}/gone.npy"], "gone.npy"),
-        (["train", "--data", f"{tmp_path}/good.npy", "--size", "64"], "8x8"),
-        (["train", "--resume", "--out", str(tmp_path / "odd")], "not a configuration"),
-        (["train", "--out", str(run)], "already holds a run"), (["train", "--resume", "--out", f"{tmp_path}/x"], "no run"),
-        (["train", "--resume", "--out", str(run), "--model", "grayscale"], "pyramid"),
-        (["train", "--out", f"{tmp_path}/file/run"], "file"),
-        (["eval", f"{tmp_path}/gone"], "gone"), (["eval", f"{tmp_path}/nothing"], "no checkpoint"),
-        (["eval", f"{tmp_path}/cut.pt"], "cut.pt"), (["eval", f"{tmp_path}/foreign.pt"], "foreign.pt"),
-        (["eval", f"{tmp_path}/other.pt"], "other.pt"), (["eval", f"{tmp_path}/version.pt"], "999"),
-        (["eval", str(mixed)], "another model"), (["sample", str(run), "--given", f"{tmp_path}/gone.png"], "gone.png"),
-        (["sample", str(run), "--given", "test", "--level", "9"], "--level"),
-        (["sample", str(run), "--mode", "best"], "best"), (["sample", str(run), "--n", "-1"], "--n"),
-    ]
-    for arguments, expected in cases:
+def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first = (run / "factor-0.pt").read_bytes()
+    for folder in ("mixed", "nothing", "odd"):
+        pathlib.Path(folder).mkdir()
+    assert main(shlex.split("train --model pixelcnn --steps 1 --batch-size 2 --out pc")) == 0
+    for name, content in {"cut.pt": first[:3000], "foreign.pt": b"hello", "bad.npy": b"no array", "file": b"",
+                          "odd/config.json": b'{"surprise": 1}', "mixed/factor-0.pt": first, "half.zip": b"PK",
+                          "mixed/factor-1.pt": pathlib.Path("pc/factor-0.pt").read_bytes()}.items():
+        pathlib.Path(name).write_bytes(content)
+    torch.save({"weights": 1}, "other.pt")
+    torch.save({**torch.load(run / "factor-0.pt", weights_only=True), "version": 999}, "version.pt")
+    np.save("float.npy", np.zeros((9, 8, 8, 3)))
+    np.save("good.npy", np.zeros((9, 8, 8, 3), np.uint8))
+    for line, expected in [
+        ("train --model nonsense", "nonsense"), ("train --preset huge", "huge"), ("train --nonsense", "--nonsense"),
+        ("nonsense", "nonsense"), ("", "required"), ("train --data nonsense", "nonsense"),
+        ("train --steps 0", "--steps"), ("train --steps 1.5", "whole number"), ("train --seed -1", "--seed"),
+        (f"train --seed {'9' * 30}", "--seed"), ("train --lr nan", "--lr"), ("train --size 12y", "--size"),
+        ("train --size 8x8x8", "HEIGHTxWIDTH"), ("train --device cuda:77", "--device"), ("train --factor 5", "--factor"),
+        ("train --size 18", "multiples of"), ("train --size 4", "--size"), ("train --data cifar10 --size 16", "32x32"),
+        ("train --data folder:none", "none: No such file"), ("train --data folder:nothing", "no image files"),
+        ("train --data folder:half.zip", "half.zip: File is not a zip file"),
+        ("train --data celeba --data-dir nothing", "img_align_celeba.zip"), ("train --data float.npy", "float64"),
+        ("train --data bad.npy", "bad.npy"), ("train --data gone.npy", "gone.npy"),
+        ("train --data good.npy --size 64", "8x8"), ("train --resume --out odd", "not a configuration"),
+        (f"train --out {run}", "already holds a run"), ("train --resume --out x", "no run"),
+        (f"train --resume --out {run} --model grayscale", "pyramid"), ("train --out file/run", "file"),
+        ("eval gone", "gone"), ("eval nothing", "no checkpoint"), ("eval cut.pt", "cut.pt"),
+        ("eval foreign.pt", "foreign.pt"), ("eval other.pt", "other.pt"), ("eval version.pt", "999"),
+        ("eval mixed", "another model"), (f"sample {run} --given gone.png", "gone.png"),
+        (f"sample {run} --given test --level 9", "--level"), (f"sample {run} --mode best", "best"),
+        (f"sample {run} --n -1", "--n"),
+    ]:
         capsys.readouterr()
-        extra = ["--out", str(tmp_path / "never")] if arguments[:1] == ["train"] and "--out" not in arguments else []
+        never = ["--out", "never"] if line.startswith("train") and "--out" not in line else []
         try:
-            status = main([*arguments, *extra])
+            status = main([*shlex.split(line), *never])
         except SystemExit as exit:
             status = exit.code
         error = capsys.readouterr().err
-        lines = [line for line in error.replace("\r", "\n").splitlines() if line.startswith("pixelaux: ")]
-        assert status == 2 and len(lines) == 1 and expected in lines[0], (arguments, status, error)
-        assert "Traceback" not in error and not (tmp_path / "never").exists(), arguments
+        lines = [text for text in error.replace("\r", "\n").splitlines() if text.startswith("pixelaux: ")]
+        assert status == 2 and len(lines) == 1 and expected in lines[0], (line, status, error)
+        assert "Traceback" not in error and not pathlib.Path("never").exists(), line
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(run, tmp_path, capsys):

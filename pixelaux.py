@@ -2170,8 +2170,8 @@ def checked(kind, expected, valid):
 
 def sides(text):
     """SIDE or HEIGHTxWIDTH -> (H, W)."""
-    height, _, width = text.lower().partition("x")
-    return int(height), int(width or height)
+    height, cross, width = text.lower().partition("x")
+    return int(height), int(width if cross else height)
 
 
 class Parser(argparse.ArgumentParser):

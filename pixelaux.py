@@ -27,7 +27,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import io
@@ -37,6 +39,9 @@ import math
 import multiprocessing.pool
 import os
 import pathlib
+import platform
+import re
+import shlex
 import shutil
 import signal
 import struct
@@ -90,7 +95,8 @@ class Config:
     batch_size: int = 64
     epochs: tuple = (30, 200)  # of the coarsest factor, of the others
     steps: tuple = (0, 0)  # likewise; 0: from epochs
-    budget: float = 0.0  # minutes for each factor in place of steps; 0: none
+    budget: float | tuple = 0.0  # minutes for each factor in place of steps, or several, coarsest first; 0: none
+    precision: str = "auto"  # of the networks in training: float32, bfloat16; auto: bfloat16 on CUDA
     lr: float = 1e-3
     lr_decay: float = 0.99999  # factor on the learning rate after each step
     anneal: bool = False  # also bring the learning rate linearly to 0 at the end
@@ -1602,118 +1608,227 @@ def training_steps(config, k, data):
     return config.steps[min(k, 1)] or math.ceil(config.epochs[min(k, 1)] * images / config.batch_size)
 
 
-def train_factor(model, k, data, out, device, resume=False, caught=()):
+def process():
+    """(number of this process, number of processes) of a run that torchrun started; (0, 1) of any other."""
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_available() and group.is_initialized() else (0, 1)
+
+
+def total(values, device):
+    """Sums of floats over the processes of a run, the same for all of them; all wait for the last."""
+    if process()[1] > 1:
+        torch.distributed.all_reduce(values := torch.tensor(values, dtype=torch.float64, device=device))
+        values = values.tolist()
+    return values
+
+
+def upload(x, device):
+    """x on the device; the host does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+class Resident(Dataset):
+    """A Dataset with its training images on the device, where batches, the same ones, are put together."""
+
+    def __init__(self, data, device):
+        codes = np.arange(2 * len(data.train)).reshape(-1, 1, 2, 1)  # in place of image i, pixels 2 i and 2 i + 1
+        super().__init__(**{**vars(data), "train": codes})
+        parts = np.array_split(np.arange(len(codes)), 1 + len(codes) // 5000)
+        self.images = torch.cat([to_tensor(data.train[rows]).to(device) for rows in parts])
+
+    def batch(self, step, n, seed):
+        code = upload(super().batch(step, n, seed)[:, 0, 0, 0], self.images.device)  # odd: flipped
+        images = self.images[code // 2]
+        return torch.where((code % 2 == 1).view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def resident(data, device, share=0.25):
+    """data with its images on the GPU, if they take no more than `share` of the memory that is free there."""
+    if device.type != "cuda" or data.train is None:
+        return data
+    size = len(data.train) * data.train[np.arange(1)].nbytes
+    return Resident(data, device) if size < share * torch.cuda.mem_get_info(device)[0] else data
+
+
+def batches(data, step, n, seed, device):
+    """This process's rows of the batches number step, step + 1, .., on the device; a thread prepares the next one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    rank, ranks = process()
+
+    def make(step):
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return upload(data.batch(step, n, seed)[rank::ranks], device)
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(make, step)
+        for step in itertools.count(step + 1):
+            batch, ahead = ahead.result(), thread.submit(make, step)
+            yield batch
+
+
+class Loss(nn.Module):
+    """What a batch costs a factor, as a module: torch.compile and DistributedDataParallel wrap modules."""
+
+    def __init__(self, factor, config, dims, device):
+        super().__init__()
+        self.factor, self.tight, self.scale = factor, config.tight, 1 / (dims * math.log(2))
+        self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+
+    def forward(self, x, x_hat):
+        """x: uint8 (N, C, H, W), x_hat: psi(x) or None -> bits per sub-pixel of X, a float32 scalar."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return -self.factor.log_prob(x, x_hat, self.tight).mean() * self.scale
+
+
+def compiled(loss, *batch):
+    """loss compiled for batches of this shape; where that fails (no C++ compiler), as it is, with a warning."""
+    torch.compiler.reset()  # what earlier factors were compiled to
+    fast = torch.compile(loss, dynamic=False)
+    try:
+        with torch.random.fork_rng([batch[0].device] if batch[0].is_cuda else []):
+            fast(*batch).backward()
+    except Exception as error:  # the compilers raise many kinds
+        print(f"pixelaux: warning: training without torch.compile, which failed: {type(error).__name__}: "
+              f"{str(error).strip().partition(chr(10))[0]}", file=sys.stderr)
+        return loss
+    return fast
+
+
+def update(loss, optimizer, average, decay, *batch):
+    """A training step: gradient, Adam, moving average of the weights. Returns the loss; the host waits for nothing.
+
+    (It would in torch's AveragedModel, which counts the updates on the host.)
+    """
+    from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+    optimizer.zero_grad(set_to_none=True)
+    value = loss(*batch)
+    value.backward()
+    optimizer.step()
+    get_ema_multi_avg_fn(decay)(list(average.parameters()), optimizer.param_groups[0]["params"], None)
+    return value.detach()
+
+
+def train_factor(model, k, data, out, device, resume=False, caught=(), compile=False, save_every=120.0):
     """Train factor k of model on data, or go on where its checkpoint stands; returns it with averaged weights.
 
-    Writes out/factor-k.pt and lines of out/metrics.jsonl. A run that is stopped and resumed gives the same weights
-    as one that is not: batches are functions of the step, torch's random state is in the checkpoint.
+    Writes out/factor-k.pt every save_every seconds and at the end, out/best-k.pt when the test images cost less than
+    ever, and lines of out/metrics.jsonl. A run that is stopped and resumed gives the same weights as one that is not:
+    batches are functions of the step, torch's random state is in the checkpoint. Of several processes (torchrun) each
+    takes its rows of every batch, and the first one writes; dropout then differs after a resume.
     """
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from tqdm import tqdm
 
-    config, path, metrics = model.config, out / f"factor-{k}.pt", out / "metrics.jsonl"
+    config, path, metrics, (rank, ranks) = model.config, out / f"factor-{k}.pt", out / "metrics.jsonl", process()
+    factor, seed, cuda = model.factors[k], (config.seed, k), device.type == "cuda"
+    steps = training_steps(config, k, data)
+    minutes = config.budget[k] if isinstance(config.budget, tuple) else config.budget
     torch.manual_seed(1000 * config.seed + k)
     state = read_checkpoint(path) if resume and path.exists() else None
-    factor, scale = model.factors[k], 1 / (model.dims * math.log(2))
-    steps = training_steps(config, k, data)
-    seed = (config.seed, k)
 
     def levels(x):
-        levels = model.levels_of(x.to(device, non_blocking=True))
+        levels = model.levels_of(x)
         return levels[k], levels[k - 1] if k else None
 
     if state is None:
         model.initialise(data.batch(0, max(config.batch_size, 32), seed).to(device), [k])
-    average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    fused = {"fused": True} if device.type == "cuda" else {}
-    optimizer = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, **fused)
-    step, elapsed = 0, 0.0
+    average = copy.deepcopy(factor)
+    optimizer = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, fused=cuda)
+    step, elapsed, best = 0, 0.0, math.inf
     if state is not None:
         training = state["training"]
         try:
-            average.module.load_state_dict(state["factors"][k])
+            average.load_state_dict(state["factors"][k])
             factor.load_state_dict(training["weights"])
         except (KeyError, RuntimeError):
             raise Problem(f"{path}: of another model than {out / 'config.json'}") from None
-        average.n_averaged.fill_(training["averaged"])
         optimizer.load_state_dict(training["optimizer"])
-        step, elapsed = training["step"], training["seconds"]
+        step, elapsed, best = training["step"], training["seconds"], training.get("best", math.inf)
         torch.set_rng_state(training["random"])
-        if device.type == "cuda" and "random_cuda" in training:
+        if cuda and training.get("random_cuda") is not None:
             torch.cuda.set_rng_state(training["random_cuda"], device)
+    if rank:
+        torch.manual_seed(hash((*seed, rank, step)))  # another dropout in every process
+    pace, looked = 0.0, step  # seconds a step, and the step, when the clock was last looked at
 
-    def save():
-        training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=elapsed,
-                        averaged=int(average.n_averaged), random=torch.get_rng_state())
-        if device.type == "cuda":
-            training["random_cuda"] = torch.cuda.get_rng_state(device)
+    def progress():
+        """Share of the training that is done, by steps or by minutes: extrapolated, alike in all processes."""
+        return (elapsed + pace * (step - looked)) / (60 * minutes) if minutes else step / steps
+
+    def save(path, **training):
         checkpoint = dict(format="pixelaux", version=VERSION, config=dataclasses.asdict(config),
-                          factors={k: average.module.state_dict()}, training=training)
+                          factors={k: average.state_dict()}, **training)
         torch.save(checkpoint, buffer := io.BytesIO())  # in memory: torch does not report a full disk as an OSError
         write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
-    def progress():
-        """Share of the training that is done, by steps or by minutes."""
-        return elapsed / (60 * config.budget) if config.budget else step / steps
-
-    if metrics.exists():  # a resumed run repeats what came after its checkpoint
+    if metrics.exists() and not rank:  # a resumed run repeats what came after its checkpoint
         keep = [line for line in read_metrics(out) if line["factor"] != k or line["step"] <= step]
         write_atomically(metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in keep).encode()))
-    every = 20 if config.budget else max(1, min(20, steps // 10))
-    done = progress() >= 1
-    quarter, losses, last_save = int(4 * progress()), [], time.monotonic()
+    every = 20 if minutes else max(1, min(20, steps // 10))
+    done, quarter, losses = progress() >= 1, int(4 * progress()), []
     test = to_tensor(data.test[np.arange(min(128, len(data.test)))])
     factor.train()
-    started, mark = time.monotonic() - elapsed, elapsed
-    with tqdm(total=None if config.budget else steps, initial=step, desc=f"factor {k}", unit="step",
-              disable=done) as bar:
+    started, loss = time.monotonic() - elapsed, Loss(factor, config, model.dims, device)
+    if compile and not done:
+        loss = compiled(loss, *levels(data.batch(0, config.batch_size // ranks, seed).to(device)))
+    if ranks > 1 and not done:
+        loss = nn.parallel.DistributedDataParallel(loss, [device] if cuda else None)
+    stream, mark = batches(data, step, config.batch_size, seed, device), time.monotonic()
+    saved = mark
+    with tqdm(total=None if minutes else steps, initial=step, desc=f"factor {k}", unit="step",
+              disable=done or rank > 0) as bar:
         while not done:
             lr = config.lr * config.lr_decay**step * (max(0.0, 1 - progress()) if config.anneal else 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            x, x_hat = levels(data.batch(step, config.batch_size, seed))
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = -factor.log_prob(x, x_hat, config.tight).mean() * scale
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            average.update_parameters(factor)
-            losses.append(loss.detach())
+            losses.append(update(loss, optimizer, average, config.ema if step else 0.0, *levels(next(stream))))
             step += 1
-            elapsed = time.monotonic() - started
-            done = progress() >= 1
             bar.update()
-            if step % every == 0 or done or caught:  # the only places where the host waits for the device
-                values = torch.stack(losses).cpu()
-                if not values.isfinite().all():
-                    bad = step - len(losses) + int((~values.isfinite()).nonzero()[0]) + 1
-                    good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-                    raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad}; {good}")
-                speed = config.batch_size * len(losses) / (elapsed - mark)
-                record = dict(factor=k, step=step, bits_per_dim=float(values.mean()), lr=lr, seconds=round(elapsed, 3),
+            if step % every and progress() < 1 and (pace or not minutes) and (ranks > 1 or not caught):
+                continue
+            # only here the host waits for the device and the processes agree: on losses, the first one's clock, signals
+            values, now, mine = torch.stack(losses).tolist(), time.monotonic(), rank == 0
+            *values, elapsed, pace, stop = total([*(v / ranks for v in values), mine * (now - started),
+                                                  mine * (now - mark) / len(losses), len(caught)], device)
+            if not all(finite := [math.isfinite(v) for v in values]):
+                good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+                raise ArithmeticError(f"factor {k}: the loss is not finite at step "
+                                      f"{looked + 1 + finite.index(False)}; {good}")
+            losses, looked, done, test_now = [], step, progress() >= 1, int(4 * progress()) > quarter
+            quarter, stop = int(4 * progress()), stop and not done
+            if rank == 0:
+                mean, speed = sum(values) / len(values), config.batch_size / pace
+                record = dict(factor=k, step=step, bits_per_dim=mean, lr=lr, seconds=round(elapsed, 3),
                               images_per_second=round(speed, 1))
-                mark, losses = elapsed, []
-                if int(4 * progress()) > quarter:
-                    average.module.eval()
+                if test_now:
                     with torch.inference_mode():
-                        log_prob = torch.cat([average.module.log_prob(*levels(x), config.tight)
+                        log_prob = torch.cat([average.eval().log_prob(*levels(x.to(device)), config.tight)
                                               for x in test.split(config.batch_size)])
-                    record["test_bits_per_dim"] = float(-log_prob.mean() * scale)
-                    average.module.train()
-                    quarter = int(4 * progress())
+                    record["test_bits_per_dim"] = cost = float(bits_per_dim(log_prob.mean(), model.dims))
+                    if cost < best:
+                        best = cost
+                        save(out / f"best-{k}.pt")
                 with open(metrics, "a") as file:
                     file.write(json.dumps(record) + "\n")
-                left = f", {max(0.0, 60 * config.budget - elapsed):.0f} s left" if config.budget else ""
-                bar.set_postfix_str(f"{record['bits_per_dim']:.3f} bits/dim, {speed:.0f} images/s{left}")
-                if done or caught or time.monotonic() - last_save > 120:
-                    save()
-                    last_save = time.monotonic()
-                if "test_bits_per_dim" in record and not done:
-                    show_progress(model, k, average.module, test, out)
-                    mark = time.monotonic() - started
-                if caught and not done:
-                    raise Stop(f"stopped at step {step} of factor {k}; --resume goes on from {path}")
-    factor.load_state_dict(average.module.state_dict())
+                left = f", {max(0.0, 60 * minutes - elapsed):.0f} s left" if minutes else ""
+                bar.set_postfix_str(f"{mean:.3f} bits/dim, {speed:.0f} images/s{left}")
+                if done or stop or time.monotonic() - saved > save_every:
+                    save(path, training=dict(
+                        weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=elapsed,
+                        best=best, random=torch.get_rng_state(),
+                        random_cuda=torch.cuda.get_rng_state(device) if cuda else None))
+                    saved = time.monotonic()
+                if test_now and not done:
+                    show_progress(model, k, average, test, out)
+            if stop:
+                raise SystemExit(130) if rank else Stop(
+                    f"stopped at step {step} of factor {k}; --resume goes on from {path}")
+            if test_now:  # the others waited for the pictures, too
+                elapsed, = total([mine * (time.monotonic() - started)], device)
+            mark = time.monotonic()
+    stream.close()
+    factor.load_state_dict(average.state_dict())
     return factor.eval()
 
 
@@ -1840,13 +1955,13 @@ def save_curves(out):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def command_train(args):
-    names = ("model", "preset", "size", "batch_size", "lr", "budget", "tight", "seed", "look_right", "data", "data_dir")
+def run_to_train(args, out):
+    """(config, data) of a new run in folder out, or of the one there that goes on. Raises Problem."""
+    names = ("model", "preset", "size", "batch_size", "lr", "budget", "precision", "tight", "seed", "look_right",
+             "data", "data_dir")
     chosen = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.steps is not None:
         chosen["steps"] = (args.steps, args.steps)
-    name = f"{args.model or 'pyramid'}-{(args.data or 'shapes').split(':')[0].removesuffix('.npy').split('/')[-1]}"
-    out = pathlib.Path(args.out or f"runs/{name}")
     settings = out / "config.json"
     if args.resume:
         config = read_config(settings)
@@ -1855,23 +1970,64 @@ def command_train(args):
             if key not in ("budget", "data_dir") and old != value:
                 raise Problem(f"--resume: {out} was trained with {key.replace('_', '-')} {old}, not {value}")
         config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if k in ("budget", "data_dir")})
-        data, _ = load_data(config.data, config.data_dir, config.size)
-    else:
-        if args.factor is None and (settings.exists() or any(out.glob("factor-*.pt"))):
-            raise Problem(f"--out: {out} already holds a run; --resume goes on with it, or choose another folder")
-        data, chosen["size"] = load_data(args.data or "shapes", args.data_dir or "data", args.size)
-        config = make_config(**chosen)
-        if settings.exists() and (read_config(settings) != config or (out / f"factor-{args.factor}.pt").exists()):
-            raise Problem(f"--out: {out} already holds another run, or this factor of it; see --resume")
+        return config, load_data(config.data, config.data_dir, config.size)[0]
+    if args.factor is None and (settings.exists() or any(out.glob("factor-*.pt"))):
+        raise Problem(f"--out: {out} already holds a run; --resume goes on with it, or choose another folder")
+    data, chosen["size"] = load_data(args.data or "shapes", args.data_dir or "data", args.size)
+    config = make_config(**chosen, **({"anneal": True} if args.budget else {}))  # any budget ends annealed
+    if settings.exists() and (read_config(settings) != config or (out / f"factor-{args.factor}.pt").exists()):
+        raise Problem(f"--out: {out} already holds another run, or this factor of it; see --resume")
+    return config, data
+
+
+def command_train(args):
+    device, number = args.device, os.environ.get("LOCAL_RANK")  # as torchrun sets it
+    if number is None:
+        return train(args, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device := torch.device("cuda", int(number)))
+    hour = datetime.timedelta(hours=1)  # so long may the others wait while one decodes the data
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hour)
+    train(args, device, *process())
+    torch.distributed.destroy_process_group()
+
+
+def train(args, device, rank=0, ranks=1):
+    name = f"{args.model or 'pyramid'}-{(args.data or 'shapes').split(':')[0].removesuffix('.npy').split('/')[-1]}"
+    out, waits = pathlib.Path(args.out or f"runs/{name}"), bool(int(os.environ.get("LOCAL_RANK", 0)))
+    if waits:
+        total([0], device)  # for the first process of the machine, which prepares the data
+    config, data = run_to_train(args, out)
     model = PixelAux(config)
     if args.factor is not None and not 0 <= args.factor < len(model.factors):
         raise Problem(f"--factor {args.factor}: the model has factors 0..{len(model.factors) - 1}")
-    model = model.to(args.device, memory_format=torch.channels_last)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(settings, lambda file: file.write(json.dumps(dataclasses.asdict(config), indent=1).encode()))
+    if isinstance(config.budget, tuple) and len(config.budget) != len(model.factors):
+        raise Problem(f"--budget: {len(config.budget)} numbers, the model has {len(model.factors)} factors")
+    if config.batch_size % ranks:
+        raise Problem(f"--batch-size {config.batch_size} cannot be divided among {ranks} processes")
+    for _ in range(2 - waits):
+        total([0], device)  # nobody writes before all have looked
+    model, data = model.to(device, memory_format=torch.channels_last), resident(data, device)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(dataclasses.asdict(config), indent=1).encode()
+        write_atomically(out / "config.json", lambda file: file.write(settings))
+        with open(out / "commands.jsonl", "a") as file:
+            file.write(json.dumps(provenance(device)) + "\n")
+    torch.backends.cudnn.benchmark = True
     with stop_signals() as caught:
-        for k in range(len(model.factors)) if args.factor is None else [args.factor]:
-            train_factor(model, k, data, out, args.device, args.resume, caught)
+        try:
+            for k in range(len(model.factors)) if args.factor is None else [args.factor]:
+                train_factor(model, k, data, out, device, args.resume, caught,
+                             device.type == "cuda" if args.compile is None else args.compile, args.save_every)
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+                raise
+            print(f"pixelaux: process {rank} lost another one; --resume goes on from the last checkpoint",
+                  file=sys.stderr, flush=True)  # here, before torchrun ends this process, too
+            raise SystemExit(1) from None
+    if rank:
+        return
     save_curves(out)
     if args.factor is not None:
         return print(f"factor {args.factor} is in {out / f'factor-{args.factor}.pt'}")
@@ -2083,40 +2239,75 @@ def seconds(function, device, repeat=3):
     return min(times[1:] or times)
 
 
+def hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = pathlib.Path("/proc/cpuinfo")
+    name = re.search("model name.*: (.*)|$", cpu.read_text() if cpu.exists() else "")[1] or platform.processor()
+    return f"{torch.get_num_threads()} threads of {name}"
+
+
+def provenance(device):
+    """What a run is made with; source: git's number of this file, `git log --find-object=..` tells the commit."""
+    source = pathlib.Path(__file__).read_bytes()
+    return dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *sys.argv[1:]]), processes=process()[1],
+                hardware=hardware(device), torch=torch.__version__,
+                source=hashlib.sha1(b"blob %d\0" % len(source) + source).hexdigest())
+
+
 def command_bench(args):
-    device = args.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {name}, seed {args.seed or 0}")
-    (bench_train if args.what == "train" else bench_sample)(args, device)
+    print(f"torch {torch.__version__}, {hardware(args.device)}, seed {args.seed or 0}")
+    (bench_train if args.what == "train" else bench_sample)(args, args.device)
 
 
 def bench_train(args, device):
-    config = make_config(**{"preset": args.preset or "tiny", "model": args.model or "pyramid",
-                            "size": args.size or (32, 32), "seed": args.seed or 0})
-    model = PixelAux(config).to(device, memory_format=torch.channels_last)
-    n = args.batch_size or config.batch_size
+    import resource
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = make_config(args.preset or "tiny", model=args.model or "pyramid", size=args.size or (32, 32),
+                         seed=args.seed or 0, precision=args.precision or "auto")
+    model, cuda = PixelAux(config).to(device, memory_format=torch.channels_last), device.type == "cuda"
+    n, many, side = args.batch_size or config.batch_size, 10 if cuda else 1, 8192 if cuda else 2048
+    torch.backends.cudnn.benchmark = True
     x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
     model.initialise(x)
     levels = model.levels_of(x)
-    print(f"one training step of a batch of {n}, model {config.model}, preset {config.preset}, float32; plain: NCHW, "
-          "padding by copy, stock weight norm\nfactor         ours images/s    plain images/s    ratio")
+    dtype = torch.bfloat16 if Loss(None, config, 1, device).bfloat16 else torch.float32
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    peak = 2 * side**3 / seconds(lambda: a @ a, device)
+    print(f"training steps (gradient and Adam) of a batch of {n}, model {config.model}, preset {config.preset}; plain: "
+          f"float32, NCHW, padding by copy, stock weight\nnorm. Peak: a product of two {side}x{side} matrices in "
+          f"{str(dtype)[6:]}, {peak / 1e12:.3g} TFLOP/s. Memory: the largest so far\n"
+          "factor    images/s: ours     plain    ratio    GFLOP/image    TFLOP/s    of peak    GiB")
     for k, factor in enumerate(model.factors):
-        level, level_hat = levels[k], levels[k - 1] if k else None
+        batch = levels[k], levels[k - 1] if k else None
 
-        def ours():
-            factor.log_prob(level, level_hat).sum().backward()
-
-        def plain():
+        def plain(level, level_hat):
             e = plain_forward(factor.embed, factor.planes(level_hat, factor.psi.levels_out).contiguous(), ()) if k else ()
             params, = plain_forward(factor.net, factor.planes(level, factor.levels).contiguous(), e)
-            factor.Head(params, factor.levels).log_prob(level).sum().backward()
+            return -factor.Head(params, factor.levels).log_prob(level).mean()
 
-        a, b = seconds(ours, device), None
+        def timed(loss, **options):
+            adam = torch.optim.Adam(factor.parameters(), config.lr, config.betas, **options)
+            average = copy.deepcopy(factor)
+            return seconds(lambda: [update(loss, adam, average, 0.9, *batch) for _ in range(many)], device) / many
+
+        loss = Loss(factor, config, model.dims, device)
+        with FlopCounterMode(display=False) as counter:
+            loss(*batch).backward()
+        if args.compile or (args.compile is None and cuda):
+            loss = compiled(loss, *batch)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        ours = timed(loss, fused=cuda)
+        memory = (torch.cuda.max_memory_allocated(device) if cuda
+                  else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         for parameter in factor.parameters():
-            parameter.data = parameter.data.contiguous()
-            parameter.grad = None
-        b = seconds(plain, device)
-        print(f"{k:<12}{n / a:16.1f}{n / b:18.1f}{b / a:9.2f}")
+            parameter.data, parameter.grad = parameter.data.contiguous(), None
+        b, speed = timed(plain), counter.get_total_flops() / ours
+        print(f"{k:<10}{n / ours:14.1f}{n / b:10.1f}{b / ours:9.2f}{counter.get_total_flops() / n / 1e9:15.2f}"
+              f"{speed / 1e12:11.3g}{100 * speed / peak:10.0f}%{memory / 2**30:7.2f}", flush=True)
 
 
 def bench_sample(args, device):
@@ -2171,6 +2362,12 @@ def sides(text):
     return int(height), int(width if cross else height)
 
 
+def minutes(text):
+    """MINUTES, or several, one for each factor -> float or tuple."""
+    numbers = tuple(float(part) for part in text.split(","))
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 class Parser(argparse.ArgumentParser):
     """An error is one line."""
 
@@ -2196,6 +2393,7 @@ def parser():
     count = checked(int, "a whole number above 0", lambda value: value > 0)
     number = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
     size = checked(sides, "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda value: min(value) > 0)
+    budget = checked(minutes, "minutes above 0, such as 10 or 6,14,40", lambda value: 0 < np.min(value) < math.inf)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
     add("eval sample compress decompress", "run", "output folder of train, or a checkpoint file", metavar="RUN")
@@ -2212,7 +2410,11 @@ def parser():
     add("train", "--resume", "go on with the run in --out", action="store_true")
     add("train", "--factor", "train factor K alone, 0 is the coarsest", type=int, metavar="K")
     add("train", "--steps", "for each factor (default: the preset's)", type=count)
-    add("train", "--budget", "for each factor, in place of --steps", type=number, metavar="MINUTES")
+    add("train", "--budget", "for each factor, in place of --steps; 6,14,40: one number a factor, coarsest first",
+        type=budget, metavar="MINUTES")
+    add("train", "--save-every", "default 120", type=number, default=120.0, metavar="SECONDS")
+    add("train bench", "--precision", "of the networks (default: bfloat16 on CUDA)", choices=("float32", "bfloat16"))
+    add("train bench", "--compile", "torch.compile (default: on CUDA)", action=argparse.BooleanOptionalAction)
     add("train", "--lr", "learning rate of Adam (default: the preset's)", type=number)
     add("train eval sample", "--tight", "train on, or sample from, the model conditioned on psi(x) = x_hat",
         action="store_true", default=None)
@@ -2236,7 +2438,7 @@ def parser():
     every = " ".join(commands.choices)
     add(every, "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
     add(every, "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)", type=device,
-        default="cuda" if torch.cuda.is_available() else "cpu")
+        default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")  # torchrun's
     return top
 
 

@@ -453,7 +453,7 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, kernel, offset, activation="none", stride=1, up=False, gain=1.0, dropout=0.0,
                  exact=False):
         super().__init__()
-        self.exact = exact  # also under autocast: bfloat16 would round means to half a level
+        self.exact = exact  # also under autocast: bfloat16 would round means to half a level, pixels to a quarter
         self.kernel, self.offset, self.stride, self.up = kernel, offset, stride, up
         self.activation, self.gain, self.dropout, self.initialise = activation, gain, dropout, False
         c_in *= 2 if activation == "concat_elu" else 1
@@ -561,11 +561,12 @@ class Network(nn.Module):
         if causal:
             kernels = [VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL]
             streams = [
-                self.add([(0, dict(kernel=(2, 3), offset=(2, 1)))]),
-                self.add([(0, dict(kernel=(1, 3), offset=(1, 1))), (0, dict(kernel=(2, 1), offset=(1, 1)))]),
+                self.add([(0, dict(kernel=(2, 3), offset=(2, 1), exact=True))]),
+                self.add([(0, dict(kernel=(1, 3), offset=(1, 1), exact=True)),
+                          (0, dict(kernel=(2, 1), offset=(1, 1), exact=True))]),
             ]
         else:
-            kernels, streams = [ORDINARY], [self.add([(0, ORDINARY)])]
+            kernels, streams = [ORDINARY], [self.add([(0, dict(ORDINARY, exact=True))])]
         skips, last = {}, {}
         for stage in layout:
             scale = self.scale[streams[0]]

@@ -110,8 +110,8 @@ class Config:
 PRESETS = {
     "tiny": dict(nr_filters=24, nr_resnet=1, nr_resnet_cond=1, embedding=(1, "down", 2, "up", 1, "up", 1), dropout=0.0,
                  batch_size=8, steps=(3000, 2400), lr=1e-2, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
-    "small": dict(nr_filters=64, nr_resnet=2, nr_resnet_cond=2, embedding=(2, "down", 3, "up", 2, "up", 2), dropout=0.0,
-                  batch_size=32, steps=(4000, 4000), lr=2e-3, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.995),
+    "small": dict(nr_filters=48, nr_resnet=2, nr_resnet_cond=2, embedding=(2, "down", 3, "up", 2, "up", 2), dropout=0.0,
+                  batch_size=8, steps=(8000, 8000), lr=5e-3, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.995),
     "cifar10": dict(),
     "celeba": dict(nr_filters=100, batch_size=16, epochs=(60, 60), lr_decay=0.999995),
 }
@@ -1320,17 +1320,30 @@ class Dataset:
     test: np.ndarray | Subset
     flip: bool = False
     shapes: Shapes | None = None
+    resident: torch.Tensor | None = None  # train once more, uint8 (N, 3, H, W), on the GPU
 
     def batch(self, step, n, seed):
         """Training batch number `step` as uint8 (n, 3, H, W), a function of (step, n, seed)."""
         if self.train is None:
             return to_tensor(self.shapes.sample(n, [*seed, step]))
         size, rows = len(self.train), range(step * n, (step + 1) * n)
-        images = self.train[[permutation((*seed, row // size), size)[row % size] for row in rows]]
+        index = [permutation((*seed, row // size), size)[row % size] for row in rows]
+        if self.resident is None:
+            images = to_tensor(self.train[index])
+        else:
+            images = self.resident[torch.tensor(index, device=self.resident.device)]
         if self.flip:
-            flips = np.random.default_rng([*seed, step, 1]).random(n) < 0.5
-            images = np.where(flips[:, None, None, None], images[:, :, ::-1], images)
-        return to_tensor(images)
+            flips = torch.from_numpy(np.random.default_rng([*seed, step, 1]).random(n) < 0.5)
+            images = torch.where(flips[:, None, None, None].to(images.device), images.flip(3), images)
+        return images
+
+    def keep_on(self, device, share=0.25):
+        """Keep the training images on the GPU if they take no more than this share of the memory that is free."""
+        if device.type == "cuda" and self.train is not None:
+            size = len(self.train) * self.train[[0]].nbytes
+            if size < share * torch.cuda.mem_get_info(device)[0]:
+                chunks = np.array_split(np.arange(len(self.train)), 1 + size // 2**26)
+                self.resident = torch.cat([to_tensor(self.train[rows]).to(device) for rows in chunks])
 
 
 @functools.lru_cache(2)
@@ -1623,49 +1636,19 @@ def total(values, device):
     return values
 
 
-def upload(x, device):
-    """x on the device; the host does not wait for the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
-
-
-class Resident(Dataset):
-    """A Dataset with its training images on the device, where batches, the same ones, are put together."""
-
-    def __init__(self, data, device):
-        codes = np.arange(2 * len(data.train)).reshape(-1, 1, 2, 1)  # in place of image i, pixels 2 i and 2 i + 1
-        super().__init__(**{**vars(data), "train": codes})
-        parts = np.array_split(np.arange(len(codes)), 1 + len(codes) // 5000)
-        self.images = torch.cat([to_tensor(data.train[rows]).to(device) for rows in parts])
-
-    def batch(self, step, n, seed):
-        code = upload(super().batch(step, n, seed)[:, 0, 0, 0], self.images.device)  # odd: flipped
-        images = self.images[code // 2]
-        return torch.where((code % 2 == 1).view(-1, 1, 1, 1), images.flip(3), images)
-
-
-def resident(data, device, share=0.25):
-    """data with its images on the GPU, if they take no more than `share` of the memory that is free there."""
-    if device.type != "cuda" or data.train is None:
-        return data
-    size = len(data.train) * data.train[np.arange(1)].nbytes
-    return Resident(data, device) if size < share * torch.cuda.mem_get_info(device)[0] else data
-
-
 def batches(data, step, n, seed, device):
     """This process's rows of the batches number step, step + 1, .., on the device; a thread prepares the next one."""
-    from concurrent.futures import ThreadPoolExecutor
-
     rank, ranks = process()
 
     def make(step):
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            return upload(data.batch(step, n, seed)[rank::ranks], device)
+        x = data.batch(step, n, seed)[rank::ranks]
+        return x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
 
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(make, step)
+    with multiprocessing.pool.ThreadPool(1, *[torch.cuda.set_device, [device]][: 2 * (device.type == "cuda")]) as pool:
+        ahead = pool.apply_async(make, [step])
         for step in itertools.count(step + 1):
-            batch, ahead = ahead.result(), thread.submit(make, step)
-            yield batch
+            batch, ahead = ahead.get(), pool.apply_async(make, [step])
+            yield batch.to(device, non_blocking=True)
 
 
 class Loss(nn.Module):
@@ -1735,7 +1718,7 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
     if state is None:
         model.initialise(data.batch(0, max(config.batch_size, 32), seed).to(device), [k])
     average = copy.deepcopy(factor)
-    optimizer = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, fused=cuda)
+    optimizer = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, fused=True)
     step, elapsed, best = 0, 0.0, math.inf
     if state is not None:
         training = state["training"]
@@ -1981,6 +1964,14 @@ def run_to_train(args, out):
     return config, data
 
 
+def hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = pathlib.Path("/proc/cpuinfo")
+    name = re.search("model name.*: (.*)|$", cpu.read_text() if cpu.exists() else "")[1] or platform.processor()
+    return f"{torch.get_num_threads()} threads of {name}"
+
+
 def command_train(args):
     device, number = args.device, os.environ.get("LOCAL_RANK")  # as torchrun sets it
     if number is None:
@@ -1989,16 +1980,26 @@ def command_train(args):
         torch.cuda.set_device(device := torch.device("cuda", int(number)))
     hour = datetime.timedelta(hours=1)  # so long may the others wait while one decodes the data
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hour)
-    train(args, device, *process())
+    try:
+        train(args, device, number == "0", *process())
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        print(f"pixelaux: process {process()[0]} lost another one; --resume goes on from the last checkpoint",
+              file=sys.stderr, flush=True)  # here, before torchrun ends this process, too
+        raise SystemExit(1) from None
     torch.distributed.destroy_process_group()
 
 
-def train(args, device, rank=0, ranks=1):
+def train(args, device, first=True, rank=0, ranks=1):
+    """first: of the processes of this machine."""
     name = f"{args.model or 'pyramid'}-{(args.data or 'shapes').split(':')[0].removesuffix('.npy').split('/')[-1]}"
-    out, waits = pathlib.Path(args.out or f"runs/{name}"), bool(int(os.environ.get("LOCAL_RANK", 0)))
-    if waits:
-        total([0], device)  # for the first process of the machine, which prepares the data
+    out, everyone = pathlib.Path(args.out or f"runs/{name}"), functools.partial(total, [0.0], device)
+    if not first:
+        everyone()  # the first one prepares the data
     config, data = run_to_train(args, out)
+    if first:
+        everyone()
     model = PixelAux(config)
     if args.factor is not None and not 0 <= args.factor < len(model.factors):
         raise Problem(f"--factor {args.factor}: the model has factors 0..{len(model.factors) - 1}")
@@ -2006,27 +2007,22 @@ def train(args, device, rank=0, ranks=1):
         raise Problem(f"--budget: {len(config.budget)} numbers, the model has {len(model.factors)} factors")
     if config.batch_size % ranks:
         raise Problem(f"--batch-size {config.batch_size} cannot be divided among {ranks} processes")
-    for _ in range(2 - waits):
-        total([0], device)  # nobody writes before all have looked
-    model, data = model.to(device, memory_format=torch.channels_last), resident(data, device)
+    everyone()  # nobody writes before all have looked
+    model = model.to(device, memory_format=torch.channels_last)
+    data.keep_on(device)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         settings = json.dumps(dataclasses.asdict(config), indent=1).encode()
         write_atomically(out / "config.json", lambda file: file.write(settings))
+        made = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *sys.argv[1:]]), processes=ranks,
+                    hardware=hardware(device), torch=torch.__version__)
         with open(out / "commands.jsonl", "a") as file:
-            file.write(json.dumps(provenance(device)) + "\n")
+            file.write(json.dumps(made) + "\n")
     torch.backends.cudnn.benchmark = True
+    compile = device.type == "cuda" if args.compile is None else args.compile
     with stop_signals() as caught:
-        try:
-            for k in range(len(model.factors)) if args.factor is None else [args.factor]:
-                train_factor(model, k, data, out, device, args.resume, caught,
-                             device.type == "cuda" if args.compile is None else args.compile, args.save_every)
-        except RuntimeError as error:
-            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
-                raise
-            print(f"pixelaux: process {rank} lost another one; --resume goes on from the last checkpoint",
-                  file=sys.stderr, flush=True)  # here, before torchrun ends this process, too
-            raise SystemExit(1) from None
+        for k in range(len(model.factors)) if args.factor is None else [args.factor]:
+            train_factor(model, k, data, out, device, args.resume, caught, compile, args.save_every)
     if rank:
         return
     save_curves(out)
@@ -2240,22 +2236,6 @@ def seconds(function, device, repeat=3):
     return min(times[1:] or times)
 
 
-def hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = pathlib.Path("/proc/cpuinfo")
-    name = re.search("model name.*: (.*)|$", cpu.read_text() if cpu.exists() else "")[1] or platform.processor()
-    return f"{torch.get_num_threads()} threads of {name}"
-
-
-def provenance(device):
-    """What a run is made with; source: git's number of this file, `git log --find-object=..` tells the commit."""
-    source = pathlib.Path(__file__).read_bytes()
-    return dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *sys.argv[1:]]), processes=process()[1],
-                hardware=hardware(device), torch=torch.__version__,
-                source=hashlib.sha1(b"blob %d\0" % len(source) + source).hexdigest())
-
-
 def command_bench(args):
     print(f"torch {torch.__version__}, {hardware(args.device)}, seed {args.seed or 0}")
     (bench_train if args.what == "train" else bench_sample)(args, args.device)
@@ -2301,7 +2281,7 @@ def bench_train(args, device):
             loss = compiled(loss, *batch)
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        ours = timed(loss, fused=cuda)
+        ours = timed(loss, fused=True)
         memory = (torch.cuda.max_memory_allocated(device) if cuda
                   else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         for parameter in factor.parameters():

@@ -1779,8 +1779,9 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
                 good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
                 raise ArithmeticError(f"factor {k}: the loss is not finite at step "
                                       f"{looked + 1 + finite.index(False)}; {good}")
-            losses, looked, done, test_now = [], step, progress() >= 1, int(4 * progress()) > quarter
-            quarter, stop = int(4 * progress()), stop and not done
+            losses, looked = [], step
+            done, test_now, quarter = progress() >= 1, int(4 * progress()) > quarter, int(4 * progress())
+            stop = stop and not done
             if rank == 0:
                 mean, speed = sum(values) / len(values), config.batch_size / pace
                 record = dict(factor=k, step=step, bits_per_dim=mean, lr=lr, seconds=round(elapsed, 3),

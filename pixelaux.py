@@ -109,7 +109,7 @@ class Config:
 
 PRESETS = {
     "tiny": dict(nr_filters=24, nr_resnet=1, nr_resnet_cond=1, embedding=(1, "down", 2, "up", 1, "up", 1), dropout=0.0,
-                 batch_size=8, steps=(3000, 2400), lr=1e-2, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
+                 batch_size=8, steps=(5000, 2400), lr=1e-2, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
     "small": dict(nr_filters=48, nr_resnet=2, nr_resnet_cond=2, embedding=(2, "down", 3, "up", 2, "up", 2), dropout=0.0,
                   batch_size=8, steps=(8000, 8000), lr=5e-3, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.995),
     "cifar10": dict(),
@@ -649,7 +649,7 @@ class Network(nn.Module):
 
 
 def pixelcnnpp_layout(nr_resnet):
-    """Three resolutions, down and up again, nr_resnet blocks a stage; a layout in place of the number stays as it is."""
+    """Three resolutions, down and up again, nr_resnet blocks a stage; a layout in place of the number stays."""
     n = nr_resnet
     return (n, "down", n, "down", n, n, "up", n, "up", n) if isinstance(n, int) else tuple(n)
 
@@ -901,7 +901,8 @@ class Schedule:
             group = groups.setdefault((sizes[i], step.tobytes()), len(groups))
             if group not in positions:
                 parts = np.split(step.argsort(kind="stable"), np.bincount(step, minlength=steps).cumsum()[:-1])
-                positions[group] = [np.pad(p, (0, padded(len(p)) - len(p)), constant_values=count[i] + 1) for p in parts]
+                positions[group] = [np.pad(part, (0, padded(len(part)) - len(part)), constant_values=count[i] + 1)
+                                    for part in parts]
                 rows[group], self.slots[group] = np.arange(count[i] + 2)[:, None], count[i] + 2
             return group
 
@@ -927,9 +928,10 @@ class Schedule:
             if not all(split):
                 split = [split[0] or split[1]]
             self.parts.append([
-                (group, [(j, taps, key_of(i, group, layer.sources[j], layer.convs[j], taps)) for j, taps in part.items()])
+                (group, [(j, taps, key_of(i, group, layer.sources[j], layer.convs[j], taps))
+                         for j, taps in part.items()])
                 for part, when in zip(split, [before, step][-len(split):]) for group in [group_of(i, when)]])
-        # steps: (layout, indices), layout = ((key, how many indices), ..) for the keys that have any; pixels: drawn there
+        # steps: (layout, indices), layout = ((key, how many), ..) for keys that have any; pixels: how many are drawn
         self.steps, self.pixels = [], []
         for t in range(steps):
             parts = {key: table[positions[key[0] if isinstance(key, tuple) else key][t]].ravel()
@@ -1254,7 +1256,7 @@ class Shapes:
 
     palette = np.array([[215, 55, 45], [50, 150, 70], [50, 90, 205], [240, 195, 55]], np.int16)
 
-    def __init__(self, size, noise=0.25, bound=3):
+    def __init__(self, size, noise=1.0, bound=8):
         self.size, self.bound = size, bound
         edges = 1 / (1 + np.exp(-(np.arange(-bound, bound + 2) - 0.5) / noise))
         self.pmf = np.diff(edges) / (edges[-1] - edges[0])
@@ -2099,7 +2101,7 @@ def image_bits(images, **how):
 
 
 def coded(model, images, nats, tight=True, chunk=64):
-    """Code images, uint8 (N, H, W, 3), restore them, and report real bits/dim beside -log2 p (nats: (N,)) and others'."""
+    """Code and restore images, uint8 (N, H, W, 3): bits/dim beside -log2 p (nats: (N,)), PNG and WebP, as text and dict."""
     bits, dims = 0, len(images) * model.dims
     with bar_of(2 * len(images) * sum(h * w for _, h, w in model.shapes), "pixel", "coding") as bar:
         for start in range(0, len(images), chunk):
@@ -2197,7 +2199,7 @@ def command_sample(args):
           f"{', '.join(f'{k} {v.shape}' for k, v in arrays.items())}, uint8, level0 is X")
 
 
-def plain_forward(network, x, embeddings):
+def plain_forward(network, x, embeddings=()):
     """The same network as people write it: NCHW, F.pad, stock weight norm, every activation where it is used."""
     nodes = [x, *embeddings[: len(network.embeddings)]]
     for i, layer in enumerate(network.layers, network.nodes_given):
@@ -2266,7 +2268,7 @@ def bench_train(args, device):
         batch = levels[k], levels[k - 1] if k else None
 
         def plain(level, level_hat):
-            e = plain_forward(factor.embed, factor.planes(level_hat, factor.psi.levels_out).contiguous(), ()) if k else ()
+            e = plain_forward(factor.embed, factor.planes(level_hat, factor.psi.levels_out).contiguous()) if k else ()
             params, = plain_forward(factor.net, factor.planes(level, factor.levels).contiguous(), e)
             return -factor.Head(params, factor.levels).log_prob(level).mean()
 
@@ -2293,13 +2295,14 @@ def bench_train(args, device):
 
 
 def bench_sample(args, device):
-    size = args.size
-    cases = [("pyramid", "celeba", size or (128, 128), {}), ("pixelcnn", "cifar10", size or (32, 32), dict(nr_resnet=5))]
-    cases = [(args.model, args.preset or "tiny", size or (32, 32), {})] if args.model else cases
+    cases = [("pyramid", "celeba", 128, {}), ("pixelcnn", "cifar10", 32, dict(nr_resnet=5))]
+    cases = [(args.model, "tiny", 32, {})] if args.model else cases
     print("the finest factor alone, float32, random weights; pass: one teacher-forced forward pass of the same batch;\n"
           "naive: a pass for every pixel, of which one is timed\n"
-          "network                       batch   steps  s/image: naive    fast    pass  us/pixel  fast/pass  naive/fast")
-    for name, preset, size, extra in cases:
+          "network                       batch   steps  s/image: naive    fast    pass  us/pixel  fast/pass  "
+          "naive/fast")
+    for name, preset, side, extra in cases:
+        size = args.size or (side, side)
         model = build(name, size, args.preset or preset, args.seed or 0, **extra).to(
             device, memory_format=torch.channels_last).eval()
         factor, pixels = model.factors[-1], size[0] * size[1]
@@ -2315,14 +2318,16 @@ def bench_sample(args, device):
                 decoder = Decoder(factor, n, x_hat)
                 draw = Draw(torch.rand(n, pixels, 2 * factor.shape[0], dtype=torch.float64, device=device))
                 decoder.run(draw)
-                times = [(seconds(lambda: factor.net(planes, e), device, 1), seconds(lambda: decoder.run(draw), device, 0))
+                times = [(seconds(lambda: factor.net(planes, e), device, 1),
+                          seconds(lambda: decoder.run(draw), device, 0))
                          for _ in range(3 if n < 4 else 2)]  # in turn, as the machine may be shared
             forward, fast = (min(column) for column in zip(*times))
             steps = len(decoder.schedule.steps)
             print(f"{label:30}{n:5}{steps:8}{forward * pixels / n:16.1f}{fast / n:8.3f}{forward / n:8.3f}"
                   f"{fast / n / pixels * 1e6:10.1f}{fast / forward:11.2f}{forward * pixels / fast:12.0f}", flush=True)
         if model.chain and model.config.model == "pyramid":
-            print(f"{label:30}    1  the whole chain, f_w included: {seconds(lambda: model.sample(1), device, 1):.2f} s")
+            chain = seconds(lambda: model.sample(1), device, 1)
+            print(f"{label:30}    1  the whole chain, f_w included: {chain:.2f} s")
     print("for reference: the paper 4,000 us/pixel (Titan X, no caching); PixelCNN++ 50,000 us/pixel (caching, as the "
           "paper quotes it)")
 

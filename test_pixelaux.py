@@ -287,7 +287,7 @@ def test_pmf_of_each_channel_is_the_joint_factorised(seed):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_factor_is_causal_and_sees_all_that_is_earlier(name):
-    """Gradients in float64: exactly zero from every output to later pixels and itself, nonzero to every earlier pixel."""
+    """Gradients in float64: exactly zero from outputs to later pixels and their own, nonzero to every earlier pixel."""
     size = {"pixelcnn": (8, 4), "grayscale": (4, 4), "pyramid": (8, 8), "grayscale-pyramid": (4, 4)}[name]
     model = small(name, size, scales=1, nr_light=3)  # so small that everything is within reach
     x = images(1, model.shapes[0])
@@ -640,7 +640,8 @@ def test_sampling_leaves_the_mode_and_global_random_state_alone():
 @pytest.mark.parametrize("tight", [True, False])
 def test_images_come_back_from_as_many_bits_as_their_probability_says(name, tight):
     model = small(name, dtype=torch.float32)
-    x = torch.cat([images(2, model.shapes[0]), images(1, model.shapes[0], levels=2), 255 * images(1, model.shapes[0], 2)])
+    shape = model.shapes[0]
+    x = torch.cat([images(2, shape), images(1, shape, levels=2), 255 * images(1, shape, levels=2)])
     words = pixelaux.compress(model, x, tight)
     assert torch.equal(pixelaux.decompress(model, words, tight), x)
     with torch.no_grad():
@@ -710,17 +711,17 @@ def test_shapes_have_the_probability_they_claim():
         assert abs(a - b).sum() > 6 * shapes.bound  # decoding by the nearest colour cannot err
     # the direct formula: all configurations that could have made the image, by a slow loop
     sigma = lambda z: 1 / (1 + math.exp(-z))
-    mass = [sigma((v + 0.5) / 0.25) - sigma((v - 0.5) / 0.25) for v in range(-3, 4)]
+    mass = [sigma(v + 0.5) - sigma(v - 0.5) for v in range(-8, 9)]
     mass = [m / sum(mass) for m in mass]
+    entropy = -sum(m * math.log(m) for m in mass) * 768 + math.log(len(masks) * 12)
     for image, log_p in zip(x[:3], shapes.log_prob(x[:3])):
         total = 0.0
         for (ground, shape), mask in itertools.product(shapes.pairs, masks):
             clean = np.where(mask.reshape(16, 16, 1), shapes.palette[shape], shapes.palette[ground])
             noise = image.astype(int) - clean
-            if abs(noise).max() <= 3:
-                total += math.exp(sum(math.log(mass[v + 3]) for v in noise.ravel()) + 700)
-        assert math.log(total / len(masks) / len(shapes.pairs)) - 700 == pytest.approx(float(log_p), rel=1e-9)
-    entropy = -sum(m * math.log(m) for m in mass) * 768 + math.log(len(masks) * 12)
+            if abs(noise).max() <= 8:
+                total += math.exp(sum(math.log(mass[v + 8]) for v in noise.ravel()) + entropy)
+        assert math.log(total / len(masks) / len(shapes.pairs)) - entropy == pytest.approx(float(log_p), rel=1e-9)
     assert -shapes.log_prob(x).mean() == pytest.approx(entropy, rel=0.01)
     assert shapes.decodable(x).all()
     wrong = x.copy()
@@ -1061,7 +1062,7 @@ def test_bfloat16_keeps_float32_weights_and_costs_little(run, tmp_path):
 def test_a_budget_ends_the_run_annealed_and_can_be_extended(tmp_path, monkeypatch):
     out = tmp_path / "budget"
     monkeypatch.setattr(pixelaux, "show_progress", lambda *_: None)  # on a busy machine pictures take longer than that
-    arguments = ["train", "--model", "pixelcnn", "--size", "12", "--batch-size", "2", "--out", str(out), "--device", "cpu"]
+    arguments = f"train --model pixelcnn --size 12 --batch-size 2 --device cpu --out {out}".split()
     assert main([*arguments, "--budget", "0.05"]) == 0
     read = lambda: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first = read()[-1]
@@ -1195,7 +1196,8 @@ def test_compress_and_decompress_commands(run, tmp_path, capsys):
     assert np.array_equal(np.array(Image.open(back / "b.png")), np.repeat(pixels[:, :16, :1], 3, 2))
     before = (out / "a.pxa").read_bytes()
     for arguments, expected in [
-        (["compress", str(run), files[0], "--out", str(out)], "exists"), (["compress", str(run), "gone.png"], "gone.png"),
+        (["compress", str(run), files[0], "--out", str(out)], "exists"),
+        (["compress", str(run), "gone.png"], "gone.png"),
         (["compress", str(run), str(tmp_path / "alpha.png")], "RGBA"),
         (["compress", str(run), str(tmp_path / "odd.png")], "multiples of"),
         (["compress", str(run), str(tmp_path / "text.png")], "not an image"),
@@ -1239,7 +1241,8 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         ("nonsense", "nonsense"), ("", "required"), ("train --data nonsense", "nonsense"),
         ("train --steps 0", "--steps"), ("train --steps 1.5", "whole number"), ("train --seed -1", "--seed"),
         (f"train --seed {'9' * 30}", "--seed"), ("train --lr nan", "--lr"), ("train --size 12y", "--size"),
-        ("train --size 8x8x8", "HEIGHTxWIDTH"), ("train --device cuda:77", "--device"), ("train --factor 5", "--factor"),
+        ("train --size 8x8x8", "HEIGHTxWIDTH"), ("train --device cuda:77", "--device"),
+        ("train --factor 5", "--factor"),
         ("train --budget 1,2,3", "2 factors"),
         ("train --budget 1,-2", "--budget"), ("train --precision int8", "int8"),
         ("train --save-every 0", "--save-every"), (f"train --resume --out {run} --precision bfloat16", "precision"),

@@ -322,24 +322,30 @@ class LogisticMixture:
         the draw is from the mixture conditioned on the interval. Returns int64 (N, 3, H, W).
         """
         x = torch.zeros_like(noise[:, :3], dtype=torch.long)
-        top, weights = self.levels - 1, self.logit_probs.log_softmax(1)
+        top, weights, lo, hi = self.levels - 1, self.logit_probs.log_softmax(1), 0, self.levels - 1
         for c in range(3):
-            means, log_scales, lo, hi = self.means_given(c, x), self.log_scales[:, c], 0, top
             if limits:
                 lo, hi = (v.unsqueeze(1) for v in limits(x, c))
-                k = pick(weights + self.log_mass(means, log_scales, lo, hi), noise[:, 2 * c])
+                mass = functools.partial(self.log_mass, self.means_given(c, x), self.log_scales[:, c])
+                one = self.component(pick(weights + mass(lo, hi), noise[:, 2 * c]))
             elif c == 0:
-                k = pick(weights, noise[:, 0])
-            value = means.gather(1, k)
+                one = self.component(pick(weights, noise[:, 0]))
+            value = one.means_given(c, x)
             if mode == "random":
-                scale = log_scales.gather(1, k).exp()
+                scale = one.log_scales[:, c].exp()
                 value = value + scale * self.logistic(noise[:, 2 * c + 1].unsqueeze(1), value, scale, lo, hi)
             value = ((value + 1) * (top / 2)).round().clamp(0, top).long()
             if limits:
                 value = value.clamp(lo, hi)
-                weights = weights + self.log_mass(means, log_scales, value, value)
+                weights = weights + mass(value, value)
             x[:, c : c + 1] = value
         return x
+
+    def component(self, k):
+        """Component k, (N, 1, H, W), of each pixel's mixture, as a mixture of one."""
+        one, k = copy.copy(self), k.unsqueeze(1).expand(-1, 3, -1, -1, -1)
+        one.means, one.log_scales, one.coeffs = (v.gather(2, k) for v in (self.means, self.log_scales, self.coeffs))
+        return one
 
     def logistic(self, u, mean, scale, lo, hi):
         """Standard logistic by inverse cdf, restricted to what rounds into lo..hi (ints 0 and levels - 1: all)."""
@@ -2101,7 +2107,7 @@ def image_bits(images, **how):
 
 
 def coded(model, images, nats, tight=True, chunk=64):
-    """Code and restore images, uint8 (N, H, W, 3): bits/dim beside -log2 p (nats: (N,)), PNG and WebP, as text and dict."""
+    """Code and restore images, uint8 (N, H, W, 3): bits/dim beside -log2 p (nats: (N,)), PNG and WebP; text, dict."""
     bits, dims = 0, len(images) * model.dims
     with bar_of(2 * len(images) * sum(h * w for _, h, w in model.shapes), "pixel", "coding") as bar:
         for start in range(0, len(images), chunk):

@@ -1262,7 +1262,7 @@ class Shapes:
 
     palette = np.array([[215, 55, 45], [50, 150, 70], [50, 90, 205], [240, 195, 55]], np.int16)
 
-    def __init__(self, size, noise=1.0, bound=8):
+    def __init__(self, size, noise=0.25, bound=3):
         self.size, self.bound = size, bound
         edges = 1 / (1 + np.exp(-(np.arange(-bound, bound + 2) - 0.5) / noise))
         self.pmf = np.diff(edges) / (edges[-1] - edges[0])

@@ -711,7 +711,7 @@ def test_shapes_have_the_probability_they_claim():
         assert abs(a - b).sum() > 6 * shapes.bound  # decoding by the nearest colour cannot err
     # the direct formula: all configurations that could have made the image, by a slow loop
     sigma = lambda z: 1 / (1 + math.exp(-z))
-    mass = [sigma(v + 0.5) - sigma(v - 0.5) for v in range(-8, 9)]
+    mass = [sigma((v + 0.5) / 0.25) - sigma((v - 0.5) / 0.25) for v in range(-3, 4)]
     mass = [m / sum(mass) for m in mass]
     entropy = -sum(m * math.log(m) for m in mass) * 768 + math.log(len(masks) * 12)
     for image, log_p in zip(x[:3], shapes.log_prob(x[:3])):
@@ -719,8 +719,8 @@ def test_shapes_have_the_probability_they_claim():
         for (ground, shape), mask in itertools.product(shapes.pairs, masks):
             clean = np.where(mask.reshape(16, 16, 1), shapes.palette[shape], shapes.palette[ground])
             noise = image.astype(int) - clean
-            if abs(noise).max() <= 8:
-                total += math.exp(sum(math.log(mass[v + 8]) for v in noise.ravel()) + entropy)
+            if abs(noise).max() <= 3:
+                total += math.exp(sum(math.log(mass[v + 3]) for v in noise.ravel()) + entropy)
         assert math.log(total / len(masks) / len(shapes.pairs)) - entropy == pytest.approx(float(log_p), rel=1e-9)
     assert -shapes.log_prob(x).mean() == pytest.approx(entropy, rel=0.01)
     assert shapes.decodable(x).all()

@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import functools
 import hashlib
 import io
@@ -725,6 +724,7 @@ class PixelAux(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        torch.backends.cudnn.allow_tf32 = False  # on CUDA, too: evaluation, sampling and codec are float32 throughout
         self.config, self.chain = config, make_chain(config)
         self.shapes, self.levels = [(3, *config.size)], [config.levels]  # of X_0, X_1, ..
         for psi in self.chain:
@@ -815,7 +815,7 @@ class PixelAux(nn.Module):
                 generator = torch.Generator().manual_seed(1_000_003 * seed + k)
                 noise = torch.rand(n, h * w, 2 * c, generator=generator, dtype=torch.float64).clamp_(1e-16)
                 x_hat, images = done[-1] if done else None, []
-                chunk = max(1, int(4 * 2**30 / Decoder.bytes_per_image(factor)))
+                chunk = Decoder.chunk(factor)
                 for part in torch.arange(n).split(chunk):
                     draw = Draw(noise[part].to(self.device), mode)
                     decoder = Decoder(factor, len(part), None if x_hat is None else x_hat[part], shift, tight, fast)
@@ -999,7 +999,7 @@ class Decoder:
 
     def __init__(self, factor, n, x_hat=None, shift=0.0, tight=False, fast=True):
         self.factor, self.n, self.shift, self.x_hat, self.fast = factor, n, shift, x_hat, fast
-        self.tight, self.graphs, net = tight and factor.psi is not None, {}, factor.net
+        self.tight, self.symbol, net = tight and factor.psi is not None, None, factor.net
         self.device, first, (c, h, w) = net.layers[0].convs[0].v.device, net.nodes_given, factor.shape
         multiple = rows_alike(net.layers[0].convs[0].v)
         key = (h, w), multiple // math.gcd(n, multiple), fast, self.device
@@ -1049,6 +1049,13 @@ class Decoder:
         net, (_, h, w) = factor.net, factor.shape
         size = torch.finfo(factor.dtype).bits // 8
         return size * sum(6 * channels * math.prod(net.size(i, (h, w))) for i, channels in enumerate(net.channels))
+
+    @staticmethod
+    def chunk(factor):
+        """How many images at once: those whose buffers take about 4 GiB, on CUDA half of what is free."""
+        device = factor.net.layers[0].convs[0].v.device
+        room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 4 * 2**30
+        return max(1, int(room / Decoder.bytes_per_image(factor)))
 
     def limits(self, positions):
         """Function (x, c) -> inclusive interval of channel c at these positions; x: (N P, C, 1, 1), so far."""
@@ -1110,6 +1117,8 @@ class Decoder:
         """-> uint8 (n, C, H, W); progress is called with the number of pixels done."""
         c, h, w = self.factor.shape
         self.input.zero_().view(self.n, h * w + 2, c + 1)[:, : h * w, -1] = 1.0
+        if symbol is not self.symbol:  # the graphs read its noise
+            self.symbol, self.graphs = symbol, {}
         for only in [None] if self.fast else range(h * w):
             for (layout, indices), pixels in zip(self.schedule.steps, self.schedule.pixels):
                 if self.device.type == "cuda" and self.fast and isinstance(symbol, Draw):
@@ -1127,7 +1136,7 @@ class Decoder:
             return self.step(layout, indices, symbol)
         if self.graphs[layout] is None:
             graph, static = torch.cuda.CUDAGraph(), indices.clone()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.step(layout, static, symbol)
             self.graphs[layout] = graph, static
         graph, static = self.graphs[layout]
@@ -1171,6 +1180,14 @@ class Code:
 
 
 @torch.no_grad()
+def code(model, coders, x=None, tight=True, progress=None):
+    """Write images x, uint8 (N, 3, H, W), to N range coders, or read them from these. Returns x."""
+    levels = [None] * len(model.factors) if x is None else model.levels_of(x.to(model.device))
+    for k, factor in enumerate(model.eval().factors):
+        x = Decoder(factor, len(coders), x if k else None, tight=tight).run(Code(factor, coders, levels[k]), progress)
+    return x
+
+
 def compress(model, x, tight=True, progress=None):
     """x: uint8 (N, 3, H, W) -> N arrays of uint32 of -log2 p(x) bits each, up to 64 more. progress: as in `sample`.
 
@@ -1178,29 +1195,25 @@ def compress(model, x, tight=True, progress=None):
     """
     import constriction
 
-    levels, coders = model.levels_of(x.to(model.device)), [constriction.stream.queue.RangeEncoder() for _ in x]
-    for factor, level, x_hat in zip(model.eval().factors, levels, [None, *levels]):
-        Decoder(factor, len(x), x_hat, tight=tight).run(Code(factor, coders, level), progress)
+    coders = [constriction.stream.queue.RangeEncoder() for _ in x]
+    code(model, coders, x, tight, progress)
     return [coder.get_compressed() for coder in coders]
 
 
-@torch.no_grad()
 def decompress(model, words, tight=True, progress=None):
     """What `compress` returned -> uint8 (N, 3, H, W)."""
     import constriction
 
-    x, coders = None, [constriction.stream.queue.RangeDecoder(part) for part in words]
-    for factor in model.eval().factors:
-        x = Decoder(factor, len(words), x, tight=tight).run(Code(factor, coders), progress)
-    return x
+    return code(model, [constriction.stream.queue.RangeDecoder(part) for part in words], None, tight, progress)
 
 
-HEADER = struct.Struct("<4s8sIHHBB")  # magic, fingerprint, CRC of the image, height, width, threads, tight
+HEADER = struct.Struct("<4s8sIHHHH")  # magic, fingerprint, CRC of the image, height, width, threads, tight
 
 
 def fingerprint(model):
     """8 bytes that depend on every weight and on the kind of model, not on the size of the images."""
-    digest = hashlib.sha256(f"{model.config.model} {model.config.levels}".encode())
+    config = model.config
+    digest = hashlib.sha256(f"{config.model} {len(model.chain)} {config.levels} {config.look_right}".encode())
     for name, weight in model.state_dict().items():
         digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
     return digest.digest()[:8]
@@ -1234,11 +1247,13 @@ def unpack(model, file, progress=None):
     _, mark, crc, h, w, threads, tight = HEADER.unpack_from(file)
     if mark != fingerprint(model):
         raise Problem("was compressed with another model")
+    model, words = resized(model, (h, w)), np.frombuffer(file[HEADER.size : -4], "<u4").astype(np.uint32)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # a product split otherwise may round otherwise
     try:
-        words = np.frombuffer(file[HEADER.size : -4], "<u4").astype(np.uint32)
-        x = decompress(resized(model, (h, w)), [words], bool(tight), progress)[0].cpu()
+        x = decompress(model, [words], bool(tight), progress)[0].cpu()
+    except (AssertionError, ValueError):  # constriction's, of what no encoder writes
+        x = torch.zeros(0)
     finally:
         torch.set_num_threads(before)
     if zlib.crc32(x.contiguous().numpy().tobytes()) != crc:
@@ -1339,10 +1354,10 @@ class Dataset:
         if self.resident is None:
             images = to_tensor(self.train[index])
         else:
-            images = self.resident[torch.tensor(index, device=self.resident.device)]
+            images = self.resident[upload(torch.tensor(index), self.resident.device)]
         if self.flip:
             flips = torch.from_numpy(np.random.default_rng([*seed, step, 1]).random(n) < 0.5)
-            images = torch.where(flips[:, None, None, None].to(images.device), images.flip(3), images)
+            images = torch.where(upload(flips, images.device)[:, None, None, None], images.flip(3), images)
         return images
 
     def keep_on(self, device, share=0.25):
@@ -1358,6 +1373,11 @@ class Dataset:
 def permutation(seed, n):
     """Of 0..n-1, a function of the seed."""
     return np.random.default_rng(seed).permutation(n)
+
+
+def upload(x, device):
+    """x on the device, without the host waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 def to_tensor(images):
@@ -1649,7 +1669,7 @@ def batches(data, step, n, seed, device):
     rank, ranks = process()
 
     def make(step):
-        x = data.batch(step, n, seed)[rank::ranks]
+        x = data.batch(step, n, seed)[rank::ranks].contiguous(memory_format=torch.channels_last)
         return x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
 
     with multiprocessing.pool.ThreadPool(1, *[torch.cuda.set_device, [device]][: 2 * (device.type == "cuda")]) as pool:
@@ -1761,13 +1781,13 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
     done, quarter, losses = progress() >= 1, int(4 * progress()), []
     test = to_tensor(data.test[np.arange(min(128, len(data.test)))])
     factor.train()
-    started, loss = time.monotonic() - elapsed, Loss(factor, config, model.dims, device)
+    loss = Loss(factor, config, model.dims, device)
     if compile and not done:
         loss = compiled(loss, *levels(data.batch(0, config.batch_size // ranks, seed).to(device)))
     if ranks > 1 and not done:
         loss = nn.parallel.DistributedDataParallel(loss, [device] if cuda else None)
-    stream, mark = batches(data, step, config.batch_size, seed, device), time.monotonic()
-    saved = mark
+    stream, saved = batches(data, step, config.batch_size, seed, device), time.monotonic()
+    started, mark = saved - elapsed, saved
     with tqdm(total=None if minutes else steps, initial=step, desc=f"factor {k}", unit="step",
               disable=done or rank > 0) as bar:
         while not done:
@@ -1955,19 +1975,22 @@ def run_to_train(args, out):
     chosen = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.steps is not None:
         chosen["steps"] = (args.steps, args.steps)
+    if args.budget:
+        chosen["anneal"] = True  # a run of any length ends annealed
+        if args.steps:
+            raise Problem("--steps and --budget exclude each other")
     settings = out / "config.json"
     if args.resume:
         config = read_config(settings)
-        for key, value in chosen.items():
-            old = getattr(config, key)
-            if key not in ("budget", "data_dir") and old != value:
-                raise Problem(f"--resume: {out} was trained with {key.replace('_', '-')} {old}, not {value}")
-        config = dataclasses.replace(config, **{k: v for k, v in chosen.items() if k in ("budget", "data_dir")})
+        for key in set(chosen) - {"budget", "anneal", "data_dir"}:
+            if (old := getattr(config, key)) != chosen[key]:
+                raise Problem(f"--resume: {out} was trained with {key.replace('_', '-')} {old}, not {chosen[key]}")
+        config = dataclasses.replace(config, **chosen)
         return config, load_data(config.data, config.data_dir, config.size)[0]
     if args.factor is None and (settings.exists() or any(out.glob("factor-*.pt"))):
         raise Problem(f"--out: {out} already holds a run; --resume goes on with it, or choose another folder")
     data, chosen["size"] = load_data(args.data or "shapes", args.data_dir or "data", args.size)
-    config = make_config(**chosen, **({"anneal": True} if args.budget else {}))  # any budget ends annealed
+    config = make_config(**chosen)
     if settings.exists() and (read_config(settings) != config or (out / f"factor-{args.factor}.pt").exists()):
         raise Problem(f"--out: {out} already holds another run, or this factor of it; see --resume")
     return config, data
@@ -1987,8 +2010,7 @@ def command_train(args):
         return train(args, device)
     if device.type == "cuda":
         torch.cuda.set_device(device := torch.device("cuda", int(number)))
-    hour = datetime.timedelta(hours=1)  # so long may the others wait while one decodes the data
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hour)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         train(args, device, number == "0", *process())
     except RuntimeError as error:
@@ -2021,6 +2043,8 @@ def train(args, device, first=True, rank=0, ranks=1):
     data.keep_on(device)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        for part in out.glob("part-*"):  # of a run that was killed while it wrote
+            part.unlink()
         settings = json.dumps(dataclasses.asdict(config), indent=1).encode()
         write_atomically(out / "config.json", lambda file: file.write(settings))
         made = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *sys.argv[1:]]), processes=ranks,
@@ -2106,9 +2130,9 @@ def image_bits(images, **how):
     return sum(map(bits, images)), bits(mosaic)
 
 
-def coded(model, images, nats, tight=True, chunk=64):
+def coded(model, images, nats, tight=True):
     """Code and restore images, uint8 (N, H, W, 3): bits/dim beside -log2 p (nats: (N,)), PNG and WebP; text, dict."""
-    bits, dims = 0, len(images) * model.dims
+    bits, dims, chunk = 0, len(images) * model.dims, min(64, *map(Decoder.chunk, model.factors), len(images))
     with bar_of(2 * len(images) * sum(h * w for _, h, w in model.shapes), "pixel", "coding") as bar:
         for start in range(0, len(images), chunk):
             x = to_tensor(images[start : start + chunk])
@@ -2130,16 +2154,16 @@ def coded(model, images, nats, tight=True, chunk=64):
 
 def read_exactly(path):
     """An image file of 8-bit RGB or gray -> uint8 (3, H, W). Raises Problem for what would not come back the same."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             mode = image.mode + ("A" if "transparency" in image.info else "")
-            pixels = np.array(image.convert("RGB"))
-    except OSError as error:  # Pillow's UnidentifiedImageError is one
-        raise Problem(error.strerror or "not an image file") from None
-    if mode not in ("RGB", "L"):
-        raise Problem(f"{mode} image, expected 8-bit RGB or gray without transparency")
+            if mode not in ("RGB", "L") or getattr(image, "n_frames", 1) > 1:
+                raise Problem(f"{mode} image, expected one of 8-bit RGB or gray without transparency")
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, Image.DecompressionBombError, SyntaxError) as error:  # Pillow's kinds
+        raise Problem(getattr(error, "strerror", None) or str(error)) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -2303,7 +2327,7 @@ def bench_train(args, device):
 def bench_sample(args, device):
     cases = [("pyramid", "celeba", 128, {}), ("pixelcnn", "cifar10", 32, dict(nr_resnet=5))]
     cases = [(args.model, "tiny", 32, {})] if args.model else cases
-    print("the finest factor alone, float32, random weights; pass: one teacher-forced forward pass of the same batch;\n"
+    print("the finest factor alone, f_w included, float32, random weights; pass: a teacher-forced pass of the batch;\n"
           "naive: a pass for every pixel, of which one is timed\n"
           "network                       batch   steps  s/image: naive    fast    pass  us/pixel  fast/pass  "
           "naive/fast")
@@ -2320,15 +2344,12 @@ def bench_sample(args, device):
             x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
             x_hat = model.levels_of(x)[-2] if model.chain else None
             with torch.inference_mode():
-                planes, e = factor.planes(x, factor.levels), factor.embeddings(x_hat)
-                decoder = Decoder(factor, n, x_hat)
                 draw = Draw(torch.rand(n, pixels, 2 * factor.shape[0], dtype=torch.float64, device=device))
-                decoder.run(draw)
-                times = [(seconds(lambda: factor.net(planes, e), device, 1),
-                          seconds(lambda: decoder.run(draw), device, 0))
+                steps = len(Decoder(factor, n, x_hat).schedule.steps)
+                times = [(seconds(lambda: factor.head(x, x_hat), device, 1),
+                          seconds(lambda: Decoder(factor, n, x_hat).run(draw), device, 0))
                          for _ in range(3 if n < 4 else 2)]  # in turn, as the machine may be shared
             forward, fast = (min(column) for column in zip(*times))
-            steps = len(decoder.schedule.steps)
             print(f"{label:30}{n:5}{steps:8}{forward * pixels / n:16.1f}{fast / n:8.3f}{forward / n:8.3f}"
                   f"{fast / n / pixels * 1e6:10.1f}{fast / forward:11.2f}{forward * pixels / fast:12.0f}", flush=True)
         if model.chain and model.config.model == "pyramid":
@@ -2437,7 +2458,6 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    torch.backends.cudnn.allow_tf32 = False  # evaluation and sampling are float32 throughout
     try:
         args.function(args)
         return 0

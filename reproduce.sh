@@ -45,7 +45,10 @@ import json, pathlib, sys
 paper = {"cifar10-grayscale": "2.98", "cifar10-pyramid": "3.32", "celeba-pyramid": "1.52"}
 print("| run | paper, <= | ours, <= (factors) | ours, = | test images | hardware | hours | command |\n" + "| --- " * 8 + "|")
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*/eval.json")):
-    lines = lambda name: [json.loads(line) for line in (path.parent / name).read_text().splitlines()]
+    def lines(name):  # none for factors that were brought together; without a last one that a kill cut
+        file = path.parent / name
+        return [json.loads(line) for line in file.open() if line.endswith("\n")] if file.exists() else []
+
     result, made = json.loads(path.read_text()), lines("commands.jsonl")
     seconds = {line["factor"]: line["seconds"] for line in lines("metrics.jsonl")}  # the last of each factor
     hardware = {f"{one['processes']} x {one['hardware']}, torch {one['torch']}": 0 for one in made}

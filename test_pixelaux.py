@@ -690,9 +690,12 @@ def test_a_whole_file_comes_back_from_its_own_model_alone(packed):
     with pytest.raises(Problem, match="another model"):
         pixelaux.unpack(small("pyramid", (16, 16), dtype=torch.float32, seed=1), file)
     header = pixelaux.HEADER.unpack_from(file)
-    wrong = pixelaux.HEADER.pack(*header[:2], header[2] ^ 1, *header[3:]) + file[pixelaux.HEADER.size : -4]
-    with pytest.raises(Problem, match="rounds otherwise"):
-        pixelaux.unpack(model, wrong + zlib.crc32(wrong).to_bytes(4, "little"))
+    wrong = [pixelaux.HEADER.pack(*header[:2], header[2] ^ 1, *header[3:]) + file[pixelaux.HEADER.size : -4]]
+    for byte in range(pixelaux.HEADER.size, pixelaux.HEADER.size + 48):  # what other probabilities would come to
+        wrong.append(file[:byte] + bytes([file[byte] ^ 129]) + file[byte + 1 : -4])
+    for content in wrong:
+        with pytest.raises(Problem, match="rounds otherwise"):
+            pixelaux.unpack(model, content + zlib.crc32(content).to_bytes(4, "little"))
     with pytest.raises(Problem, match="multiples of"):
         pixelaux.resized(model, (17, 16))
 
@@ -1062,8 +1065,10 @@ def test_bfloat16_keeps_float32_weights_and_costs_little(run, tmp_path):
 def test_a_budget_ends_the_run_annealed_and_can_be_extended(tmp_path, monkeypatch):
     out = tmp_path / "budget"
     monkeypatch.setattr(pixelaux, "show_progress", lambda *_: None)  # on a busy machine pictures take longer than that
+    monkeypatch.setitem(pixelaux.PRESETS, "tiny", {**pixelaux.PRESETS["tiny"], "anneal": False})
     arguments = f"train --model pixelcnn --size 12 --batch-size 2 --device cpu --out {out}".split()
-    assert main([*arguments, "--budget", "0.05"]) == 0
+    assert main([*arguments, "--steps", "3"]) == 0 and not pixelaux.read_config(out / "config.json").anneal
+    assert main([*arguments, "--resume", "--budget", "0.05"]) == 0
     read = lambda: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first = read()[-1]
     assert 2.8 < first["seconds"] < 30 and first["lr"] < 0.01 / 2 and "test_bits_per_dim" in first
@@ -1189,6 +1194,9 @@ def test_compress_and_decompress_commands(run, tmp_path, capsys):
     Image.fromarray(pixels[:, :16]).convert("RGBA").save(tmp_path / "alpha.png")
     Image.fromarray(pixels[:7]).save(tmp_path / "odd.png")
     (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    frames = [Image.fromarray(pixels), Image.fromarray(pixels[::-1])]
+    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
     files, out, back = [str(tmp_path / n) for n in ("a.png", "b.png")], tmp_path / "out", tmp_path / "back"
     assert main(["compress", str(run), *files, "--out", str(out)]) == 0
     assert main(["decompress", str(run), str(out / "a.pxa"), str(out / "b.pxa"), "--out", str(back)]) == 0
@@ -1200,7 +1208,9 @@ def test_compress_and_decompress_commands(run, tmp_path, capsys):
         (["compress", str(run), "gone.png"], "gone.png"),
         (["compress", str(run), str(tmp_path / "alpha.png")], "RGBA"),
         (["compress", str(run), str(tmp_path / "odd.png")], "multiples of"),
-        (["compress", str(run), str(tmp_path / "text.png")], "not an image"),
+        (["compress", str(run), str(tmp_path / "text.png")], "cannot identify"),
+        (["compress", str(run), str(tmp_path / "cut.png")], "truncated"),
+        (["compress", str(run), str(tmp_path / "moving.png")], "expected one"),
         (["decompress", str(run), files[0], "--out", str(back / "x")], "not a .pxa file"),
         (["decompress", str(run), str(tmp_path / "gone.pxa")], "gone.pxa"),
     ]:

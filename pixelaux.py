@@ -1581,6 +1581,13 @@ def write_atomically(path, write):
         part.unlink(missing_ok=True)
 
 
+def write_checkpoint(path, config, factors, **more):
+    """factors: {k: state dict with averaged weights}, some or all of the model's; more: what training goes on with."""
+    checkpoint = dict(format="pixelaux", version=VERSION, config=dataclasses.asdict(config), factors=factors, **more)
+    torch.save(checkpoint, buffer := io.BytesIO())  # in memory: torch does not report a full disk as an OSError
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
 def read_checkpoint(path):
     """A checkpoint's dict. Raises Problem if the file is truncated, foreign or of another version."""
     try:
@@ -1768,12 +1775,6 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
         """Share of the training that is done, by steps or by minutes: extrapolated, alike in all processes."""
         return (elapsed + pace * (step - looked)) / (60 * minutes) if minutes else step / steps
 
-    def save(path, **training):
-        checkpoint = dict(format="pixelaux", version=VERSION, config=dataclasses.asdict(config),
-                          factors={k: average.state_dict()}, **training)
-        torch.save(checkpoint, buffer := io.BytesIO())  # in memory: torch does not report a full disk as an OSError
-        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-
     if metrics.exists() and not rank:  # a resumed run repeats what came after its checkpoint
         keep = [line for line in read_metrics(out) if line["factor"] != k or line["step"] <= step]
         write_atomically(metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in keep).encode()))
@@ -1821,13 +1822,13 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
                     record["test_bits_per_dim"] = cost = float(bits_per_dim(log_prob.mean(), model.dims))
                     if cost < best:
                         best = cost
-                        save(out / f"best-{k}.pt")
+                        write_checkpoint(out / f"best-{k}.pt", config, {k: average.state_dict()})
                 with open(metrics, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 left = f", {max(0.0, 60 * minutes - elapsed):.0f} s left" if minutes else ""
                 bar.set_postfix_str(f"{mean:.3f} bits/dim, {speed:.0f} images/s{left}")
                 if done or stop or time.monotonic() - saved > save_every:
-                    save(path, training=dict(
+                    write_checkpoint(path, config, {k: average.state_dict()}, training=dict(
                         weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=elapsed,
                         best=best, random=torch.get_rng_state(),
                         random_cuda=torch.cuda.get_rng_state(device) if cuda else None))
@@ -2192,6 +2193,14 @@ def command_codec(args):
         print(f"{target}: {x.shape[2]}x{x.shape[1]}, {len(file)} bytes, {8 * len(file) / x.numel():.3f} bits/dim")
 
 
+def command_export(args):
+    model = load(args.run)
+    factors = {k: {name: weight.bfloat16() for name, weight in factor.state_dict().items()}
+               for k, factor in enumerate(model.factors)}
+    write_checkpoint(args.file, model.config, factors)
+    print(f"{args.file}: {sum(p.numel() for p in model.parameters()):,} weights, {os.path.getsize(args.file):,} bytes")
+
+
 def given_images(args, model):
     """Images for --given: of a level's own size as they are, of X's size through the chain down to --level."""
     if args.given == "test":
@@ -2397,6 +2406,7 @@ def parser():
                                     ("sample", command_sample, "a picture of samples, and the arrays"),
                                     ("compress", command_codec, "images, losslessly, into .pxa files"),
                                     ("decompress", command_codec, ".pxa files into PNG files"),
+                                    ("export", command_export, "all factors in one small file, weights in bfloat16"),
                                     ("bench", command_bench, "speed, beside plain implementations in one process")):
         commands.add_parser(command, help=text, description=text).set_defaults(command=command, function=function)
 
@@ -2410,7 +2420,7 @@ def parser():
     budget = checked(minutes, "minutes above 0, such as 10 or 6,14,40", lambda value: 0 < np.min(value) < math.inf)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
-    add("eval sample compress decompress", "run", "output folder of train, or a checkpoint file", metavar="RUN")
+    add("eval sample compress decompress export", "run", "output folder of train, or a checkpoint file", metavar="RUN")
     add("bench", "what", choices=("train", "sample"))
     add("train bench", "--model", "default pyramid", choices=MODELS)
     add("train bench", "--preset", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: the paper's",
@@ -2449,6 +2459,7 @@ def parser():
     add("compress decompress", "--out", "for the results (default: beside the files)", metavar="FOLDER")
     add("compress", "--tight", "with the exact likelihood (default), or the paper's", default=True,
         action=argparse.BooleanOptionalAction)
+    add("export", "file", "to write", metavar="FILE")
     every = " ".join(commands.choices)
     add(every, "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
     add(every, "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)", type=device,

@@ -1187,6 +1187,16 @@ def test_sample_command_writes_the_images_of_the_api(run, tmp_path):
         assert source == "test" or np.array_equal(again["level1"], arrays["level1"])
 
 
+def test_exported_weights_make_the_same_model_in_a_small_file(run, tmp_path):
+    file = tmp_path / "small.pt"
+    assert main(["export", str(run), str(file)]) == 0
+    assert file.stat().st_size < sum(path.stat().st_size for path in run.glob("factor-*.pt")) / 6
+    before, after = pixelaux.load(run), pixelaux.load(file)
+    for a, b in zip(before.parameters(), after.parameters()):
+        assert b.dtype == torch.float32 and torch.equal(a.bfloat16().float(), b)
+    assert main(["sample", str(file), "--n", "1", "--device", "cpu", "--out", str(tmp_path / "s")]) == 0
+
+
 def test_compress_and_decompress_commands(run, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(256, size=(16, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")

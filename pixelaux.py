@@ -599,7 +599,6 @@ class Network(nn.Module):
             self.outputs = [self.add([(streams[-1], head)], channels=c_out)]
         else:
             self.outputs = [last[scale] for scale in sorted(last)]
-        self.first = self.scale[self.outputs[0]]
         self.last_use = {}
         for i, layer in enumerate(self.layers, self.nodes_given):
             for node in [*layer.sources, *([] if layer.residual is None else [layer.residual])]:

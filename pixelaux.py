@@ -1118,14 +1118,15 @@ class Decoder:
         self.input.zero_().view(self.n, h * w + 2, c + 1)[:, : h * w, -1] = 1.0
         if symbol is not self.symbol:  # the graphs read its noise
             self.symbol, self.graphs = symbol, {}
-        for only in [None] if self.fast else range(h * w):
-            for (layout, indices), pixels in zip(self.schedule.steps, self.schedule.pixels):
-                if self.device.type == "cuda" and self.fast and isinstance(symbol, Draw):
-                    self.replay(layout, indices, symbol)
-                else:
-                    self.step(layout, indices, symbol, only)
-                if progress:
-                    progress(self.n * pixels)
+        with torch.inference_mode():
+            for only in [None] if self.fast else range(h * w):
+                for (layout, indices), pixels in zip(self.schedule.steps, self.schedule.pixels):
+                    if self.device.type == "cuda" and self.fast and isinstance(symbol, Draw):
+                        self.replay(layout, indices, symbol)
+                    else:
+                        self.step(layout, indices, symbol, only)
+                    if progress:
+                        progress(self.n * pixels)
         return self.canvas[:, : h * w].transpose(1, 2).reshape(self.n, c, h, w).to(torch.uint8)
 
     def replay(self, layout, indices, symbol):

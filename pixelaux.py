@@ -108,7 +108,7 @@ class Config:
 
 PRESETS = {
     "tiny": dict(nr_filters=24, nr_resnet=1, nr_resnet_cond=1, embedding=(1, "down", 2, "up", 1, "up", 1), dropout=0.0,
-                 batch_size=8, steps=(5000, 2400), lr=1e-2, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
+                 batch_size=8, steps=(5000, 2000), lr=1e-2, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
     "small": dict(nr_filters=48, nr_resnet=2, nr_resnet_cond=2, embedding=(2, "down", 3, "up", 2, "up", 2), dropout=0.0,
                   batch_size=8, steps=(8000, 8000), lr=5e-3, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.995),
     "cifar10": dict(),

@@ -2068,7 +2068,7 @@ def train(args, device, first=True, rank=0, ranks=1):
     text, _ = report(model, *evaluate(model, few), data.shapes, few,
                      samples[-1].permute(0, 2, 3, 1).cpu().numpy())
     print(f"{text}\n\nsamples at every stage: {out / 'samples.png'}   curves: {out / 'curves.png'}\n"
-          f"next: python pixelaux.py eval {out}   python pixelaux.py sample {out}")
+          f"next: python pixelaux.py eval {out}   python pixelaux.py sample {out}{' --tight' * config.tight}")
 
 
 def read_config(path):
@@ -2190,7 +2190,8 @@ def command_codec(args):
                 raise Problem(f"{path}: {error}") from None
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, lambda stream: stream.write(file))
-        print(f"{target}: {x.shape[2]}x{x.shape[1]}, {len(file)} bytes, {8 * len(file) / x.numel():.3f} bits/dim")
+        rate = f", {8 * len(file) / x.numel():.3f} bits/dim" if packing else ""
+        print(f"{target}: height {x.shape[1]}, width {x.shape[2]}, {len(file)} bytes{rate}")
 
 
 def command_export(args):
@@ -2447,7 +2448,7 @@ def parser():
     add("eval", "--n", "the first N test images only (default: all)", type=count)
     add("sample", "--n", "how many images (default 16)", type=count, default=16)
     add("sample", "--mode", "map: the paper's MAP sampling", choices=("random", "map"), default="random")
-    add("sample", "--shift", "added to the log-scales; below 0: less variance", type=float, default=0.0)
+    add("sample", "--shift", "added to the log-scales; below 0: less variance (map has none)", type=float, default=0.0)
     add("sample", "--given", "start from these: test, an image file or a .npy file, of the size of a level, or of X "
         "and reduced to --level", metavar="IMAGES")
     add("sample", "--level", "of --given: 1 is the one next to X (default)", type=int, default=1)

@@ -740,6 +740,7 @@ def test_batches_are_functions_of_the_step_and_epochs_are_permutations(n, batch)
     seen = torch.cat([data.batch(step, batch, (0, 1)) for step in range(n)])[:, 0, 0, 0].reshape(-1, n)
     for epoch in seen:
         assert sorted(epoch.tolist()) == array[:, 0, 0, 0].tolist()
+    assert len(seen.unique(dim=0)) > 1  # every epoch its own order
     assert torch.equal(data.batch(2, batch, (0, 1)), pixelaux.Dataset(array, array[:1]).batch(2, batch, (0, 1)))
     flipped = pixelaux.Dataset(array, array[:1], flip=True).batch(0, 200, (0, 1))
     left = (flipped[:, 0, 0, 0] < flipped[:, 0, 0, 1]).float().mean()

@@ -845,52 +845,94 @@ class Schedule:
 
     Pixel (r, c) is drawn at step c + lag r, with the smallest lag at which everything that it needs is drawn before;
     lag = W is the raster order. A position of a layer is evaluated at the first step at which all that its taps read
-    is there. So the light network comes out as a diagonal wavefront (lag 8), and a network with resampling row by row,
-    its vertical stream once a row, without either being written down anywhere.
+    is there, or at the next multiple of lag, a row together, where no reader has to wait for it. So the light network
+    comes out as a diagonal wavefront (lag 8), and a network with resampling row by row, its vertical stream once a row
+    and its horizontal one once a pixel, without either being written down anywhere.
 
     With few images the time goes into reading the weights, once a step. So a layer has up to two parts: the taps that
     are there `lag` steps early (in the raster order those of the row above) are summed for lag steps together, a row,
     and the others when the position's time comes. Parts with equal times form a group.
 
-    fast=False: one step that evaluates everything everywhere, the full pass.
-
-    Slot H W of a buffer stands for "outside" and holds 0; slot H W + 1 takes what is computed for padding: positions
+    Of each layer the last few rows are kept, those that are still to be read: position p lies in slot p mod `ring` of
+    its buffer. Slot ring stands for "outside" and holds 0; slot ring + 1 takes what is computed for padding: positions
     come in multiples of `multiple`, because we promise equal images and a product's rows may depend on how many there
     are (see `rows_alike`).
+
+    fast=False: one step that evaluates everything everywhere, the full pass.
     """
 
     def __init__(self, net, size, multiple, fast, device):
         first = net.nodes_given
         sizes = [net.size(i, size) for i in range(len(net.channels))]
         count = [h * w for h, w in sizes]
-        tables = {(sizes[node], sizes[i], conv.geometry): conv.taps(sizes[node], sizes[i])
+        tables = {(sizes[node], sizes[i], conv.geometry): conv
                   for i, layer in enumerate(net.layers, first) for node, conv in zip(layer.sources, layer.convs)}
+        tables = {key: conv.taps(*key[:2]) for key, conv in tables.items()}
+        # reads: of each layer, {which source, or "residual": (node, its positions that are read, (H W, taps))}
+        reads = [{j: (node, tables[sizes[node], sizes[i], conv.geometry])
+                  for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)) if node not in net.embeddings}
+                 for i, layer in enumerate(net.layers, first)]
+        for i, (layer, read) in enumerate(zip(net.layers, reads), first):
+            if layer.residual is not None:
+                read["residual"] = layer.residual, np.arange(count[i])[:, None]
 
-        def times(lag):
-            """Of each pixel, its step; of each node's positions, the first step at which they are known; and of each
-            layer, the same of what its taps read: {source: (H W, kh kw)}."""
+        def times(lag, latest=None):
+            """The step of each pixel, and the first step at which each position of each node is known."""
             r, c = np.ogrid[: size[0], : size[1]]
             drawn = (c + lag * r).ravel()
-            ready, reads = [drawn + 1] + [np.zeros(n, int) for n in count[1:first]], []
-            for i, layer in enumerate(net.layers, first):
-                reads.append({j: np.append(ready[node], 0)[tables[sizes[node], sizes[i], conv.geometry]]
-                              for j, (node, conv) in enumerate(zip(layer.sources, layer.convs))
-                              if node not in net.embeddings})
-                known = [np.zeros(count[i], int) if layer.residual is None else ready[layer.residual]]
-                ready.append(np.max(known + [read.max(1) for read in reads[-1].values()], 0))
-            return drawn, ready, reads
+            ready = [np.append(drawn + 1, 0)] + [np.zeros(n + 1, int) for n in count[1:first]]
+            for i, read in enumerate(reads, first):
+                step = np.max([ready[node][table].max(1) for node, table in read.values()], 0)
+                row = -(-step // lag) * lag
+                ready.append(np.append(row if latest and (row <= latest[i][:-1]).all() else step, 0))
+            return drawn, ready
 
         low, high = 1, size[1]
         while low < high:
             lag = (low + high) // 2
-            drawn, ready, _ = times(lag)
-            low, high = (low, lag) if (ready[-1] <= drawn).all() else (lag + 1, high)
-        self.lag = low
-        drawn, ready, reads = times(low)
-        if (ready[-1] > drawn).any():
+            drawn, ready = times(lag)
+            low, high = (low, lag) if (ready[-1][:-1] <= drawn).all() else (lag + 1, high)
+        self.lag = lag = low
+        drawn, ready = times(lag)
+        if (ready[-1][:-1] > drawn).any():
             raise AssertionError("the network is not causal")
-        ready[0] = ready[-1] = drawn
-        groups, steps = {}, 1 + max(int(step.max()) for step in ready) if fast else 1
+        latest = [np.full(n + 1, drawn.max()) for n in count]
+        latest[-1][:-1] = drawn
+        for i, read in reversed(list(enumerate(reads, first))):
+            for node, table in read.values():
+                for tap in table.T:  # with one tap no two positions read the same
+                    latest[node][tap] = np.minimum(latest[node][tap], latest[i][:-1])
+        drawn, ready = times(lag, latest)
+
+        # parts: of each layer, in order: (the step of each position, {which source: its taps})
+        parts = []
+        for i, read in enumerate(reads, first):
+            step, split = ready[i][:-1] if i < len(count) - 1 else drawn, ({}, {})
+            row = step // lag * lag
+            for j, (node, table) in read.items():
+                early = (ready[node][table] <= row[:, None]).all(0) & (lag >= 4) & (node > 0)
+                for taps, mask in zip(split, (early, ~early)):
+                    if mask.any() and j != "residual":
+                        taps[j] = tuple(np.flatnonzero(mask).tolist())
+            when, split = [row, step], [taps for taps in split if taps]
+            parts.append([(fast * step, taps) for step, taps in zip(when[-len(split) :], split)])
+        written = [fast * drawn, *(0 * step[:-1] for step in ready[1:first]), *(part[-1][0] for part in parts)]
+
+        # ring: of each resolution, how many positions, whole rows, hold what is still to be read
+        last = [np.append(step, 0) for step in written]
+        sums = []  # the early part's sum is read by the late one
+        for i, (read, part) in enumerate(zip(reads, parts), first):
+            sums += [(sizes[i], part[0][0], written[i])]
+            for step, taps in [*part, (written[i], {"residual": (0,)} if "residual" in read else {})]:
+                for j, some in taps.items():
+                    for tap in read[j][1].T[list(some)]:
+                        last[read[j][0]][tap] = np.maximum(last[read[j][0]][tap], step)
+        kept = sums + [(sizes[i], written[i], last[i][:-1]) for i in [0, *range(first, len(count))]]
+        ring = {}
+        for size in sizes:
+            h, w = size
+            ring[size] = next(n * w for n in range(1, h + 1) if all(
+                (begin[n * w :] > end[: len(end) - n * w]).all() for of, begin, end in kept if of == size))
 
         def padded(n):
             n = -(-n // multiple)
@@ -898,52 +940,55 @@ class Schedule:
             return multiple * (1 << (n - 1).bit_length() if n and device.type == "cuda" else n)
 
         # positions: of each group at each step; rows: key -> what is read at each position; slots: of the buffer read.
-        # A key is a group (its own positions), or a group and the taps that it reads.
-        positions, rows, self.slots = {}, {}, {}
+        # A key is a group (its own positions' slots), (group,) (the positions), or a group and the taps that it reads.
+        groups, positions, rows, self.slots = {}, {}, {}, {}
+        steps = 1 + max(int(step.max()) for step in written)
+
+        def in_ring(size, table):
+            outside = math.prod(size)
+            return np.where(table < outside, table % ring[size], table - outside + ring[size])
 
         def group_of(i, step):
-            step = step if fast else np.zeros_like(step)
             group = groups.setdefault((sizes[i], step.tobytes()), len(groups))
             if group not in positions:
-                parts = np.split(step.argsort(kind="stable"), np.bincount(step, minlength=steps).cumsum()[:-1])
+                each = np.split(step.argsort(kind="stable"), np.bincount(step, minlength=steps).cumsum()[:-1])
                 positions[group] = [np.pad(part, (0, padded(len(part)) - len(part)), constant_values=count[i] + 1)
-                                    for part in parts]
-                rows[group], self.slots[group] = np.arange(count[i] + 2)[:, None], count[i] + 2
+                                    for part in each]
+                rows[group] = in_ring(sizes[i], np.arange(count[i] + 2)[:, None])
+                self.slots[group] = ring[sizes[i]] + 2
             return group
 
         def key_of(i, group, node, conv, taps):
             if conv.kernel == (1, 1):
                 return group
-            table = tables[sizes[node], sizes[i], conv.geometry][:, taps]
             key = group, sizes[node], conv.geometry, taps
-            rows[key] = np.concatenate([table, np.full((2, table.shape[1]), count[node])])
-            self.slots[key] = count[node] + 2
+            table = tables[key[1], sizes[i], conv.geometry][:, taps]
+            rows[key] = in_ring(sizes[node], np.concatenate([table, np.full((2, len(taps)), count[node])]))
+            self.slots[key] = ring[sizes[node]] + 2
             return key
 
+        def everywhere(i, group):
+            rows[group,], self.slots[group,] = np.arange(count[i] + 2)[:, None], count[i] + 2
+            return group,
+
         # parts: of each layer, in order: (group, [(source, its taps, key)])
-        self.input, self.parts = group_of(0, drawn), []
-        for i, layer in enumerate(net.layers, first):
-            step, split = ready[i], ({}, {})
-            before = step // low * low
-            for j, read in reads[i - first].items():
-                early = (read <= before[:, None]).all(0) & (low >= 4) & (layer.sources[j] > 0)
-                for taps, mask in zip(split, (early, ~early)):
-                    if mask.any():
-                        taps[j] = tuple(np.flatnonzero(mask).tolist())
-            if not all(split):
-                split = [split[0] or split[1]]
+        self.input = everywhere(0, group_of(0, written[0]))
+        self.parts = []
+        for i, (layer, part) in enumerate(zip(net.layers, parts), first):
+            if net.embeddings and any(node in net.embeddings for node in layer.sources):
+                everywhere(i, group_of(i, part[0][0]))
             self.parts.append([
-                (group, [(j, taps, key_of(i, group, layer.sources[j], layer.convs[j], taps))
-                         for j, taps in part.items()])
-                for part, when in zip(split, [before, step][-len(split):]) for group in [group_of(i, when)]])
+                (group, [(j, some, key_of(i, group, layer.sources[j], layer.convs[j], some))
+                         for j, some in taps.items()])
+                for step, taps in part for group in [group_of(i, step)]])
         # steps: (layout, indices), layout = ((key, how many), ..) for keys that have any; pixels: how many are drawn
         self.steps, self.pixels = [], []
         for t in range(steps):
-            parts = {key: table[positions[key[0] if isinstance(key, tuple) else key][t]].ravel()
+            found = {key: table[positions[key[0] if isinstance(key, tuple) else key][t]].ravel()
                      for key, table in rows.items()}
-            layout = tuple((key, len(part)) for key, part in parts.items() if len(part))
+            layout = tuple((key, len(part)) for key, part in found.items() if len(part))
             if layout:
-                indices = np.concatenate([parts[key] for key, _ in layout])
+                indices = np.concatenate([found[key] for key, _ in layout])
                 self.steps.append((layout, torch.from_numpy(indices).to(device)))
                 self.pixels.append(int((drawn == t).sum()) if fast else 1)
 
@@ -1007,12 +1052,11 @@ class Decoder:
             cache[key] = Schedule(net, *key)
         self.schedule = schedule = cache[key]
         e = dict(zip(net.embeddings, map(concat_elu, factor.embeddings(x_hat))))
-        groups = {0: schedule.input} | {i: parts[-1][0] for i, parts in enumerate(schedule.parts, first)}
+        groups = {0: schedule.input[0]} | {i: parts[-1][0] for i, parts in enumerate(schedule.parts, first)}
         outputs = [{} for _ in net.channels]  # of each node: activation that is read -> its buffer, if it needs one
 
         def buffer(node, channels):
-            slots = n * (math.prod(net.size(node, (h, w))) + 2)
-            return torch.zeros(slots, channels, dtype=factor.dtype, device=self.device)
+            return torch.zeros(n * schedule.slots[groups[node]], channels, dtype=factor.dtype, device=self.device)
 
         def read(node, activation, key):
             """(what is read, its buffer, where in it); no buffer if it is there from the same step."""
@@ -1027,7 +1071,7 @@ class Decoder:
             for node, conv in zip(layer.sources, layer.convs):
                 if node in e:  # one at most
                     projection = conv(e[node], net.size(i, (h, w))).flatten(2).transpose(1, 2)
-                    added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), parts[0][0]
+                    added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), (parts[0][0],)
             for part, (group, reads) in enumerate(parts, 1):
                 weight = torch.cat([layer.convs[j].matrix(taps) for j, taps, _ in reads], 1)
                 reads = [read(layer.sources[j], layer.convs[j].activation, key) for j, _, key in reads]
@@ -1079,7 +1123,7 @@ class Decoder:
         """Evaluate what `layout` names, then draw. only: draw this position alone (the full pass)."""
         n = self.n
         index = dict(zip([key for key, _ in layout], indices.split([length for _, length in layout])))
-        positions = index.get(self.schedule.input)  # of the pixels to draw
+        positions, slots = index.get(self.schedule.input), index.get(self.schedule.input[0])  # of the pixels to draw
         if n > 1:  # the images' buffers lie one after the other
             index = {key: (part + self.offsets[key]).view(-1) for key, part in index.items()}
         now = {}
@@ -1105,17 +1149,16 @@ class Decoder:
             return
         params = y.view(n, len(positions), -1)
         if only is not None:
-            params, positions = params[:, only : only + 1], positions[only : only + 1]
+            params, positions, slots = params[:, only : only + 1], positions[only : only + 1], slots[only : only + 1]
         head = self.factor.Head(params.flatten(0, 1)[:, :, None, None].double(), self.factor.levels, self.shift)
         x = symbol(head, positions, self.limits(positions) if self.tight else None).view(n, len(positions), -1)
         self.canvas.index_copy_(1, positions, x)
         unit = F.pad(to_unit(x, self.factor.levels, self.factor.dtype), (0, 1), value=1.0)
-        self.input.view(n, -1, unit.shape[2]).index_copy_(1, positions, unit)
+        self.input.view(n, -1, unit.shape[2]).index_copy_(1, slots, unit)
 
     def run(self, symbol, progress=None):
         """-> uint8 (n, C, H, W); progress is called with the number of pixels done."""
         c, h, w = self.factor.shape
-        self.input.zero_().view(self.n, h * w + 2, c + 1)[:, : h * w, -1] = 1.0
         if symbol is not self.symbol:  # the graphs read its noise
             self.symbol, self.graphs = symbol, {}
         with torch.inference_mode():

@@ -271,13 +271,11 @@ class LogisticMixture:
         rest = bias[k:].view(3, 3 * k)
         rest[:, :k], rest[:, k : 2 * k] = torch.linspace(-0.9, 0.9, k), -2.5
 
-    def means_given(self, c, x):
-        """Means of channel c given the channels before it. x: levels, (N, 3, H, W) -> (N, K, H, W)."""
-        x, means = to_unit(x, self.levels, self.means.dtype).unsqueeze(2), self.means[:, c]  # x: (N, 3, 1, H, W)
-        if c == 1:
-            means = means + self.coeffs[:, 0] * x[:, 0]
-        if c == 2:
-            means = means + self.coeffs[:, 1] * x[:, 0] + self.coeffs[:, 2] * x[:, 1]
+    def means_given(self, c, units):
+        """Means of channel c given the channels before it. units: those in [-1, 1], (N, 1, H, W) -> (N, K, H, W)."""
+        means = self.means[:, c]
+        for j in range(c):  # coefficients: R in G, R in B, G in B
+            means = torch.addcmul(means, self.coeffs[:, c - 1 + j], units[j])
         return means
 
     def log_mass(self, means, log_scales, lo, hi):
@@ -298,7 +296,8 @@ class LogisticMixture:
         conditioned on the interval, p'(x_c) = sum_k w_k m_k(x_c) / sum_k w_k M_k.
         """
         x = x.long()
-        means = torch.stack([self.means_given(c, x) for c in range(3)], 1)  # (N, 3, K, H, W)
+        units = to_unit(x, self.levels, self.means.dtype).split(1, 1)
+        means = torch.stack([self.means_given(c, units) for c in range(3)], 1)  # (N, 3, K, H, W)
         level = x.unsqueeze(2)
         mass = self.log_mass(means, self.log_scales, level, level)  # (N, 3, K, H, W)
         weights = self.logit_probs.log_softmax(1)  # (N, K, H, W)
@@ -320,24 +319,28 @@ class LogisticMixture:
         one component serves all channels. limits(x, c) -> (lo, hi) of channel c given the channels before it:
         the draw is from the mixture conditioned on the interval. Returns int64 (N, 3, H, W).
         """
-        x = torch.zeros_like(noise[:, :3], dtype=torch.long)
-        top, weights, lo, hi = self.levels - 1, self.logit_probs.log_softmax(1), 0, self.levels - 1
+        x, units, top = torch.zeros_like(noise[:, :3], dtype=torch.long), [], self.levels - 1
+        if limits:
+            weights = self.logit_probs.log_softmax(1)
+        else:
+            one = self.component(pick(self.logit_probs, noise[:, 0]))
+            if mode == "random":
+                one.means = torch.addcmul(one.means, one.log_scales.exp(), torch.logit(noise[:, 1::2]).unsqueeze(2))
         for c in range(3):
             if limits:
                 lo, hi = (v.unsqueeze(1) for v in limits(x, c))
-                mass = functools.partial(self.log_mass, self.means_given(c, x), self.log_scales[:, c])
+                mass = functools.partial(self.log_mass, self.means_given(c, units), self.log_scales[:, c])
                 one = self.component(pick(weights + mass(lo, hi), noise[:, 2 * c]))
-            elif c == 0:
-                one = self.component(pick(weights, noise[:, 0]))
-            value = one.means_given(c, x)
-            if mode == "random":
+            value = one.means_given(c, units)
+            if limits and mode == "random":
                 scale = one.log_scales[:, c].exp()
                 value = value + scale * self.logistic(noise[:, 2 * c + 1].unsqueeze(1), value, scale, lo, hi)
-            value = ((value + 1) * (top / 2)).round().clamp(0, top).long()
+            value = ((value + 1) * (top / 2)).round().clamp(0, top)
             if limits:
-                value = value.clamp(lo, hi)
+                value = value.long().clamp(lo, hi)
                 weights = weights + mass(value, value)
             x[:, c : c + 1] = value
+            units.append(to_unit(value, self.levels, self.means.dtype))
         return x
 
     def component(self, k):
@@ -347,9 +350,7 @@ class LogisticMixture:
         return one
 
     def logistic(self, u, mean, scale, lo, hi):
-        """Standard logistic by inverse cdf, restricted to what rounds into lo..hi (ints 0 and levels - 1: all)."""
-        if isinstance(lo, int):
-            return torch.logit(u)
+        """Standard logistic by inverse cdf, restricted to what rounds into lo..hi."""
         half, top = 1.0 / (self.levels - 1), self.levels - 1
         a = ((to_unit(lo, self.levels, mean.dtype) - half - mean) / scale).masked_fill(lo == 0, -math.inf)
         b = ((to_unit(hi, self.levels, mean.dtype) + half - mean) / scale).masked_fill(hi == top, math.inf)
@@ -362,12 +363,12 @@ class LogisticMixture:
 
     def pmf(self, c, x, limits=None):
         """Probabilities of every level of channel c given the channels before it. x: (N, 3, H, W) -> (N, L, H, W)."""
-        weights = self.logit_probs.log_softmax(1)
+        weights, units = self.logit_probs.log_softmax(1), to_unit(x, self.levels, self.means.dtype).split(1, 1)
         for j in range(c):
             level = x[:, j : j + 1]
-            weights = weights + self.log_mass(self.means_given(j, x), self.log_scales[:, j], level, level)
+            weights = weights + self.log_mass(self.means_given(j, units), self.log_scales[:, j], level, level)
         symbols = torch.arange(self.levels, device=x.device).view(1, -1, 1, 1, 1)
-        means, log_scales = self.means_given(c, x).unsqueeze(1), self.log_scales[:, c].unsqueeze(1)
+        means, log_scales = self.means_given(c, units).unsqueeze(1), self.log_scales[:, c].unsqueeze(1)
         logits = (weights.unsqueeze(1) + self.log_mass(means, log_scales, symbols, symbols)).logsumexp(2)
         return masked(logits, *limits(x, c)).softmax(1) if limits else logits.softmax(1)
 
@@ -856,7 +857,7 @@ class Schedule:
     Of each layer the last few rows are kept, those that are still to be read: position p lies in slot p mod `ring` of
     its buffer. Slot ring stands for "outside" and holds 0; slot ring + 1 takes what is computed for padding: positions
     come in multiples of `multiple`, because we promise equal images and a product's rows may depend on how many there
-    are (see `rows_alike`).
+    are (see `ROWS`).
 
     fast=False: one step that evaluates everything everywhere, the full pass.
     """
@@ -1001,30 +1002,22 @@ class Draw:
 
     def __call__(self, head, positions, limits):
         """head: of N P pixels as (N P, .., 1, 1), image by image; positions: (P,) -> levels, int64 (N P, C, 1, 1)."""
-        return head.sample(self.noise[:, positions].flatten(0, 1)[:, :, None, None], self.mode, limits)
+        noise = self.noise.index_select(1, positions).flatten(0, 1)[:, :, None, None]
+        return head.sample(noise, self.mode, limits)
 
 
+ROWS = 4  # a product's rows are the same to the last bit in all of a multiple of 4 rows (seen with MKL and oneDNN)
 MKLDNN = torch.ops.mkldnn  # private operators, so we look before we use them
 PACKS = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
          and hasattr(MKLDNN, "_linear_pointwise") and hasattr(MKLDNN, "_reorder_linear_weight"))
 
 
-def packed(weight):
-    """Whether `product` uses oneDNN: with few rows, MKL packing the weight at each call takes most of the time."""
-    return PACKS and weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
-def rows_alike(weight):
-    """A product's rows are the same to the last bit in products of all heights that are multiples of this.
-
-    Nobody documents it: seen with MKL, and with oneDNN (AVX2, AVX-512), where only a single row is different.
-    """
-    return 2 if packed(weight) else 4
-
-
 def product(weight, bias):
-    """The function x -> x weight^T + bias of rows x. weight: (C_out, C_in)."""
-    if packed(weight):
+    """The function x -> x weight^T + bias of rows x. weight: (C_out, C_in).
+
+    MKL packs a weight at each call, oneDNN keeps it packed; but its calls cost more, so that it pays for large ones.
+    """
+    if PACKS and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 150_000:
         weight = MKLDNN._reorder_linear_weight(weight, None)
         return lambda x: MKLDNN._linear_pointwise(x, weight, bias, "none", [], "")
     weight = weight.t().contiguous()
@@ -1045,8 +1038,7 @@ class Decoder:
         self.factor, self.n, self.shift, self.x_hat, self.fast = factor, n, shift, x_hat, fast
         self.tight, self.symbol, net = tight and factor.psi is not None, None, factor.net
         self.device, first, (c, h, w) = net.layers[0].convs[0].v.device, net.nodes_given, factor.shape
-        multiple = rows_alike(net.layers[0].convs[0].v)
-        key = (h, w), multiple // math.gcd(n, multiple), fast, self.device
+        key = (h, w), ROWS // math.gcd(n, ROWS), fast, self.device
         cache = net.__dict__.setdefault("schedules", {})
         if key not in cache:
             cache[key] = Schedule(net, *key)
@@ -1122,18 +1114,20 @@ class Decoder:
     def step(self, layout, indices, symbol, only=None):
         """Evaluate what `layout` names, then draw. only: draw this position alone (the full pass)."""
         n = self.n
-        index = dict(zip([key for key, _ in layout], indices.split([length for _, length in layout])))
+        length = dict(layout)
+        index = dict(zip(length, indices.split(list(length.values()))))
         positions, slots = index.get(self.schedule.input), index.get(self.schedule.input[0])  # of the pixels to draw
         if n > 1:  # the images' buffers lie one after the other
             index = {key: (part + self.offsets[key]).view(-1) for key, part in index.items()}
-        now = {}
+        now, rows = {}, 0
+
+        def rows_of(read, buffer, key):
+            return now[read] if buffer is None else buffer.index_select(0, index[key]).view(rows, -1)
+
         for group, reads, product, added, layer, residual, node, outputs in self.records:
             if group not in index:
                 continue
-            rows = len(index[group])
-
-            def rows_of(read, buffer, key):
-                return now[read] if buffer is None else buffer.index_select(0, index[key]).view(rows, -1)
+            rows = n * length[group]
 
             taps = [rows_of(*read) for read in reads]
             y = product(torch.cat(taps, 1) if len(taps) > 1 else taps[0])
@@ -1147,10 +1141,10 @@ class Decoder:
                     buffer.index_copy_(0, index[group], value)
         if positions is None:
             return
-        params = y.view(n, len(positions), -1)
         if only is not None:
-            params, positions, slots = params[:, only : only + 1], positions[only : only + 1], slots[only : only + 1]
-        head = self.factor.Head(params.flatten(0, 1)[:, :, None, None].double(), self.factor.levels, self.shift)
+            y = y.view(n, len(positions), -1)[:, only]
+            positions, slots = positions[only : only + 1], slots[only : only + 1]
+        head = self.factor.Head(y.double()[:, :, None, None], self.factor.levels, self.shift)
         x = symbol(head, positions, self.limits(positions) if self.tight else None).view(n, len(positions), -1)
         self.canvas.index_copy_(1, positions, x)
         unit = F.pad(to_unit(x, self.factor.levels, self.factor.dtype), (0, 1), value=1.0)

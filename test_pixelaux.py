@@ -591,13 +591,17 @@ def test_the_light_networks_wavefront(look_right, lag):
 def test_every_activation_is_computed_once():
     model = small("pixelcnn", (8, 12))
     net, schedule = model.factors[0].net, Decoder(model.factors[0], 4).schedule
-    for i, parts in enumerate(schedule.parts, net.nodes_given):
+    assert schedule.lag == 12
+    for i, (layer, parts) in enumerate(zip(net.layers, schedule.parts), net.nodes_given):
         h, w = net.size(i, (8, 12))
         for group, _ in parts:
-            positions = np.concatenate([dict(zip([k for k, _ in layout], indices.split([m for _, m in layout])))
-                                        .get(group, torch.zeros(0, dtype=torch.long)).numpy()
-                                        for layout, indices in schedule.steps])
-            assert sorted(p for p in positions if p < h * w) == list(range(h * w))
+            slots = [dict(zip([k for k, _ in layout], indices.split([m for _, m in layout]))).get(group)
+                     for layout, indices in schedule.steps]
+            slots, ring = [s.numpy() for s in slots if s is not None], schedule.slots[group] - 2
+            assert sorted(s for s in np.concatenate(slots) if s < ring) == sorted(p % ring for p in range(h * w))
+            assert ring <= 3 * w  # the rows above are forgotten
+            if layer.convs[0].kernel == (2, 3):
+                assert len(slots) <= h  # the vertical stream: once a row
     assert any(len(parts) == 2 for parts in schedule.parts)
 
 

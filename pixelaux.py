@@ -1713,14 +1713,13 @@ def batches(data, step, n, seed, device):
     rank, ranks = process()
 
     def make(step):
-        x = data.batch(step, n, seed)[rank::ranks].contiguous(memory_format=torch.channels_last)
-        return x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
+        return upload(data.batch(step, n, seed)[rank::ranks].contiguous(memory_format=torch.channels_last), device)
 
-    with multiprocessing.pool.ThreadPool(1, *[torch.cuda.set_device, [device]][: 2 * (device.type == "cuda")]) as pool:
+    with multiprocessing.pool.ThreadPool(1) as pool:
         ahead = pool.apply_async(make, [step])
         for step in itertools.count(step + 1):
             batch, ahead = ahead.get(), pool.apply_async(make, [step])
-            yield batch.to(device, non_blocking=True)
+            yield batch
 
 
 class Loss(nn.Module):
@@ -1742,11 +1741,10 @@ def compiled(loss, *batch):
     torch.compiler.reset()  # what earlier factors were compiled to
     fast = torch.compile(loss, dynamic=False)
     try:
-        with torch.random.fork_rng([batch[0].device] if batch[0].is_cuda else []):
-            fast(*batch).backward()
+        fast(*batch).backward()
     except Exception as error:  # the compilers raise many kinds
-        print(f"pixelaux: warning: training without torch.compile, which failed: {type(error).__name__}: "
-              f"{str(error).strip().partition(chr(10))[0]}", file=sys.stderr)
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        print(f"pixelaux: warning: training without torch.compile, which failed: {reason}", file=sys.stderr)
         return loss
     return fast
 
@@ -1766,95 +1764,85 @@ def update(loss, optimizer, average, decay, *batch):
     return value.detach()
 
 
-def train_factor(model, k, data, out, device, resume=False, caught=(), compile=False, save_every=120.0):
-    """Train factor k of model on data, or go on where its checkpoint stands; returns it with averaged weights.
+def train_factor(model, k, data, out, device, resume=False, caught=(), compile=False, save_every=120.0, first=0):
+    """Train factor k of model on data, or go on where its checkpoint stands; the model then has the averaged weights.
 
     Writes out/factor-k.pt every save_every seconds and at the end, out/best-k.pt when the test images cost less than
-    ever, and lines of out/metrics.jsonl. A run that is stopped and resumed gives the same weights as one that is not:
-    batches are functions of the step, torch's random state is in the checkpoint. Of several processes (torchrun) each
-    takes its rows of every batch, and the first one writes; dropout then differs after a resume.
+    ever, lines of out/metrics.jsonl, and pictures: samples of factors first..k. A run that is stopped and resumed gives
+    the same weights as one that is not: batches and dropout are functions of the step. Of several processes (torchrun)
+    each takes its rows of every batch, and the first one writes.
     """
     from tqdm import tqdm
 
-    config, path, metrics, (rank, ranks) = model.config, out / f"factor-{k}.pt", out / "metrics.jsonl", process()
-    factor, seed, cuda = model.factors[k], (config.seed, k), device.type == "cuda"
-    steps = training_steps(config, k, data)
-    minutes = config.budget[k] if isinstance(config.budget, tuple) else config.budget
-    torch.manual_seed(1000 * config.seed + k)
-    state = read_checkpoint(path) if resume and path.exists() else None
-
-    def levels(x):
-        levels = model.levels_of(x)
-        return levels[k], levels[k - 1] if k else None
-
-    if state is None:
+    config, seed, (rank, ranks) = model.config, (model.config.seed, k), process()
+    path, metrics, steps = out / f"factor-{k}.pt", out / "metrics.jsonl", training_steps(config, k, data)
+    budget = 60 * (config.budget[k] if isinstance(config.budget, tuple) else config.budget)  # seconds
+    saved = read_checkpoint(path) if resume and path.exists() else None
+    average = model.train().factors[k]  # of the weights in training: what is tested, shown and kept
+    torch.manual_seed(hash(seed))
+    if saved is None:
         model.initialise(data.batch(0, max(config.batch_size, 32), seed).to(device), [k])
-    average = copy.deepcopy(factor)
+    factor = copy.deepcopy(average)
+    model.eval()
     optimizer = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, fused=True)
     step, elapsed, best = 0, 0.0, math.inf
-    if state is not None:
-        training = state["training"]
+    if saved is not None:
+        training = saved["training"]
         try:
-            average.load_state_dict(state["factors"][k])
+            average.load_state_dict(saved["factors"][k])
             factor.load_state_dict(training["weights"])
         except (KeyError, RuntimeError):
             raise Problem(f"{path}: of another model than {out / 'config.json'}") from None
         optimizer.load_state_dict(training["optimizer"])
-        step, elapsed, best = training["step"], training["seconds"], training.get("best", math.inf)
-        torch.set_rng_state(training["random"])
-        if cuda and training.get("random_cuda") is not None:
-            torch.cuda.set_rng_state(training["random_cuda"], device)
-    if rank:
-        torch.manual_seed(hash((*seed, rank, step)))  # another dropout in every process
-    pace, looked = 0.0, step  # seconds a step, and the step, when the clock was last looked at
-
-    def progress():
-        """Share of the training that is done, by steps or by minutes: extrapolated, alike in all processes."""
-        return (elapsed + pace * (step - looked)) / (60 * minutes) if minutes else step / steps
-
-    if metrics.exists() and not rank:  # a resumed run repeats what came after its checkpoint
+        step, elapsed, best = training["step"], training["seconds"], training["best"]
+    if metrics.exists() and rank == 0:  # a resumed run repeats what came after its checkpoint
         keep = [line for line in read_metrics(out) if line["factor"] != k or line["step"] <= step]
         write_atomically(metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in keep).encode()))
-    every = 20 if minutes else max(1, min(20, steps // 10))
-    done, quarter, losses = progress() >= 1, int(4 * progress()), []
-    test = to_tensor(data.test[np.arange(min(128, len(data.test)))])
-    factor.train()
+
+    def levels(x):
+        return [None, *model.levels_of(x)][k : k + 2][::-1]  # of factor k: [x, x_hat]
+
+    def share():
+        """How much of the training is done, by steps or by the clock: extrapolated, alike in all processes."""
+        return (elapsed + pace * (step - looked)) / budget if budget else step / steps
+
+    every = 20 if budget else max(1, min(20, steps // 10))
+    pace, looked, losses = budget, step, []  # pace: seconds a step; the budget: look at the clock after the next one
+    quarter, test = int(4 * share()), to_tensor(data.test[np.arange(min(128, len(data.test)))])
     loss = Loss(factor, config, model.dims, device)
-    if compile and not done:
+    if compile and quarter < 4:
         loss = compiled(loss, *levels(data.batch(0, config.batch_size // ranks, seed).to(device)))
-    if ranks > 1 and not done:
-        loss = nn.parallel.DistributedDataParallel(loss, [device] if cuda else None)
-    stream, saved = batches(data, step, config.batch_size, seed, device), time.monotonic()
-    started, mark = saved - elapsed, saved
-    with tqdm(total=None if minutes else steps, initial=step, desc=f"factor {k}", unit="step",
-              disable=done or rank > 0) as bar:
-        while not done:
-            lr = config.lr * config.lr_decay**step * (max(0.0, 1 - progress()) if config.anneal else 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+    if ranks > 1:
+        loss = nn.parallel.DistributedDataParallel(loss, [device] if device.type == "cuda" else None)
+    stream, written = batches(data, step, config.batch_size, seed, device), time.monotonic()
+    started, mark = written - elapsed, written
+    with contextlib.closing(stream), tqdm(total=1, initial=share(), desc=f"factor {k}", disable=rank > 0, bar_format=(
+            "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")) as bar:
+        while quarter < 4:
+            lr = config.lr * config.lr_decay**step * (1 - share() if config.anneal else 1.0)
+            optimizer.param_groups[0]["lr"] = lr
+            torch.manual_seed(hash((*seed, rank, step)))  # of the dropout
             losses.append(update(loss, optimizer, average, config.ema if step else 0.0, *levels(next(stream))))
             step += 1
-            bar.update()
-            if step % every and progress() < 1 and (pace or not minutes) and (ranks > 1 or not caught):
+            bar.update(share() - bar.n)
+            if step % every and share() < 1 and (ranks > 1 or not caught):
                 continue
             # only here the host waits for the device and the processes agree: on losses, the first one's clock, signals
             values, now, mine = torch.stack(losses).tolist(), time.monotonic(), rank == 0
             *values, elapsed, pace, stop = total([*(v / ranks for v in values), mine * (now - started),
                                                   mine * (now - mark) / len(losses), len(caught)], device)
-            if not all(finite := [math.isfinite(v) for v in values]):
+            if bad := [i for i, value in enumerate(values, looked + 1) if not math.isfinite(value)]:
                 good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-                raise ArithmeticError(f"factor {k}: the loss is not finite at step "
-                                      f"{looked + 1 + finite.index(False)}; {good}")
-            losses, looked = [], step
-            done, test_now, quarter = progress() >= 1, int(4 * progress()) > quarter, int(4 * progress())
-            stop = stop and not done
+                raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad[0]}; {good}")
+            losses, looked, before, quarter = [], step, quarter, int(4 * share())
+            done, test_now = quarter >= 4, quarter > before
             if rank == 0:
                 mean, speed = sum(values) / len(values), config.batch_size / pace
                 record = dict(factor=k, step=step, bits_per_dim=mean, lr=lr, seconds=round(elapsed, 3),
                               images_per_second=round(speed, 1))
                 if test_now:
                     with torch.inference_mode():
-                        log_prob = torch.cat([average.eval().log_prob(*levels(x.to(device)), config.tight)
+                        log_prob = torch.cat([average.log_prob(*levels(x.to(device)), config.tight)
                                               for x in test.split(config.batch_size)])
                     record["test_bits_per_dim"] = cost = float(bits_per_dim(log_prob.mean(), model.dims))
                     if cost < best:
@@ -1862,37 +1850,27 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
                         write_checkpoint(out / f"best-{k}.pt", config, {k: average.state_dict()})
                 with open(metrics, "a") as file:
                     file.write(json.dumps(record) + "\n")
-                left = f", {max(0.0, 60 * minutes - elapsed):.0f} s left" if minutes else ""
-                bar.set_postfix_str(f"{mean:.3f} bits/dim, {speed:.0f} images/s{left}")
-                if done or stop or time.monotonic() - saved > save_every:
+                bar.set_postfix_str(f"step {step}, {mean:.3f} bits/dim, {speed:.0f} images/s")
+                if done or stop or time.monotonic() - written > save_every:
                     write_checkpoint(path, config, {k: average.state_dict()}, training=dict(
                         weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=elapsed,
-                        best=best, random=torch.get_rng_state(),
-                        random_cuda=torch.cuda.get_rng_state(device) if cuda else None))
-                    saved = time.monotonic()
+                        best=best))
+                    written = time.monotonic()
                 if test_now and not done:
-                    show_progress(model, k, average, test, out)
-            if stop:
+                    show_progress(model, k, first, test, out)
+            if stop and not done:
                 raise SystemExit(130) if rank else Stop(
                     f"stopped at step {step} of factor {k}; --resume goes on from {path}")
-            if test_now:  # the others waited for the pictures, too
-                elapsed, = total([mine * (time.monotonic() - started)], device)
+            if test_now:  # which took the others no time
+                pace = budget
             mark = time.monotonic()
-    stream.close()
-    factor.load_state_dict(average.state_dict())
-    return factor.eval()
 
 
-def show_progress(model, k, average, test, out):
-    """Pictures during training: samples of factor k and of those before it (of test images if these are untrained)."""
-    training, model.factors[k] = model.factors[k], average
-    try:
-        trained = all((out / f"factor-{j}.pt").exists() for j in range(k))
-        given = None if trained or not k else model.levels_of(test[:8].to(model.device))[k - 1]
-        save_grid(model.sample(8, given=given, until=k + 1), out / "samples.png")
-        save_curves(out)
-    finally:
-        model.factors[k] = training
+def show_progress(model, k, first, test, out):
+    """Pictures during training: samples of factors first..k, which start from test images unless first is 0."""
+    given = model.levels_of(test[:8].to(model.device))[first - 1] if first else None
+    save_grid(model.sample(8, given=given, until=k + 1), out / "samples.png")
+    save_curves(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

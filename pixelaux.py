@@ -1632,7 +1632,7 @@ def read_checkpoint(path):
         if state["format"] != "pixelaux":
             raise ValueError
     except FileNotFoundError:
-        raise Problem(f"{path}: no such run or checkpoint") from None
+        raise Problem(f"{path}: no checkpoint; `train` writes it") from None
     except Exception as error:  # torch raises many kinds; weights_only keeps foreign files from running code
         raise Problem(f"{path}: not a pixelaux checkpoint, or a damaged one ({type(error).__name__})") from None
     if state["version"] != VERSION:
@@ -1647,9 +1647,7 @@ def load(run, device="cpu"):
     factors only is joined with its neighbours. Raises Problem.
     """
     run = pathlib.Path(run)
-    paths = sorted(run.glob("factor-*.pt")) if run.is_dir() else [run]
-    if not paths:
-        raise Problem(f"{run}: no checkpoint in this folder; expected factor-0.pt, .. as `train` writes them")
+    paths = sorted(run.glob("factor-*.pt")) or [run / "factor-0.pt"] if run.is_dir() else [run]
     state = read_checkpoint(paths[0])
     model, found = PixelAux(make_config(**state["config"])), set()
     if run.is_file() and len(state["factors"]) < len(model.factors):
@@ -1754,13 +1752,12 @@ def update(loss, optimizer, average, decay, *batch):
 
     (It would in torch's AveragedModel, which counts the updates on the host.)
     """
-    from torch.optim.swa_utils import get_ema_multi_avg_fn
-
     optimizer.zero_grad(set_to_none=True)
     value = loss(*batch)
     value.backward()
     optimizer.step()
-    get_ema_multi_avg_fn(decay)(list(average.parameters()), optimizer.param_groups[0]["params"], None)
+    averaged = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    averaged(list(average.parameters()), optimizer.param_groups[0]["params"], None)
     return value.detach()
 
 
@@ -1776,94 +1773,85 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
 
     config, seed, (rank, ranks) = model.config, (model.config.seed, k), process()
     path, metrics, steps = out / f"factor-{k}.pt", out / "metrics.jsonl", training_steps(config, k, data)
-    budget = 60 * (config.budget[k] if isinstance(config.budget, tuple) else config.budget)  # seconds
+    budget = 60 * (config.budget[k] if isinstance(config.budget, tuple) else config.budget)  # seconds; 0: steps count
     saved = read_checkpoint(path) if resume and path.exists() else None
     average = model.train().factors[k]  # of the weights in training: what is tested, shown and kept
     torch.manual_seed(hash(seed))
-    if saved is None:
+    if not saved:
         model.initialise(data.batch(0, max(config.batch_size, 32), seed).to(device), [k])
     factor = copy.deepcopy(average)
     model.eval()
     optimizer = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, fused=True)
     step, elapsed, best = 0, 0.0, math.inf
-    if saved is not None:
-        training = saved["training"]
+    if saved:
         try:
+            training = saved["training"]
             average.load_state_dict(saved["factors"][k])
             factor.load_state_dict(training["weights"])
-        except (KeyError, RuntimeError):
-            raise Problem(f"{path}: of another model than {out / 'config.json'}") from None
-        optimizer.load_state_dict(training["optimizer"])
-        step, elapsed, best = training["step"], training["seconds"], training["best"]
+            optimizer.load_state_dict(training["optimizer"])
+            step, elapsed, best = training["step"], training["seconds"], training["best"]
+        except (KeyError, RuntimeError, ValueError):
+            raise Problem(f"{path}: training as in {out / 'config.json'} cannot go on from this") from None
     if metrics.exists() and rank == 0:  # a resumed run repeats what came after its checkpoint
         keep = [line for line in read_metrics(out) if line["factor"] != k or line["step"] <= step]
         write_atomically(metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in keep).encode()))
 
-    def levels(x):
-        return [None, *model.levels_of(x)][k : k + 2][::-1]  # of factor k: [x, x_hat]
-
-    def share():
-        """How much of the training is done, by steps or by the clock: extrapolated, alike in all processes."""
-        return (elapsed + pace * (step - looked)) / budget if budget else step / steps
-
-    every = 20 if budget else max(1, min(20, steps // 10))
-    pace, looked, losses = budget, step, []  # pace: seconds a step; the budget: look at the clock after the next one
+    levels = lambda x: [None, *model.levels_of(x)][k : k + 2][::-1]  # of factor k: [x, x_hat]
+    share = lambda: min(1.0, elapsed / budget if budget else step / steps)  # of the training, done
     quarter, test = int(4 * share()), to_tensor(data.test[np.arange(min(128, len(data.test)))])
     loss = Loss(factor, config, model.dims, device)
     if compile and quarter < 4:
         loss = compiled(loss, *levels(data.batch(0, config.batch_size // ranks, seed).to(device)))
     if ranks > 1:
         loss = nn.parallel.DistributedDataParallel(loss, [device] if device.type == "cuda" else None)
-    stream, written = batches(data, step, config.batch_size, seed, device), time.monotonic()
-    started, mark = written - elapsed, written
-    with contextlib.closing(stream), tqdm(total=1, initial=share(), desc=f"factor {k}", disable=rank > 0, bar_format=(
-            "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")) as bar:
+    pace, losses = budget, []  # pace: seconds a step, at first the longest possible
+    stream, looked = batches(data, step, config.batch_size, seed, device), time.monotonic()
+    started, written = looked - elapsed, looked
+    with tqdm(total=1, initial=share(), desc=f"factor {k}", disable=rank > 0,
+              bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while quarter < 4:
-            lr = config.lr * config.lr_decay**step * (1 - share() if config.anneal else 1.0)
+            lr = config.lr * config.lr_decay**step * (1 - share() if config.anneal else 1)
             optimizer.param_groups[0]["lr"] = lr
             torch.manual_seed(hash((*seed, rank, step)))  # of the dropout
             losses.append(update(loss, optimizer, average, config.ema if step else 0.0, *levels(next(stream))))
             step += 1
             bar.update(share() - bar.n)
+            every = max(1, min(20, int(0.01 * (budget / pace if budget else steps))))
             if step % every and share() < 1 and (ranks > 1 or not caught):
                 continue
             # only here the host waits for the device and the processes agree: on losses, the first one's clock, signals
             values, now, mine = torch.stack(losses).tolist(), time.monotonic(), rank == 0
             *values, elapsed, pace, stop = total([*(v / ranks for v in values), mine * (now - started),
-                                                  mine * (now - mark) / len(losses), len(caught)], device)
-            if bad := [i for i, value in enumerate(values, looked + 1) if not math.isfinite(value)]:
+                                                  mine * (now - looked) / len(losses), len(caught)], device)
+            if bad := [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]:
                 good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
                 raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad[0]}; {good}")
-            losses, looked, before, quarter = [], step, quarter, int(4 * share())
-            done, test_now = quarter >= 4, quarter > before
+            losses, before, quarter = [], quarter, int(4 * share())
             if rank == 0:
                 mean, speed = sum(values) / len(values), config.batch_size / pace
                 record = dict(factor=k, step=step, bits_per_dim=mean, lr=lr, seconds=round(elapsed, 3),
                               images_per_second=round(speed, 1))
-                if test_now:
+                if quarter > before:
                     with torch.inference_mode():
-                        log_prob = torch.cat([average.log_prob(*levels(x.to(device)), config.tight)
-                                              for x in test.split(config.batch_size)])
-                    record["test_bits_per_dim"] = cost = float(bits_per_dim(log_prob.mean(), model.dims))
+                        nats = torch.cat([average.log_prob(*levels(x.to(device)), config.tight)
+                                          for x in test.split(config.batch_size)])
+                    record["test_bits_per_dim"] = cost = float(bits_per_dim(nats.mean(), model.dims))
                     if cost < best:
                         best = cost
                         write_checkpoint(out / f"best-{k}.pt", config, {k: average.state_dict()})
                 with open(metrics, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 bar.set_postfix_str(f"step {step}, {mean:.3f} bits/dim, {speed:.0f} images/s")
-                if done or stop or time.monotonic() - written > save_every:
-                    write_checkpoint(path, config, {k: average.state_dict()}, training=dict(
-                        weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=elapsed,
-                        best=best))
+                if quarter == 4 or stop or time.monotonic() - written > save_every:
+                    training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                                    seconds=elapsed, best=best)
+                    write_checkpoint(path, config, {k: average.state_dict()}, training=training)
                     written = time.monotonic()
-                if test_now and not done:
+                if before < quarter < 4:
                     show_progress(model, k, first, test, out)
-            if stop and not done:
-                raise SystemExit(130) if rank else Stop(
-                    f"stopped at step {step} of factor {k}; --resume goes on from {path}")
-            if test_now:  # which took the others no time
-                pace = budget
-            mark = time.monotonic()
+            if stop and quarter < 4:
+                raise SystemExit(130) if rank else Stop(f"stopped at step {step}; --resume goes on from {path}")
+            looked = time.monotonic()
 
 
 def show_progress(model, k, first, test, out):
@@ -1986,30 +1974,26 @@ def save_curves(out):
 
 def run_to_train(args, out):
     """(config, data) of a new run in folder out, or of the one there that goes on. Raises Problem."""
-    names = ("model", "preset", "size", "batch_size", "lr", "budget", "precision", "tight", "seed", "look_right",
-             "data", "data_dir")
-    chosen = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if args.steps is not None:
+    chosen = {key: value for key, value in vars(args).items() if key in Config.__annotations__ and value is not None}
+    if args.steps and args.budget:
+        raise Problem("--steps and --budget exclude each other")
+    if args.steps:
         chosen["steps"] = (args.steps, args.steps)
     if args.budget:
         chosen["anneal"] = True  # a run of any length ends annealed
-        if args.steps:
-            raise Problem("--steps and --budget exclude each other")
-    settings = out / "config.json"
-    if args.resume:
-        config = read_config(settings)
-        for key in set(chosen) - {"budget", "anneal", "data_dir"}:
-            if (old := getattr(config, key)) != chosen[key]:
-                raise Problem(f"--resume: {out} was trained with {key.replace('_', '-')} {old}, not {chosen[key]}")
-        config = dataclasses.replace(config, **chosen)
-        return config, load_data(config.data, config.data_dir, config.size)[0]
-    if args.factor is None and (settings.exists() or any(out.glob("factor-*.pt"))):
-        raise Problem(f"--out: {out} already holds a run; --resume goes on with it, or choose another folder")
-    data, chosen["size"] = load_data(args.data or "shapes", args.data_dir or "data", args.size)
-    config = make_config(**chosen)
-    if settings.exists() and (read_config(settings) != config or (out / f"factor-{args.factor}.pt").exists()):
-        raise Problem(f"--out: {out} already holds another run, or this factor of it; see --resume")
-    return config, data
+    what, pattern = ("a run", "*") if args.factor is None else (f"factor {args.factor}", args.factor)
+    settings, there = out / "config.json", any(out.glob(f"factor-{pattern}.pt"))
+    if not args.resume and (there or (args.factor is None and settings.exists())):
+        raise Problem(f"--out: {out} already holds {what}; --resume goes on with it, another folder begins anew")
+    if not args.resume and not settings.exists():
+        data, chosen["size"] = load_data(args.data or "shapes", args.data_dir or "data", args.size)
+        return make_config(**chosen), data
+    config = read_config(settings)
+    for key in chosen.keys() - {"budget", "anneal", "data_dir"}:
+        if (old := getattr(config, key)) != chosen[key]:
+            raise Problem(f"--{key.replace('_', '-')}: {out} was begun with {old}, not {chosen[key]}; leave this flag "
+                          "out to go on there, or choose another folder")
+    return dataclasses.replace(config, **chosen), load_data(config.data, config.data_dir, config.size)[0]
 
 
 def hardware(device):
@@ -2028,36 +2012,34 @@ def command_train(args):
         torch.cuda.set_device(device := torch.device("cuda", int(number)))
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        train(args, device, number == "0", *process())
+        train(args, device)
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        print(f"pixelaux: process {process()[0]} lost another one; --resume goes on from the last checkpoint",
-              file=sys.stderr, flush=True)  # here, before torchrun ends this process, too
-        raise SystemExit(1) from None
+        message = f"pixelaux: process {process()[0]} lost another one; --resume goes on from the last checkpoint"
+        raise SystemExit(message) from None  # which prints it, with status 1
     torch.distributed.destroy_process_group()
 
 
-def train(args, device, first=True, rank=0, ranks=1):
-    """first: of the processes of this machine."""
-    name = f"{args.model or 'pyramid'}-{(args.data or 'shapes').split(':')[0].removesuffix('.npy').split('/')[-1]}"
-    out, everyone = pathlib.Path(args.out or f"runs/{name}"), functools.partial(total, [0.0], device)
-    if not first:
-        everyone()  # the first one prepares the data
-    config, data = run_to_train(args, out)
-    if first:
-        everyone()
-    model = PixelAux(config)
-    if args.factor is not None and not 0 <= args.factor < len(model.factors):
-        raise Problem(f"--factor {args.factor}: the model has factors 0..{len(model.factors) - 1}")
+def train(args, device):
+    name = f"{args.model or 'pyramid'}-{pathlib.Path((args.data or 'shapes').split(':')[0]).stem}"
+    out, (rank, ranks) = pathlib.Path(args.out or f"runs/{name}"), process()
+    for first in (True, False):  # process of a machine: it prepares the data; nobody writes before all have looked
+        if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
+            config, data = run_to_train(args, out)
+        total([0.0], device)
+    model, k = PixelAux(config), args.factor
+    if k is not None and not 0 <= k < len(model.factors):
+        raise Problem(f"--factor {k}: the model has factors 0..{len(model.factors) - 1}")
     if isinstance(config.budget, tuple) and len(config.budget) != len(model.factors):
         raise Problem(f"--budget: {len(config.budget)} numbers, the model has {len(model.factors)} factors")
     if config.batch_size % ranks:
         raise Problem(f"--batch-size {config.batch_size} cannot be divided among {ranks} processes")
-    everyone()  # nobody writes before all have looked
     model = model.to(device, memory_format=torch.channels_last)
     data.keep_on(device)
     if rank == 0:
+        if len(data.test) < 32:
+            print(f"pixelaux: warning: {len(data.test)} test images only: bits/dim. will be rough", file=sys.stderr)
         out.mkdir(parents=True, exist_ok=True)
         for part in out.glob("part-*"):  # of a run that was killed while it wrote
             part.unlink()
@@ -2070,18 +2052,19 @@ def train(args, device, first=True, rank=0, ranks=1):
     torch.backends.cudnn.benchmark = True
     compile = device.type == "cuda" if args.compile is None else args.compile
     with stop_signals() as caught:
-        for k in range(len(model.factors)) if args.factor is None else [args.factor]:
-            train_factor(model, k, data, out, device, args.resume, caught, compile, args.save_every)
+        for j in range(len(model.factors)) if k is None else [k]:
+            train_factor(model, j, data, out, device, args.resume, caught, compile, args.save_every, k or 0)
     if rank:
         return
     save_curves(out)
-    if args.factor is not None:
-        return print(f"factor {args.factor} is in {out / f'factor-{args.factor}.pt'}")
+    if k is not None:
+        return print(f"factor {k} is in {out / f'factor-{k}.pt'}")
     few = data.test[np.arange(min(256, len(data.test)))]
     samples = model.sample(16 if data.shapes else 8, seed=config.seed, tight=config.tight)
     save_grid(samples, out / "samples.png")
-    text, _ = report(model, *evaluate(model, few), data.shapes, few,
-                     samples[-1].permute(0, 2, 3, 1).cpu().numpy())
+    with bar_of(len(few), "image", "evaluation") as bar:
+        text, _ = report(model, *evaluate(model, few, progress=bar.update), data.shapes, few,
+                         samples[-1].permute(0, 2, 3, 1).cpu().numpy())
     print(f"{text}\n\nsamples at every stage: {out / 'samples.png'}   curves: {out / 'curves.png'}\n"
           f"next: python pixelaux.py eval {out}   python pixelaux.py sample {out}{' --tight' * config.tight}")
 

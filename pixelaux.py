@@ -1714,10 +1714,9 @@ def batches(data, step, n, seed, device):
         return upload(data.batch(step, n, seed)[rank::ranks].contiguous(memory_format=torch.channels_last), device)
 
     with multiprocessing.pool.ThreadPool(1) as pool:
-        ahead = pool.apply_async(make, [step])
-        for step in itertools.count(step + 1):
-            batch, ahead = ahead.get(), pool.apply_async(make, [step])
-            yield batch
+        begun = (pool.apply_async(make, [step]) for step in itertools.count(step))
+        for batch, _ in itertools.pairwise(begun):
+            yield batch.get()
 
 
 class Loss(nn.Module):
@@ -1748,15 +1747,12 @@ def compiled(loss, *batch):
 
 
 def update(loss, optimizer, average, decay, *batch):
-    """A training step: gradient, Adam, moving average of the weights. Returns the loss; the host waits for nothing.
-
-    (It would in torch's AveragedModel, which counts the updates on the host.)
-    """
+    """A training step: gradient, Adam, moving average of the weights. Returns the loss; the host waits for nothing."""
     optimizer.zero_grad(set_to_none=True)
     value = loss(*batch)
     value.backward()
     optimizer.step()
-    averaged = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    averaged = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # AveragedModel counts its updates on the host
     averaged(list(average.parameters()), optimizer.param_groups[0]["params"], None)
     return value.detach()
 
@@ -2005,11 +2001,11 @@ def hardware(device):
 
 
 def command_train(args):
-    device, number = args.device, os.environ.get("LOCAL_RANK")  # as torchrun sets it
-    if number is None:
+    device = args.device
+    if "LOCAL_RANK" not in os.environ:  # torchrun sets it
         return train(args, device)
     if device.type == "cuda":
-        torch.cuda.set_device(device := torch.device("cuda", int(number)))
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         train(args, device)

@@ -9,7 +9,8 @@
 #
 # DATA_DIR (default data) is where CIFAR-10 and CelebA are, RUNS (default runs) where results go. CIFAR-10 is
 # downloaded; CelebA's img_align_celeba.zip has to be fetched by hand (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html).
-# More arguments go to `train`, again when it is resumed; a larger budget goes on with a finished run:
+# More arguments go to `train`, again when it is resumed: the same ones, or another RUNS; a larger budget alone goes on
+# with a finished run:
 #   bash reproduce.sh cifar10-pyramid --budget 6,14,40       minutes a factor, coarsest first
 #   NPROC=8 bash reproduce.sh celeba-pyramid --batch-size 64 on 8 GPUs, by torchrun
 set -euo pipefail
@@ -65,5 +66,5 @@ case $target in
   cifar10-pyramid) run cifar10-pyramid --model pyramid --data cifar10 --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   celeba-pyramid) run celeba-pyramid --model pyramid --data celeba --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   table) table ;;
-  *) sed -n '2,16s/^# \{0,1\}//p' "$0"; [ "$target" = help ] || exit 2 ;;
+  *) sed -n '2,17s/^# \{0,1\}//p' "$0"; [ "$target" = help ] || exit 2 ;;
 esac

@@ -874,7 +874,7 @@ TRAIN = ["train", "--model", "pyramid", "--steps", "8", "--batch-size", "2", "--
 
 @pytest.fixture(scope="module")
 def dropout_in_training():
-    """The tiny preset has none; with it, a resumed run must also take up the random state."""
+    """The tiny preset has none; with it, a resumed run must also draw the same units."""
     before = pixelaux.PRESETS["tiny"]
     pixelaux.PRESETS["tiny"] = {**before, "dropout": 0.5}
     yield
@@ -1114,10 +1114,23 @@ def test_factors_trained_apart_are_joined(run, tmp_path):
         assert main([*TRAIN, "--factor", str(k), "--out", str(parts[k])]) == 0
     assert main(["eval", str(parts[0]), "--n", "4"]) == 2  # factor 1 is missing
     (parts[0] / "factor-1.pt").write_bytes((parts[1] / "factor-1.pt").read_bytes())
-    a, b = weights(run), weights(parts[0])
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert main(["train", "--factor", "0", "--device", "cpu", "--out", str(parts[1])]) == 0  # settings as there
+    for part in parts:
+        a, b = weights(run), weights(part)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for path in (parts[0], parts[0] / "factor-1.pt"):
         assert pixelaux.load(path).log_prob(images(2, (3, 16, 16))).isfinite().all()
+
+
+def test_few_test_images_are_warned_of(tmp_path, monkeypatch, capsys):
+    """Control: 32 of 640 images are enough."""
+    monkeypatch.chdir(tmp_path)
+    for n, warnings in ((639, 1), (640, 0)):
+        np.save(f"{n}.npy", np.random.default_rng(0).integers(256, size=(n, 8, 8, 3), dtype=np.uint8))
+        capsys.readouterr()
+        assert main(shlex.split(f"train --model pixelcnn --factor 0 --steps 1 --data {n}.npy --device cpu")) == 0
+        assert capsys.readouterr().err.count("pixelaux: warning: 31 test images only") == warnings
+        assert pathlib.Path(f"runs/pixelcnn-{n}/factor-0.pt").exists()
 
 
 def test_the_papers_schedule():
@@ -1250,12 +1263,14 @@ def test_coded_evaluation_counts_real_bits(run, capsys):
 def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     first = (run / "factor-0.pt").read_bytes()
-    for folder in ("mixed", "nothing", "odd"):
+    for folder in ("mixed", "nothing", "odd", "weights"):
         pathlib.Path(folder).mkdir()
     assert main(shlex.split("train --model pixelcnn --steps 1 --batch-size 2 --out pc")) == 0
     for name, content in {"cut.pt": first[:3000], "foreign.pt": b"hello", "bad.npy": b"no array", "file": b"",
                           "odd/config.json": b'{"surprise": 1}', "mixed/factor-0.pt": first, "half.zip": b"PK",
-                          "mixed/factor-1.pt": pathlib.Path("pc/factor-0.pt").read_bytes()}.items():
+                          "mixed/factor-1.pt": pathlib.Path("pc/factor-0.pt").read_bytes(),
+                          "weights/factor-0.pt": (run / "best-0.pt").read_bytes(),
+                          "weights/config.json": (run / "config.json").read_bytes()}.items():
         pathlib.Path(name).write_bytes(content)
     torch.save({"weights": 1}, "other.pt")
     torch.save({**torch.load(run / "factor-0.pt", weights_only=True), "version": 999}, "version.pt")
@@ -1278,6 +1293,10 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         ("train --data bad.npy", "bad.npy"), ("train --data gone.npy", "gone.npy"),
         ("train --data good.npy --size 64", "8x8"), ("train --resume --out odd", "not a configuration"),
         (f"train --out {run}", "already holds a run"), ("train --resume --out x", "no run"),
+        (f"train --out {run} --factor 1", "already holds factor 1; --resume goes on"),
+        ("train --out weights --factor 1 --lr 3", "--lr: weights was begun with 0.01, not 3.0"),
+        (f"train --out {run} --resume --steps 9", f"--steps: {run} was begun with (8, 8), not (9, 9)"),
+        ("train --out weights --resume --device cpu", "cannot go on from this"),
         (f"train --resume --out {run} --model grayscale", "pyramid"), ("train --out file/run", "file"),
         ("eval gone", "gone"), ("eval nothing", "no checkpoint"), ("eval cut.pt", "cut.pt"),
         ("eval foreign.pt", "foreign.pt"), ("eval other.pt", "other.pt"), ("eval version.pt", "999"),

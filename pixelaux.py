@@ -1837,6 +1837,7 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
                         write_checkpoint(out / f"best-{k}.pt", config, {k: average.state_dict()})
                 with open(metrics, "a") as file:
                     file.write(json.dumps(record) + "\n")
+                bar.n = share()  # by the clock just looked at
                 bar.set_postfix_str(f"step {step}, {mean:.3f} bits/dim, {speed:.0f} images/s")
                 if quarter == 4 or stop or time.monotonic() - written > save_every:
                     training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step,

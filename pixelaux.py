@@ -1873,48 +1873,54 @@ def evaluate(model, images, batch_size=None, progress=None):
     model.eval()
     batch_size = batch_size or max(1, int(2**30 / max(map(Decoder.bytes_per_image, model.factors))))
     results = []
-    for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
-        levels, nats = model.levels_of(to_tensor(images[rows]).to(model.device)), []
+    for x in to_tensor(images).split(batch_size):
+        levels, nats = model.levels_of(x.to(model.device)), []
         for factor, level, level_hat in zip(model.factors, levels, [None, *levels]):
             head = factor.head(level, level_hat)
             limits = factor.psi.bounds(level, level_hat) if factor.psi else None
             nats += [head.log_prob(level, bounds).flatten(1).sum(1) for bounds in (None, limits)]
         results.append(torch.stack(nats).double().cpu())  # (2 factors, n)
         if progress:
-            progress(len(rows))
+            progress(len(x))
     results = torch.cat(results, 1).numpy()
     return results[::2], results[1::2]
 
 
+REPORT = """\
+{} test images, bits/dim. of X: bits / {}, which add up; own: bits / sub-pixels of the level; cumulative: bits of all
+levels so far / sub-pixels of this one (the model stopped there: the paper's Table 2). bound: the paper's, <=; exact: =.
+
+                            of X                     own              cumulative
+factor                     bound       exact       bound       exact       bound       exact"""
+
+
 def report(model, bound, tight, shapes=None, images=None, samples=None):
-    """The table that `eval` prints, and the same as a dict."""
-    row = lambda name, cells: f"{name:20}" + "".join(f"{c:>12}" if isinstance(c, str) else f"{c:12.4f}" for c in cells)
+    """The table that `eval` prints, and the same as a dict; bound, tight: as `evaluate` returns them.
+
+    With shapes, from which images came, also the distance to their true probability, and how many samples decode;
+    images, samples: uint8 (N, H, W, 3).
+    """
     both, n = np.stack([bound, tight]), bound.shape[1]  # (2, factors, N)
-    columns = [f"{kind}_{of}" for of in ("of_x", "own", "cumulative") for kind in ("bound", "exact")]
-    result = dict(images=n, factors=[])
-    lines = [f"{n} test images, bits/dim. of X: bits / {model.dims}, which add up; own: bits / sub-pixels of the "
-             "level; cumulative: bits of all\nlevels so far / sub-pixels of this one (the model stopped there: the "
-             "paper's Table 2). bound: the paper's, <=; exact: =.\n",
-             row("", ["of X", "", "own", "", "cumulative", ""]), row("factor", ["bound", "exact"] * 3)]
-    names = [f"{'gray ' if c == 1 else ''}{w}x{h}" for c, h, w in (factor.shape for factor in model.factors)]
+    lines, result, pair = [REPORT.format(n, model.dims)], dict(images=n, factors=[]), "{:20}{:12.4f}{:12.4f}"
+    names = [f"{'gray ' * (c == 1)}{w}x{h}" for c, h, w in (factor.shape for factor in model.factors)]
     for k, factor in enumerate(model.factors):
-        name, dims = " | ".join(names[k::-1][:2]), math.prod(factor.shape)
-        cells = [float(bits) for first, per in ((k, model.dims), (k, dims), (0, dims))
-                 for bits in bits_per_dim(both[:, first : k + 1].sum(1).mean(1), per)]
-        result["factors"].append(dict(factor=name, shape=factor.shape, **dict(zip(columns, cells))))
-        lines.append(row(name, cells))
+        row, dims = dict(factor=" | ".join(names[k::-1][:2])), math.prod(factor.shape)
+        for of, first, per in (("of_x", k, model.dims), ("own", k, dims), ("cumulative", 0, dims)):
+            row[f"bound_{of}"], row[f"exact_{of}"] = bits_per_dim(both[:, first : k + 1].sum(1).mean(1), per).tolist()
+        lines.append((pair + 4 * "{:12.4f}").format(*row.values()))
+        result["factors"].append(dict(row, shape=factor.shape))
     bits = bits_per_dim(both.sum(1), model.dims)  # (2, N)
     means = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)  # bootstrap over the images
     total, (first, second) = bits.mean(1).tolist(), np.percentile(means, [2.5, 97.5], axis=1).T.tolist()
     result |= dict(bound=total[0], exact=total[1], bound_interval=first, exact_interval=second)
-    lines += [row("total", total), "95% intervals over the images: "
+    lines += [pair.format("total", *total), "95% intervals over the images: "
               "bound [{:.4f}, {:.4f}], exact [{:.4f}, {:.4f}]".format(*first, *second)]
     if shapes:
         true = float(bits_per_dim(shapes.log_prob(images).mean(), model.dims))
+        shape = bits_per_dim(-shapes.log_configurations, model.dims)
         excess = [model.dims * (bits - true) for bits in total]
         result |= dict(true=true, bound_excess_bits=excess[0], exact_excess_bits=excess[1])
-        lines += [row("true p(X)", [true, true]) + "  the limit; "
-                  f"{shapes.log_configurations / math.log(2) / model.dims:.4f} of it are the shape, the rest noise",
+        lines += [f"{pair.format('true p(X)', true, true)}  the limit; {shape:.4f} of it are the shape, the rest noise",
                   "excess over the true p(X): bound {:.1f}, exact {:.1f} bits per image".format(*excess)]
         if samples is not None:
             result["decodable"] = float(shapes.decodable(samples).mean())
@@ -1922,25 +1928,37 @@ def report(model, bound, tight, shapes=None, images=None, samples=None):
     return "\n".join(lines), result
 
 
+def to_array(images):
+    """Tensor (N, C, H, W) -> array (N, H, W, C)."""
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def mosaic(images, columns, value=0):
+    """uint8 (N, H, W, 3) -> one picture, (rows H, columns W, 3), row by row, with `value` where no image is left."""
+    n, h, w, _ = images.shape
+    images = np.pad(images, [(0, -n % columns), (0, 0), (0, 0), (0, 0)], constant_values=value)
+    return images.reshape(-1, columns, h, w, 3).swapaxes(1, 2).reshape(-1, columns * w, 3)
+
+
+def image_file(pixels, **how):
+    """uint8 (H, W, 3) -> the bytes of a file; how: for Pillow, format="PNG" unless told."""
+    from PIL import Image
+
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), **{"format": "PNG", **how})
+    return buffer.getvalue()
+
+
 def save_grid(levels, path, columns=8, tile=64):
     """A PNG with a row for each level (coarsest first) of every `columns` images; levels: [uint8 (N, C, H, W)].
 
-    Every image is shown about `tile` pixels high, by repetition of its pixels.
+    Every image is shown as high as X, or some `tile` pixels if that is more, by repetition of its pixels.
     """
-    from PIL import Image, ImageOps
-
-    sizes = [np.array(level.shape[2:]) for level in levels]  # H, W
-    zooms = [max(1, max(tile, sizes[-1][0]) // size[0]) for size in sizes]
-    height, width = np.max([size * zoom for size, zoom in zip(sizes, zooms)], 0) + 4  # of a cell, with its border
-    bands = -(-len(levels[0]) // columns)
-    grid = Image.new("RGB", (columns * width, bands * len(levels) * height), "white")
-    for k, (level, zoom) in enumerate(zip(levels, zooms)):
-        for i, image in enumerate(level.permute(0, 2, 3, 1).cpu().numpy()):
-            image = Image.fromarray(image if image.shape[2] == 3 else 17 * image[:, :, 0])
-            band, column = divmod(i, columns)
-            grid.paste(ImageOps.scale(image, zoom, Image.Resampling.NEAREST),
-                       (column * width + 2, (band * len(levels) + k) * height + 2))
-    write_atomically(path, lambda file: grid.save(file, "PNG"))
+    size = [max(1, tile // levels[-1].shape[2]) * side for side in levels[-1].shape[2:]]
+    shown = [F.interpolate((level if level.shape[1] == 3 else 17 * level.expand(-1, 3, -1, -1)).cpu(), size)
+             for level in levels]
+    images = to_array(torch.cat([F.pad(image, (2, 2, 2, 2), value=255) for image in shown], 2))  # levels under levels
+    grid = image_file(mosaic(images, min(columns, len(images)), 255))
+    write_atomically(path, lambda file: file.write(grid))
 
 
 def save_curves(out):
@@ -1952,13 +1970,11 @@ def save_curves(out):
     figure = Figure(figsize=(4.5 * len(factors), 3.2), layout="tight")
     for axis, k in zip(figure.subplots(1, len(factors), squeeze=False)[0], factors):
         mine = [line for line in lines if line["factor"] == k]
-        for key, style, label in (("bits_per_dim", "-", "training batches"),
-                                  ("test_bits_per_dim", "o-", "test images, averaged weights")):
-            points = [(line["step"], line[key]) for line in mine if key in line]
-            axis.plot(*np.array(points).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
-        values = [line["bits_per_dim"] for line in mine]
-        limits = 0.95 * min(values), 1.05 * max(values[len(values) // 10 :])
-        axis.set(title=f"factor {k}", xlabel="step", ylabel="bits/dim of X", ylim=limits)
+        late, tested = mine[len(mine) // 10 :], [line for line in mine if "test_bits_per_dim" in line]
+        for some, key, style, label in ((late, "bits_per_dim", "-", "training batches"),  # the start is far above
+                                        (tested, "test_bits_per_dim", "o-", "test images, averaged weights")):
+            axis.plot([line["step"] for line in some], [line[key] for line in some], style, lw=1, ms=4, label=label)
+        axis.set(title=f"factor {k}", xlabel="step", ylabel="bits/dim of X")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     write_atomically(out / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
@@ -2078,7 +2094,11 @@ def read_config(path):
 def run_data(args, model):
     """The data that a run was trained on, or what --data and --data-dir say."""
     config = model.config
-    return load_data(args.data or config.data, args.data_dir or config.data_dir, config.size)[0]
+    try:
+        return load_data(args.data or config.data, args.data_dir or config.data_dir, config.size)[0]
+    except Problem as error:  # the size is the model's here, not the user's
+        this = f"the model is for {'x'.join(map(str, config.size))} images"
+        raise Problem(re.sub("^--size[^:]*", this, str(error))) from None
 
 
 def run_folder(args):
@@ -2098,53 +2118,40 @@ def command_eval(args):
     images = data.test[np.arange(min(args.n or len(data.test), len(data.test)))]
     with bar_of(len(images), "image") as bar:
         bound, tight = evaluate(model, images, args.batch_size, bar.update)
-    samples = None
-    if data.shapes:
-        samples = model.sample(64, seed=args.seed or 0, tight=args.tight or False)[-1].permute(0, 2, 3, 1).cpu().numpy()
+    samples = to_array(model.sample(64, args.seed, tight=args.tight)[-1]) if data.shapes else None
     text, result = report(model, bound, tight, data.shapes, images, samples)
     if args.coded:
-        n = min(args.coded, len(images))
-        more, result["coded"] = coded(model, images[:n], tight.sum(0)[:n])
+        more, result["coded"] = coded(model, images[: args.coded], tight.sum(0)[: args.coded])
         text += "\n" + more
     print(text)
-    write_atomically(run_folder(args) / "eval.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+    name = f"eval-{args.n}.json" if args.n else "eval.json"  # the latter is of all images
+    write_atomically(run_folder(args) / name, lambda file: file.write(json.dumps(result, indent=1).encode()))
 
 
 def image_bits(images, **how):
     """Bits of a file of Pillow's that holds images, uint8 (N, H, W, 3): each by itself, and all as one mosaic."""
-    from PIL import Image
-
-    def bits(image):
-        Image.fromarray(image).save(buffer := io.BytesIO(), **how)
-        return 8 * buffer.tell()
-
-    n, h, w, _ = images.shape
-    columns = math.ceil(math.sqrt(n))
-    mosaic = np.zeros((-(-n // columns) * columns, h, w, 3), np.uint8)
-    mosaic[:n] = images
-    mosaic = mosaic.reshape(-1, columns, h, w, 3).swapaxes(1, 2).reshape(-1, columns * w, 3)
-    return sum(map(bits, images)), bits(mosaic)
+    files = [image_file(pixels, **how) for pixels in [*images, mosaic(images, math.ceil(math.sqrt(len(images))))]]
+    *single, together = (8 * len(file) for file in files)
+    return sum(single), together
 
 
 def coded(model, images, nats, tight=True):
     """Code and restore images, uint8 (N, H, W, 3): bits/dim beside -log2 p (nats: (N,)), PNG and WebP; text, dict."""
-    bits, dims, chunk = 0, len(images) * model.dims, min(64, *map(Decoder.chunk, model.factors), len(images))
-    with bar_of(2 * len(images) * sum(h * w for _, h, w in model.shapes), "pixel", "coding") as bar:
-        for start in range(0, len(images), chunk):
-            x = to_tensor(images[start : start + chunk])
+    n, bits, chunk = len(images), 0, min(64, *map(Decoder.chunk, model.factors))
+    with bar_of(2 * n * sum(h * w for _, h, w in model.shapes), "pixel", "coding") as bar:
+        for x in to_tensor(images).split(chunk):
             words = compress(model, x, tight, bar.update)
             if not torch.equal(decompress(model, words, tight, bar.update).cpu(), x):
-                raise AssertionError(f"images {start}..{start + len(x) - 1} were not restored")
+                raise AssertionError("images were not restored")
             bits += 32 * sum(map(len, words))
-    ideal = float(bits_per_dim(nats.sum(), dims))
-    result = dict(images=len(images), coded=bits / dims, ideal=ideal)
-    lines = [f"{len(images)} images coded and restored bit for bit: {bits / dims:.4f} bits/dim; -log2 p {ideal:.4f} "
-             f"({100 * (bits / dims / ideal - 1):+.3f}%, {(bits - ideal * dims) / len(images):.1f} bits an image)"]
+    rate, ideal = bits / (n * model.dims), float(bits_per_dim(nats.mean(), model.dims))
+    result = dict(images=n, coded=rate, ideal=ideal)
+    lines = [f"{n} images coded and restored bit for bit: {rate:.4f} bits/dim; -log2 p {ideal:.4f} "
+             f"({100 * (rate / ideal - 1):+.3f}%, {(rate - ideal) * model.dims:.1f} bits an image)"]
     for name, how in (("PNG", dict(format="PNG", optimize=True)),
                       ("lossless WebP", dict(format="WEBP", lossless=True, quality=100, method=6))):
-        single, mosaic = (value / dims for value in image_bits(images, **how))
-        result[name] = single, mosaic
-        lines.append(f"{name}: {single:.4f} bits/dim, as one mosaic of all {mosaic:.4f}")
+        single, together = result[name] = [value / (n * model.dims) for value in image_bits(images, **how)]
+        lines.append(f"{name}: {single:.4f} bits/dim, as one mosaic of all {together:.4f}")
     return "\n".join(lines), result
 
 
@@ -2165,8 +2172,6 @@ def read_exactly(path):
 
 def command_codec(args):
     """compress: IMAGE -> NAME.pxa; decompress: NAME.pxa -> NAME.png. Nothing is overwritten."""
-    from PIL import Image
-
     model, packing = load(args.run, args.device), args.command == "compress"
     for path in map(pathlib.Path, args.files):
         target = pathlib.Path(args.out or path.parent) / f"{path.stem}.{'pxa' if packing else 'png'}"
@@ -2179,8 +2184,7 @@ def command_codec(args):
                     file = pack(resized(model, tuple(x.shape[1:])), x, args.tight, bar.update)
                 else:
                     x = unpack(model, path.read_bytes(), bar.update)
-                    Image.fromarray(x.permute(1, 2, 0).numpy()).save(buffer := io.BytesIO(), "PNG")
-                    file = buffer.getvalue()
+                    file = image_file(to_array(x[None])[0])
             except Problem as error:
                 raise Problem(f"{path}: {error}") from None
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -2217,131 +2221,111 @@ def given_images(args, model):
 
 
 def command_sample(args):
-    model, seed = load(args.run, args.device), args.seed or 0
+    if args.shift and args.mode == "map":
+        raise Problem("--shift: --mode map draws no values, so there is no variance to change; leave one of them out")
+    model = load(args.run, args.device)
     given = given_images(args, model) if args.given else None
     n, shape = (args.n, None) if given is None else (len(given), tuple(given.shape[1:]))
-    sampled = model.shapes[: model.shapes.index(shape)] if shape in model.shapes else model.shapes
+    sampled = itertools.takewhile(lambda level: level != shape, model.shapes)
     with bar_of(n * sum(h * w for _, h, w in sampled), "pixel") as bar:
-        levels = model.sample(n, seed, args.mode, args.shift, args.tight or False, given, not args.naive, bar.update)
-    name = (f"sample-{args.mode}-{seed}" + f"-shift{args.shift:g}" * bool(args.shift) + "-given" * bool(args.given)
-            + "-tight" * bool(args.tight))
+        levels = model.sample(n, args.seed, args.mode, args.shift, args.tight, given, not args.naive, bar.update)
+    name = (f"sample-{args.mode}-{args.seed}" + f"-shift{args.shift:g}" * bool(args.shift)
+            + "-given" * bool(args.given) + "-tight" * args.tight)
     out = str(args.out or run_folder(args) / name)
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_grid(levels, f"{out}.png")
-    arrays = {f"level{i}": level.permute(0, 2, 3, 1).cpu().numpy() for i, level in enumerate(levels[::-1])}
+    arrays = {f"level{i}": to_array(level) for i, level in enumerate(levels[::-1])}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
     print(f"{out}.png: a row for each level, coarsest first; {out}.npz: "
           f"{', '.join(f'{k} {v.shape}' for k, v in arrays.items())}, uint8, level0 is X")
 
 
-def plain_forward(network, x, embeddings=()):
-    """The same network as people write it: NCHW, F.pad, stock weight norm, every activation where it is used."""
-    nodes = [x, *embeddings[: len(network.embeddings)]]
-    for i, layer in enumerate(network.layers, network.nodes_given):
-        y = 0
-        for node, conv in zip(layer.sources, layer.convs):
-            a = nodes[node]
-            a = F.elu(torch.cat([a, -a], 1)) if conv.activation == "concat_elu" else F.elu(a) \
-                if conv.activation == "elu" else a
-            a = F.dropout(a, conv.dropout, network.training)
-            weight = torch._weight_norm(conv.v, conv.g.view(-1, 1, 1, 1), 0)
-            size, (kh, kw), (oy, ox) = network.size(i, x.shape[2:]), conv.kernel, conv.offset
-            if conv.up:
-                b = F.conv_transpose2d(a, weight.transpose(0, 1), conv.b, 2)
-                b = F.pad(b, (0, 2, 0, 2))[:, :, oy : oy + size[0], ox : ox + size[1]]
-            else:
-                b = F.conv2d(F.pad(a, (ox, max(0, kw - 1 - ox), oy, max(0, kh - 1 - oy))), weight, conv.b, conv.stride)
-                b = b[:, :, : size[0], : size[1]]
-            y = y + b
-        if layer.residual is not None:
-            a, b = y.chunk(2, 1)
-            y = nodes[layer.residual] + a * torch.sigmoid(b)
-        nodes.append(y)
-    return [nodes[i] for i in network.outputs]
+def plain(factor):
+    """A copy of a factor as people usually write it: NCHW, every activation where it is used, padding by copy, torch's
+    stock weight norm."""
+    def forward(conv, activation, x, size):
+        (kh, kw), (oy, ox) = conv.kernel, conv.offset
+        x = F.dropout(activation(x.contiguous()), conv.dropout, conv.training)
+        weight = torch._weight_norm(conv.v, conv.g.view(-1, 1, 1, 1), 0)
+        if conv.up:
+            x = F.conv_transpose2d(x, weight.transpose(0, 1), conv.b, 2)
+            return x[:, :, oy : oy + size[0], ox : ox + size[1]]
+        return F.conv2d(F.pad(x, (ox, kw - 1 - ox, oy, kh - 1 - oy)), weight, conv.b, conv.stride)
+
+    factor = copy.deepcopy(factor).to(memory_format=torch.contiguous_format)
+    for conv in factor.modules():
+        if isinstance(conv, Conv):
+            conv.forward = functools.partial(forward, conv, ACTIVATIONS[conv.activation])
+            conv.activation = "none"  # for Network.forward
+    return factor
 
 
 def seconds(function, device, repeat=3):
     """Best wall-clock time of `repeat` calls, after one to warm up; of one call at once if repeat is 0."""
-    times = []
+    wait, times = torch.get_device_module(device).synchronize, []
     for _ in range(repeat + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         start = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)
 
 
 def command_bench(args):
-    print(f"torch {torch.__version__}, {hardware(args.device)}, seed {args.seed or 0}")
+    print(f"torch {torch.__version__}, {hardware(args.device)}, seed {args.seed}")
     (bench_train if args.what == "train" else bench_sample)(args, args.device)
 
 
 def bench_train(args, device):
+    """A training step of each factor, of ours and of `plain` ones, and the device's peak to measure them by."""
     import resource
-
     from torch.utils.flop_counter import FlopCounterMode
 
     config = make_config(args.preset or "tiny", model=args.model or "pyramid", size=args.size or (32, 32),
-                         seed=args.seed or 0, precision=args.precision or "auto")
+                         seed=args.seed, precision=args.precision or "auto")
     model, cuda = PixelAux(config).to(device, memory_format=torch.channels_last), device.type == "cuda"
     n, many, side = args.batch_size or config.batch_size, 10 if cuda else 1, 8192 if cuda else 2048
     torch.backends.cudnn.benchmark = True
     x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
     model.initialise(x)
-    levels = model.levels_of(x)
-    dtype = torch.bfloat16 if Loss(None, config, 1, device).bfloat16 else torch.float32
-    a = torch.randn(side, side, device=device, dtype=dtype)
+    levels, bfloat16 = model.levels_of(x), Loss(None, config, 1, device).bfloat16
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     peak = 2 * side**3 / seconds(lambda: a @ a, device)
     print(f"training steps (gradient and Adam) of a batch of {n}, model {config.model}, preset {config.preset}; plain: "
           f"float32, NCHW, padding by copy, stock weight\nnorm. Peak: a product of two {side}x{side} matrices in "
-          f"{str(dtype)[6:]}, {peak / 1e12:.3g} TFLOP/s. Memory: the largest so far\n"
+          f"{'bfloat16' if bfloat16 else 'float32'}, {peak / 1e12:.3g} TFLOP/s. Memory: the largest so far\n"
           "factor    images/s: ours     plain    ratio    GFLOP/image    TFLOP/s    of peak    GiB")
+
+    def timed(loss, **options):
+        adam = torch.optim.Adam(loss.parameters(), config.lr, config.betas, **options)
+        average = copy.deepcopy(loss)
+        return seconds(lambda: [update(loss, adam, average, 0.9, *batch) for _ in range(many)], device) / many
+
     for k, factor in enumerate(model.factors):
-        batch = levels[k], levels[k - 1] if k else None
-
-        def plain(level, level_hat):
-            e = plain_forward(factor.embed, factor.planes(level_hat, factor.psi.levels_out).contiguous()) if k else ()
-            params, = plain_forward(factor.net, factor.planes(level, factor.levels).contiguous(), e)
-            return -factor.Head(params, factor.levels).log_prob(level).mean()
-
-        def timed(loss, **options):
-            adam = torch.optim.Adam(factor.parameters(), config.lr, config.betas, **options)
-            average = copy.deepcopy(factor)
-            return seconds(lambda: [update(loss, adam, average, 0.9, *batch) for _ in range(many)], device) / many
-
-        loss = Loss(factor, config, model.dims, device)
+        loss, batch = Loss(factor, config, model.dims, device), (levels[k], levels[k - 1] if k else None)
+        other = Loss(plain(factor), dataclasses.replace(config, precision="float32"), model.dims, device)
         with FlopCounterMode(display=False) as counter:
             loss(*batch).backward()
-        if args.compile or (args.compile is None and cuda):
-            loss = compiled(loss, *batch)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        ours = timed(loss, fused=True)
+        ours = timed(compiled(loss, *batch) if args.compile or (args.compile is None and cuda) else loss, fused=True)
         memory = (torch.cuda.max_memory_allocated(device) if cuda
                   else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        for parameter in factor.parameters():
-            parameter.data, parameter.grad = parameter.data.contiguous(), None
-        b, speed = timed(plain), counter.get_total_flops() / ours
-        print(f"{k:<10}{n / ours:14.1f}{n / b:10.1f}{b / ours:9.2f}{counter.get_total_flops() / n / 1e9:15.2f}"
-              f"{speed / 1e12:11.3g}{100 * speed / peak:10.0f}%{memory / 2**30:7.2f}", flush=True)
+        theirs, work = timed(other), counter.get_total_flops()
+        print(f"{k:<10}{n / ours:14.1f}{n / theirs:10.1f}{theirs / ours:9.2f}{work / n / 1e9:15.2f}"
+              f"{work / ours / 1e12:11.3g}{work / ours / peak:11.0%}{memory / 2**30:7.2f}", flush=True)
 
 
 def bench_sample(args, device):
+    """The sampler of the finest factor beside its forward pass, and the pyramid's whole chain."""
     cases = [("pyramid", "celeba", 128, {}), ("pixelcnn", "cifar10", 32, dict(nr_resnet=5))]
-    cases = [(args.model, "tiny", 32, {})] if args.model else cases
     print("the finest factor alone, f_w included, float32, random weights; pass: a teacher-forced pass of the batch;\n"
           "naive: a pass for every pixel, of which one is timed\n"
           "network                       batch   steps  s/image: naive    fast    pass  us/pixel  fast/pass  "
           "naive/fast")
-    for name, preset, side, extra in cases:
-        size = args.size or (side, side)
-        model = build(name, size, args.preset or preset, args.seed or 0, **extra).to(
-            device, memory_format=torch.channels_last).eval()
-        factor, pixels = model.factors[-1], size[0] * size[1]
-        label = f"{name}, {args.preset or preset}, {size[1]}x{size[0]}"
+    for name, preset, side, extra in [(args.model, "tiny", 32, {})] if args.model else cases:
+        (h, w), preset = args.size or (side, side), args.preset or preset
+        model = build(name, (h, w), preset, args.seed, **extra).to(device, memory_format=torch.channels_last).eval()
+        factor, label = model.factors[-1], f"{name}, {preset}, {w}x{h}"
         for n in [args.batch_size] if args.batch_size else (1, 16, 64):
             if (need := n * Decoder.bytes_per_image(factor) / 2**30) > 16 and device.type == "cpu":
                 print(f"{label:30}{n:5}  left out: needs about {need:.0f} GiB")
@@ -2349,15 +2333,15 @@ def bench_sample(args, device):
             x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
             x_hat = model.levels_of(x)[-2] if model.chain else None
             with torch.inference_mode():
-                draw = Draw(torch.rand(n, pixels, 2 * factor.shape[0], dtype=torch.float64, device=device))
+                draw = Draw(torch.rand(n, h * w, 2 * factor.shape[0], dtype=torch.float64, device=device))
                 steps = len(Decoder(factor, n, x_hat).schedule.steps)
-                times = [(seconds(lambda: factor.head(x, x_hat), device, 1),
-                          seconds(lambda: Decoder(factor, n, x_hat).run(draw), device, 0))
-                         for _ in range(3 if n < 4 else 2)]  # in turn, as the machine may be shared
-            forward, fast = (min(column) for column in zip(*times))
-            print(f"{label:30}{n:5}{steps:8}{forward * pixels / n:16.1f}{fast / n:8.3f}{forward / n:8.3f}"
-                  f"{fast / n / pixels * 1e6:10.1f}{fast / forward:11.2f}{forward * pixels / fast:12.0f}", flush=True)
-        if model.chain and model.config.model == "pyramid":
+                forward, fast = np.min([  # in turn, as the machine may be shared
+                    (seconds(lambda: factor.head(x, x_hat), device, 1) / n,
+                     seconds(lambda: Decoder(factor, n, x_hat).run(draw), device, 0) / n)
+                    for _ in range(3 if n < 4 else 2)], 0)
+            print(f"{label:30}{n:5}{steps:8}{forward * h * w:16.1f}{fast:8.3f}{forward:8.3f}{fast / h / w * 1e6:10.1f}"
+                  f"{fast / forward:11.2f}{forward * h * w / fast:12.0f}", flush=True)
+        if name == "pyramid":
             chain = seconds(lambda: model.sample(1), device, 1)
             print(f"{label:30}    1  the whole chain, f_w included: {chain:.2f} s")
     print("for reference: the paper 4,000 us/pixel (Titan X, no caching); PixelCNN++ 50,000 us/pixel (caching, as the "
@@ -2375,18 +2359,6 @@ def checked(kind, expected, valid):
     return parse
 
 
-def sides(text):
-    """SIDE or HEIGHTxWIDTH -> (H, W)."""
-    height, cross, width = text.lower().partition("x")
-    return int(height), int(width if cross else height)
-
-
-def minutes(text):
-    """MINUTES, or several, one for each factor -> float or tuple."""
-    numbers = tuple(float(part) for part in text.split(","))
-    return numbers if len(numbers) > 1 else numbers[0]
-
-
 class Parser(argparse.ArgumentParser):
     """An error is one line."""
 
@@ -2396,69 +2368,68 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     top = Parser(prog="pixelaux.py", description="PixelCNN models with auxiliary variables (Kolesnikov & Lampert 2017)")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for command, function, text in (("train", command_train, "train all factors of a model in turn, or one of them"),
-                                    ("eval", command_eval, "bits/dim on the whole test set, by factor and resolution"),
-                                    ("sample", command_sample, "a picture of samples, and the arrays"),
-                                    ("compress", command_codec, "images, losslessly, into .pxa files"),
-                                    ("decompress", command_codec, ".pxa files into PNG files"),
-                                    ("export", command_export, "all factors in one small file, weights in bfloat16"),
-                                    ("bench", command_bench, "speed, beside plain implementations in one process")):
-        commands.add_parser(command, help=text, description=text).set_defaults(command=command, function=function)
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    def command(name, function, text):
+        commands.add_parser(name, help=text, description=text).set_defaults(function=function)
 
     def add(names, flag, text=None, **options):
         for name in names.split():
             commands.choices[name].add_argument(flag, help=text, **options)
 
+    command("train", command_train, "train all factors of a model in turn, or one of them")
+    command("eval", command_eval, "bits/dim on the whole test set, by factor and resolution")
+    command("sample", command_sample, "a picture of samples, and the arrays")
+    command("compress", command_codec, "images, losslessly, into .pxa files")
+    command("decompress", command_codec, ".pxa files into PNG files")
+    command("export", command_export, "all factors in one small file, weights in bfloat16")
+    command("bench", command_bench, "speed, beside plain implementations in one process")
     count = checked(int, "a whole number above 0", lambda value: value > 0)
     number = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
-    size = checked(sides, "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda value: min(value) > 0)
-    budget = checked(minutes, "minutes above 0, such as 10 or 6,14,40", lambda value: 0 < np.min(value) < math.inf)
+    size = checked(lambda text: tuple(map(int, text.lower().split("x"))) * (1 if "x" in text.lower() else 2),
+                   "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda sides: len(sides) == 2 and min(sides) > 0)
+    budget = checked(lambda text: tuple(map(float, text.split(","))) if "," in text else float(text),
+                     "minutes above 0, such as 10 or 6,14,40", lambda minutes: 0 < np.min(minutes) < math.inf)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
+    flag, yes_no = dict(action="store_true"), dict(action=argparse.BooleanOptionalAction)
+
     add("eval sample compress decompress export", "run", "output folder of train, or a checkpoint file", metavar="RUN")
+    add("compress decompress", "files", "images, or .pxa files", nargs="+", metavar="FILE")
+    add("export", "file", "to write", metavar="FILE")
     add("bench", "what", choices=("train", "sample"))
     add("train bench", "--model", "default pyramid", choices=MODELS)
-    add("train bench", "--preset", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: the paper's",
-        choices=PRESETS)
-    add("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default shapes or the run's)",
-        metavar="WHAT")
-    add("train eval sample", "--data-dir", "where cifar10 or celeba lie or go (default: data)", metavar="DIR")
+    add("train bench", "--preset", "tiny (default); small: an hour; cifar10, celeba: the paper's", choices=PRESETS)
+    add("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH, FILE.npy (default: shapes, or the run's)")
+    add("train eval sample", "--data-dir", "where cifar10 or celeba lie or go (default: data)", metavar="FOLDER")
     add("train bench", "--size", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)", type=size)
     add("train eval bench", "--batch-size", type=count)
-    add("train", "--out", "folder of the run (default runs/MODEL-DATA)", metavar="RUN")
-    add("train", "--resume", "go on with the run in --out", action="store_true")
+    add("train", "--out", "folder of the run (default: runs/MODEL-DATA)", metavar="RUN")
+    add("train", "--resume", "go on with the run in --out", **flag)
     add("train", "--factor", "train factor K alone, 0 is the coarsest", type=int, metavar="K")
     add("train", "--steps", "for each factor (default: the preset's)", type=count)
-    add("train", "--budget", "for each factor, in place of --steps; 6,14,40: one number a factor, coarsest first",
-        type=budget, metavar="MINUTES")
+    add("train", "--budget", "minutes a factor in place of --steps; 6,14,40: one each, coarsest first", type=budget)
     add("train", "--save-every", "default 120", type=number, default=120.0, metavar="SECONDS")
     add("train bench", "--precision", "of the networks (default: bfloat16 on CUDA)", choices=("float32", "bfloat16"))
-    add("train bench", "--compile", "torch.compile (default: on CUDA)", action=argparse.BooleanOptionalAction)
+    add("train bench", "--compile", "torch.compile (default: on CUDA)", **yes_no)
     add("train", "--lr", "learning rate of Adam (default: the preset's)", type=number)
-    add("train eval sample", "--tight", "train on, or sample from, the model conditioned on psi(x) = x_hat",
-        action="store_true", default=None)
-    add("train", "--look-right", "--no-look-right: pyramid networks that look up and left only, sampled in a third "
-        "of the steps", action=argparse.BooleanOptionalAction, default=None)
+    add("train", "--tight", "train the model conditioned on psi(x) = x_hat", default=None, **flag)
+    add("eval sample", "--tight", "sample from the model conditioned on psi(x) = x_hat", **flag)
+    add("compress", "--tight", "with the exact likelihood (default), or the paper's", default=True, **yes_no)
+    add("train", "--look-right", "--no-: light networks see up and left only; sampled in a third of the steps", **yes_no)
     add("eval", "--n", "the first N test images only (default: all)", type=count)
+    add("eval", "--coded", "code the first N images, restore them, compare with PNG and WebP", type=count, metavar="N")
     add("sample", "--n", "how many images (default 16)", type=count, default=16)
     add("sample", "--mode", "map: the paper's MAP sampling", choices=("random", "map"), default="random")
     add("sample", "--shift", "added to the log-scales; below 0: less variance (map has none)", type=float, default=0.0)
-    add("sample", "--given", "start from these: test, an image file or a .npy file, of the size of a level, or of X "
-        "and reduced to --level", metavar="IMAGES")
-    add("sample", "--level", "of --given: 1 is the one next to X (default)", type=int, default=1)
-    add("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", action="store_true")
+    add("sample", "--given", "start from these, of a level's size or X's: test, an image file or a .npy file")
+    add("sample", "--level", "that --given of X's size are reduced to: 1 (default) is next to X", type=int, default=1)
+    add("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", **flag)
     add("sample", "--out", "writes NAME.png and NAME.npz (default: in the run's folder)", metavar="NAME")
-    add("eval", "--coded", "also code the first N test images, restore them, and compare with PNG and WebP", type=count,
-        metavar="N")
-    add("compress decompress", "files", "images, or .pxa files", nargs="+", metavar="FILE")
     add("compress decompress", "--out", "for the results (default: beside the files)", metavar="FOLDER")
-    add("compress", "--tight", "with the exact likelihood (default), or the paper's", default=True,
-        action=argparse.BooleanOptionalAction)
-    add("export", "file", "to write", metavar="FILE")
-    every = " ".join(commands.choices)
-    add(every, "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
-    add(every, "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)", type=device,
+    add("train", "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
+    add("eval sample bench", "--seed", "of everything random, 0..2^31 (default 0)", type=seed, default=0)
+    add(" ".join(commands.choices), "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)", type=device,
         default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")  # torchrun's
     return top
 

@@ -336,18 +336,45 @@ def test_the_causality_test_finds_a_shift_by_one(shift):
     assert grad[0, :3, 2, 6].any() == (shift == "mask")  # far to the right: by the vertical stream alone
 
 
+def plain_network(network, x, embeddings=()):
+    """The layers one after the other: what is read is padded by zeros, or interleaved with them, then correlated."""
+    nodes = [x, *embeddings[: len(network.embeddings)]]
+    for i, layer in enumerate(network.layers, len(nodes)):
+        total = 0
+        for source, conv in zip(layer.sources, layer.convs):
+            a, weight = nodes[source], conv.g.view(-1, 1, 1, 1) * conv.v / conv.v.square().sum((1, 2, 3), True).sqrt()
+            if conv.activation == "concat_elu":
+                a = torch.cat([a, -a], 1)
+            if conv.activation != "none":
+                a = torch.where(a > 0, a, torch.expm1(a))
+            (kh, kw), (oy, ox), (h, w) = conv.kernel, conv.offset, network.size(i, x.shape[2:])
+            if conv.up:
+                spread = a.new_zeros(*a.shape[:2], 2 * a.shape[2] + kh + 2, 2 * a.shape[3] + kw + 2)
+                spread[:, :, kh - 1 : -3 : 2, kw - 1 : -3 : 2] = a
+                b = torch.nn.functional.conv2d(spread, weight.flip(2, 3), conv.b)[:, :, oy : oy + h, ox : ox + w]
+            else:
+                padded = torch.nn.functional.pad(a, (ox, kw, oy, kh))
+                b = torch.nn.functional.conv2d(padded, weight, conv.b)[:, :, :: conv.stride, :: conv.stride]
+            total = total + b[:, :, :h, :w]
+        if layer.residual is not None:
+            a, b = total.chunk(2, 1)
+            total = nodes[layer.residual] + a / (1 + torch.exp(-b))
+        nodes.append(total)
+    return [nodes[i] for i in network.outputs]
+
+
 @pytest.mark.parametrize("name", SIZES)
-def test_networks_equal_the_plain_implementation(name):
+def test_networks_and_those_of_the_bench_equal_the_plain_implementation(name):
     model = small(name)
     levels = model.levels_of(images(2, model.shapes[0]))
-    for k, factor in enumerate(model.factors):
-        e = factor.embeddings(levels[k - 1]) if k else ()
-        planes = factor.planes(levels[k], factor.levels)
-        if k:
-            plain_e = pixelaux.plain_forward(factor.embed, factor.planes(levels[k - 1], factor.psi.levels_out), ())
-            assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(e, plain_e))
-        plain, = pixelaux.plain_forward(factor.net, planes, e)
-        assert torch.allclose(factor.net(planes, e)[0], plain, atol=1e-10)
+    for factor, x, x_hat in zip(model.factors, levels, [None, *levels]):
+        planes, embed = factor.planes(x, factor.levels), factor.embed
+        e = plain_network(embed, factor.planes(x_hat, factor.psi.levels_out)) if embed else ()
+        params, = plain_network(factor.net, planes, e)
+        for one in (factor, pixelaux.plain(factor)):
+            assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(one.embeddings(x_hat), e, strict=True))
+            assert torch.allclose(one.net(planes, e)[0], params, atol=1e-10)
+    assert pixelaux.plain(factor).net.layers[0].convs[0](planes, planes.shape[2:]).is_contiguous()  # NCHW
 
 
 def shifted(x, down, right):
@@ -1166,6 +1193,31 @@ def test_training_learns(tmp_path):
     assert pixelaux.evaluate(model, data.test)[0].mean() > before + 100
 
 
+def test_pictures_show_every_image_and_every_test_point(tmp_path, monkeypatch):
+    levels = [images(3, (1, 4, 6), levels=16), images(3, (3, 8, 12)), images(3, (3, 16, 24))]
+    pixelaux.save_grid(levels, tmp_path / "few.png", tile=32)
+    grid = np.array(Image.open(tmp_path / "few.png"))
+    assert grid.shape == (3 * 36, 3 * 52, 3)  # a row for each level, as wide as there are images
+    assert (grid[:, [0, 1, 50, 51, -1]] == 255).all() and (grid[[0, 1, 34, 35, -1]] == 255).all()
+    for k, level in enumerate(levels):
+        tile = grid[36 * k + 2 : 36 * k + 34, 54:102][:: 32 // level.shape[2], :: 32 // level.shape[2]]
+        assert np.array_equal(tile, (level[1] * (17 if level.shape[1] == 1 else 1)).permute(1, 2, 0).expand(-1, -1, 3))
+    pixelaux.save_grid(levels, tmp_path / "more.png", columns=2, tile=32)
+    more = np.array(Image.open(tmp_path / "more.png"))
+    assert more.shape == (6 * 36, 2 * 52, 3) and np.array_equal(more[:108], grid[:, :104])
+    assert np.array_equal(more[108:, :52], grid[:, 104:]) and (more[108:, 52:] == 255).all()
+
+    lines = [dict(factor=0, step=step, bits_per_dim=9 - step / 10) for step in range(1, 41)]
+    lines[19]["test_bits_per_dim"], lines[39]["test_bits_per_dim"] = 30.0, 2.0
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    from matplotlib.figure import Figure
+    seen, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self.axes[0]), savefig(self, *a, **k)))
+    pixelaux.save_curves(tmp_path)
+    low, high = seen[0].get_ylim()
+    assert low < 2 and high > 30 and (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_evaluation_covers_every_image_and_prints_the_table(run, capsys):
     model = pixelaux.load(run)
     x = Shapes((16, 16)).sample(7, [9])
@@ -1176,7 +1228,7 @@ def test_evaluation_covers_every_image_and_prints_the_table(run, capsys):
     assert bound.shape == (2, 7) and (tight >= bound - 1e-3).all()
     capsys.readouterr()
     assert main(["eval", str(run), "--n", "5", "--device", "cpu"]) == 0
-    text, result = capsys.readouterr().out, json.loads((run / "eval.json").read_text())
+    text, result = capsys.readouterr().out, json.loads((run / "eval-5.json").read_text())
     assert "true p(X)" in text and "decodes" in text and result["images"] == 5
     rows = result["factors"]
     assert sum(row["bound_of_x"] for row in rows) == pytest.approx(result["bound"])
@@ -1196,8 +1248,8 @@ def test_sample_command_writes_the_images_of_the_api(run, tmp_path):
         assert np.array_equal(arrays[f"level{i}"], level.permute(0, 2, 3, 1))
     given = tmp_path / "given.npy"
     np.save(given, arrays["level1"])
-    for source in (str(given), "test"):
-        assert main(["sample", str(run), "--n", "3", "--given", source, "--mode", "map", "--shift", "-1", "--tight",
+    for source, how in ((str(given), ["--mode", "map"]), ("test", ["--shift", "-1"])):
+        assert main(["sample", str(run), "--n", "3", "--given", source, *how, "--tight",
                      "--out", str(out), "--device", "cpu"]) == 0
         again = np.load(f"{out}.npz")
         half = Half()(torch.from_numpy(again["level0"]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -1251,7 +1303,7 @@ def test_compress_and_decompress_commands(run, tmp_path, capsys):
 
 def test_coded_evaluation_counts_real_bits(run, capsys):
     assert main(["eval", str(run), "--n", "6", "--coded", "4", "--device", "cpu"]) == 0
-    text, result = capsys.readouterr().out, json.loads((run / "eval.json").read_text())["coded"]
+    text, result = capsys.readouterr().out, json.loads((run / "eval-6.json").read_text())["coded"]
     assert "4 images coded and restored" in text and "PNG" in text and "WebP" in text
     assert result["ideal"] < result["coded"] <= 1.001 * result["ideal"] + 64 / 768
     one = np.zeros((5, 8, 8, 3), np.uint8)
@@ -1302,7 +1354,9 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         ("eval foreign.pt", "foreign.pt"), ("eval other.pt", "other.pt"), ("eval version.pt", "999"),
         ("eval mixed", "another model"), (f"sample {run} --given gone.png", "gone.png"),
         (f"sample {run} --given test --level 9", "--level"), (f"sample {run} --mode best", "best"),
-        (f"sample {run} --n -1", "--n"),
+        (f"sample {run} --n -1", "--n"), (f"sample {run} --mode map --shift -1", "--shift"),
+        (f"eval {run} --data cifar10", "the model is for 16x16 images: CIFAR-10 images are 32x32"),
+        (f"eval {run} --data good.npy", "the model is for 16x16 images: the images of good.npy are 8x8"),
     ]:
         capsys.readouterr()
         never = ["--out", "never"] if line.startswith("train") and "--out" not in line else []
@@ -1364,10 +1418,11 @@ def test_reproduce_resumes_what_was_interrupted_and_skips_what_is_finished(run, 
     assert "torch.distributed.run" in made[0] and "--nproc_per_node=4" in made[0] and "--budget 2 --resume" in made[0]
     assert len(made) == 4 and "map" in made[3]
     assert main(["eval", str(run), "--n", "3", "--device", "cpu"]) == 0
-    for name in ("eval.json", "commands.jsonl", "metrics.jsonl"):
-        (out / name).write_bytes((run / name).read_bytes())
+    for name, file in {"eval.json": "eval-3.json", "commands.jsonl": "commands.jsonl",
+                       "metrics.jsonl": "metrics.jsonl"}.items():
+        (out / name).write_bytes((run / file).read_bytes())
     row = reproduce("table", PYTHON=sys.executable)[0].splitlines()[2]
-    bound = json.loads((run / "eval.json").read_text())["bound"]
+    bound = json.loads((run / "eval-3.json").read_text())["bound"]
     assert f"{bound:.4f}" in row and torch.__version__ in row and "| 3 |" in row
 
 

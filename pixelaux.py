@@ -1897,8 +1897,8 @@ factor                     bound       exact       bound       exact       bound
 def report(model, bound, tight, shapes=None, images=None, samples=None):
     """The table that `eval` prints, and the same as a dict; bound, tight: as `evaluate` returns them.
 
-    With shapes, from which images came, also the distance to their true probability, and how many samples decode;
-    images, samples: uint8 (N, H, W, 3).
+    With shapes, also the distance of images, which came from it, to their true probability, and how many of samples,
+    the model's, decode; both are uint8 (N, H, W, 3).
     """
     both, n = np.stack([bound, tight]), bound.shape[1]  # (2, factors, N)
     lines, result, pair = [REPORT.format(n, model.dims)], dict(images=n, factors=[]), "{:20}{:12.4f}{:12.4f}"
@@ -1919,12 +1919,11 @@ def report(model, bound, tight, shapes=None, images=None, samples=None):
         true = float(bits_per_dim(shapes.log_prob(images).mean(), model.dims))
         shape = bits_per_dim(-shapes.log_configurations, model.dims)
         excess = [model.dims * (bits - true) for bits in total]
-        result |= dict(true=true, bound_excess_bits=excess[0], exact_excess_bits=excess[1])
+        result |= dict(true=true, bound_excess_bits=excess[0], exact_excess_bits=excess[1],
+                       decodable=float(shapes.decodable(samples).mean()))
         lines += [f"{pair.format('true p(X)', true, true)}  the limit; {shape:.4f} of it are the shape, the rest noise",
-                  "excess over the true p(X): bound {:.1f}, exact {:.1f} bits per image".format(*excess)]
-        if samples is not None:
-            result["decodable"] = float(shapes.decodable(samples).mean())
-            lines.append(f"samples whose shape decodes: {100 * result['decodable']:.0f}% of {len(samples)}")
+                  "excess over the true p(X): bound {:.1f}, exact {:.1f} bits per image".format(*excess),
+                  f"samples whose shape decodes: {result['decodable']:.0%} of {len(samples)}"]
     return "\n".join(lines), result
 
 
@@ -1970,10 +1969,10 @@ def save_curves(out):
     figure = Figure(figsize=(4.5 * len(factors), 3.2), layout="tight")
     for axis, k in zip(figure.subplots(1, len(factors), squeeze=False)[0], factors):
         mine = [line for line in lines if line["factor"] == k]
-        late, tested = mine[len(mine) // 10 :], [line for line in mine if "test_bits_per_dim" in line]
-        for some, key, style, label in ((late, "bits_per_dim", "-", "training batches"),  # the start is far above
-                                        (tested, "test_bits_per_dim", "o-", "test images, averaged weights")):
-            axis.plot([line["step"] for line in some], [line[key] for line in some], style, lw=1, ms=4, label=label)
+        for key, style, label in (("bits_per_dim", "-", "training batches"),
+                                  ("test_bits_per_dim", "o-", "test images, averaged weights")):
+            points = [(line["step"], line[key]) for line in mine[len(mine) // 10 :] if key in line]  # high at the start
+            axis.plot(*np.array(points).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
         axis.set(title=f"factor {k}", xlabel="step", ylabel="bits/dim of X")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -2101,11 +2100,6 @@ def run_data(args, model):
         raise Problem(re.sub("^--size[^:]*", this, str(error))) from None
 
 
-def run_folder(args):
-    run = pathlib.Path(args.run)
-    return run if run.is_dir() else run.parent
-
-
 def bar_of(total, unit, name=None):
     from tqdm import tqdm
 
@@ -2115,17 +2109,18 @@ def bar_of(total, unit, name=None):
 def command_eval(args):
     model = load(args.run, args.device)
     data = run_data(args, model)
-    images = data.test[np.arange(min(args.n or len(data.test), len(data.test)))]
+    images = data.test[np.arange(len(data.test))[: args.n]]
     with bar_of(len(images), "image") as bar:
         bound, tight = evaluate(model, images, args.batch_size, bar.update)
-    samples = to_array(model.sample(64, args.seed, tight=args.tight)[-1]) if data.shapes else None
+    samples = to_array(model.sample(64, args.seed or 0, tight=bool(args.tight))[-1]) if data.shapes else None
     text, result = report(model, bound, tight, data.shapes, images, samples)
     if args.coded:
         more, result["coded"] = coded(model, images[: args.coded], tight.sum(0)[: args.coded])
         text += "\n" + more
     print(text)
+    folder = args.run if args.run.is_dir() else args.run.parent
     name = f"eval-{args.n}.json" if args.n else "eval.json"  # the latter is of all images
-    write_atomically(run_folder(args) / name, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    write_atomically(folder / name, lambda file: file.write(json.dumps(result, indent=1).encode()))
 
 
 def image_bits(images, **how):
@@ -2175,18 +2170,18 @@ def command_codec(args):
     model, packing = load(args.run, args.device), args.command == "compress"
     for path in map(pathlib.Path, args.files):
         target = pathlib.Path(args.out or path.parent) / f"{path.stem}.{'pxa' if packing else 'png'}"
-        with bar_of(None, "pixel", path.name) as bar:
-            try:
-                if target.exists():
-                    raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
+        try:
+            if target.exists():
+                raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
+            with bar_of(None, "pixel", path.name) as bar:
                 if packing:
                     x = read_exactly(path)
                     file = pack(resized(model, tuple(x.shape[1:])), x, args.tight, bar.update)
                 else:
                     x = unpack(model, path.read_bytes(), bar.update)
-                    file = image_file(to_array(x[None])[0])
-            except Problem as error:
-                raise Problem(f"{path}: {error}") from None
+                    file = image_file(x.permute(1, 2, 0).numpy())
+        except Problem as error:
+            raise Problem(f"{path}: {error}") from None
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, lambda stream: stream.write(file))
         rate = f", {8 * len(file) / x.numel():.3f} bits/dim" if packing else ""
@@ -2223,15 +2218,16 @@ def given_images(args, model):
 def command_sample(args):
     if args.shift and args.mode == "map":
         raise Problem("--shift: --mode map draws no values, so there is no variance to change; leave one of them out")
-    model = load(args.run, args.device)
+    model, seed = load(args.run, args.device), args.seed or 0
     given = given_images(args, model) if args.given else None
     n, shape = (args.n, None) if given is None else (len(given), tuple(given.shape[1:]))
     sampled = itertools.takewhile(lambda level: level != shape, model.shapes)
     with bar_of(n * sum(h * w for _, h, w in sampled), "pixel") as bar:
-        levels = model.sample(n, args.seed, args.mode, args.shift, args.tight, given, not args.naive, bar.update)
-    name = (f"sample-{args.mode}-{args.seed}" + f"-shift{args.shift:g}" * bool(args.shift)
-            + "-given" * bool(args.given) + "-tight" * args.tight)
-    out = str(args.out or run_folder(args) / name)
+        levels = model.sample(n, seed, args.mode, args.shift, bool(args.tight), given, not args.naive,
+                              bar.update)
+    name = (f"sample-{args.mode}-{seed}" + f"-shift{args.shift:g}" * bool(args.shift) + "-given" * bool(args.given)
+            + "-tight" * bool(args.tight))
+    out = str(args.out or (args.run if args.run.is_dir() else args.run.parent) / name)
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_grid(levels, f"{out}.png")
     arrays = {f"level{i}": to_array(level) for i, level in enumerate(levels[::-1])}
@@ -2260,31 +2256,32 @@ def plain(factor):
     return factor
 
 
-def seconds(function, device, repeat=3):
-    """Best wall-clock time of `repeat` calls, after one to warm up; of one call at once if repeat is 0."""
-    wait, times = torch.get_device_module(device).synchronize, []
-    for _ in range(repeat + 1):
+def seconds(function, device, repeat=4):
+    """Wall-clock time of the best of `repeat` calls; the first one warms up."""
+    times, wait = [], torch.get_device_module(device).synchronize
+    for _ in range(repeat):
         wait(device)
         start = time.perf_counter()
         function()
         wait(device)
         times.append(time.perf_counter() - start)
-    return min(times[1:] or times)
+    return min(times)
 
 
 def command_bench(args):
-    print(f"torch {torch.__version__}, {hardware(args.device)}, seed {args.seed}")
+    print(f"torch {torch.__version__}, {hardware(args.device)}, seed {args.seed or 0}")
     (bench_train if args.what == "train" else bench_sample)(args, args.device)
 
 
 def bench_train(args, device):
-    """A training step of each factor, of ours and of `plain` ones, and the device's peak to measure them by."""
-    import resource
+    """A training step of each factor, ours and a `plain` one, and how much of the device's peak it uses."""
+    from resource import RUSAGE_SELF, getrusage
+
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = make_config(args.preset or "tiny", model=args.model or "pyramid", size=args.size or (32, 32),
-                         seed=args.seed, precision=args.precision or "auto")
-    model, cuda = PixelAux(config).to(device, memory_format=torch.channels_last), device.type == "cuda"
+    model = build(args.model or "pyramid", args.size or 32, args.preset or "tiny", args.seed or 0,
+                  precision=args.precision or "auto").to(device, memory_format=torch.channels_last)
+    config, cuda = model.config, device.type == "cuda"
     n, many, side = args.batch_size or config.batch_size, 10 if cuda else 1, 8192 if cuda else 2048
     torch.backends.cudnn.benchmark = True
     x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
@@ -2297,55 +2294,55 @@ def bench_train(args, device):
           f"{'bfloat16' if bfloat16 else 'float32'}, {peak / 1e12:.3g} TFLOP/s. Memory: the largest so far\n"
           "factor    images/s: ours     plain    ratio    GFLOP/image    TFLOP/s    of peak    GiB")
 
-    def timed(loss, **options):
-        adam = torch.optim.Adam(loss.parameters(), config.lr, config.betas, **options)
-        average = copy.deepcopy(loss)
+    def timed(loss, factor, **options):
+        adam, average = torch.optim.Adam(factor.parameters(), config.lr, config.betas, **options), copy.deepcopy(factor)
         return seconds(lambda: [update(loss, adam, average, 0.9, *batch) for _ in range(many)], device) / many
 
     for k, factor in enumerate(model.factors):
         loss, batch = Loss(factor, config, model.dims, device), (levels[k], levels[k - 1] if k else None)
-        other = Loss(plain(factor), dataclasses.replace(config, precision="float32"), model.dims, device)
         with FlopCounterMode(display=False) as counter:
             loss(*batch).backward()
-        ours = timed(compiled(loss, *batch) if args.compile or (args.compile is None and cuda) else loss, fused=True)
-        memory = (torch.cuda.max_memory_allocated(device) if cuda
-                  else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        theirs, work = timed(other), counter.get_total_flops()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        if args.compile or (args.compile is None and cuda):
+            loss = compiled(loss, *batch)
+        ours, work = timed(loss, factor, fused=True), counter.get_total_flops()
+        memory = torch.cuda.max_memory_allocated(device) if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        loss = Loss(plain(factor), dataclasses.replace(config, precision="float32"), model.dims, device)
+        theirs = timed(loss, loss.factor)
         print(f"{k:<10}{n / ours:14.1f}{n / theirs:10.1f}{theirs / ours:9.2f}{work / n / 1e9:15.2f}"
               f"{work / ours / 1e12:11.3g}{work / ours / peak:11.0%}{memory / 2**30:7.2f}", flush=True)
 
 
+@torch.inference_mode()
 def bench_sample(args, device):
     """The sampler of the finest factor beside its forward pass, and the pyramid's whole chain."""
     cases = [("pyramid", "celeba", 128, {}), ("pixelcnn", "cifar10", 32, dict(nr_resnet=5))]
     print("the finest factor alone, f_w included, float32, random weights; pass: a teacher-forced pass of the batch;\n"
           "naive: a pass for every pixel, of which one is timed\n"
-          "network                       batch   steps  s/image: naive    fast    pass  us/pixel  fast/pass  "
-          "naive/fast")
+          "network                       batch   steps  s/image: naive    fast    pass  us/pixel  fast/pass naive/fast")
     for name, preset, side, extra in [(args.model, "tiny", 32, {})] if args.model else cases:
         (h, w), preset = args.size or (side, side), args.preset or preset
-        model = build(name, (h, w), preset, args.seed, **extra).to(device, memory_format=torch.channels_last).eval()
-        factor, label = model.factors[-1], f"{name}, {preset}, {w}x{h}"
+        model = build(name, (h, w), preset, args.seed or 0, **extra).to(device, memory_format=torch.channels_last)
+        factor, label = model.eval().factors[-1], f"{name}, {preset}, {w}x{h}"
         for n in [args.batch_size] if args.batch_size else (1, 16, 64):
             if (need := n * Decoder.bytes_per_image(factor) / 2**30) > 16 and device.type == "cpu":
                 print(f"{label:30}{n:5}  left out: needs about {need:.0f} GiB")
                 continue
             x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
             x_hat = model.levels_of(x)[-2] if model.chain else None
-            with torch.inference_mode():
-                draw = Draw(torch.rand(n, h * w, 2 * factor.shape[0], dtype=torch.float64, device=device))
-                steps = len(Decoder(factor, n, x_hat).schedule.steps)
-                forward, fast = np.min([  # in turn, as the machine may be shared
-                    (seconds(lambda: factor.head(x, x_hat), device, 1) / n,
-                     seconds(lambda: Decoder(factor, n, x_hat).run(draw), device, 0) / n)
-                    for _ in range(3 if n < 4 else 2)], 0)
+            draw = Draw(torch.rand(n, h * w, 2 * factor.shape[0], dtype=torch.float64, device=device))
+            steps = len(Decoder(factor, n, x_hat).schedule.steps)
+            turns = [(seconds(lambda: factor.head(x, x_hat), device, 2),
+                      seconds(lambda: Decoder(factor, n, x_hat).run(draw), device, 1))
+                     for _ in range(3 if n < 4 else 2)]  # in turn, as the machine may be shared
+            forward, fast = np.min(turns, 0) / n
             print(f"{label:30}{n:5}{steps:8}{forward * h * w:16.1f}{fast:8.3f}{forward:8.3f}{fast / h / w * 1e6:10.1f}"
-                  f"{fast / forward:11.2f}{forward * h * w / fast:12.0f}", flush=True)
+                  f"{fast / forward:11.2f}{forward * h * w / fast:11.0f}", flush=True)
         if name == "pyramid":
-            chain = seconds(lambda: model.sample(1), device, 1)
+            chain = seconds(lambda: model.sample(1), device, 2)
             print(f"{label:30}    1  the whole chain, f_w included: {chain:.2f} s")
-    print("for reference: the paper 4,000 us/pixel (Titan X, no caching); PixelCNN++ 50,000 us/pixel (caching, as the "
-          "paper quotes it)")
+    print("for reference: the paper 4,000 us/pixel (Titan X, no caching), PixelCNN++ 50,000 (caching, as it quotes)")
 
 
 def checked(kind, expected, valid):
@@ -2370,20 +2367,19 @@ def parser():
     top = Parser(prog="pixelaux.py", description="PixelCNN models with auxiliary variables (Kolesnikov & Lampert 2017)")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    def command(name, function, text):
+    for name, function, text in (("train", command_train, "train all factors of a model in turn, or one of them"),
+                                 ("eval", command_eval, "bits/dim on the whole test set, by factor and resolution"),
+                                 ("sample", command_sample, "a picture of samples, and the arrays"),
+                                 ("compress", command_codec, "images, losslessly, into .pxa files"),
+                                 ("decompress", command_codec, ".pxa files into PNG files"),
+                                 ("export", command_export, "all factors in one small file, weights in bfloat16"),
+                                 ("bench", command_bench, "speed, beside plain implementations in one process")):
         commands.add_parser(name, help=text, description=text).set_defaults(function=function)
 
     def add(names, flag, text=None, **options):
         for name in names.split():
             commands.choices[name].add_argument(flag, help=text, **options)
 
-    command("train", command_train, "train all factors of a model in turn, or one of them")
-    command("eval", command_eval, "bits/dim on the whole test set, by factor and resolution")
-    command("sample", command_sample, "a picture of samples, and the arrays")
-    command("compress", command_codec, "images, losslessly, into .pxa files")
-    command("decompress", command_codec, ".pxa files into PNG files")
-    command("export", command_export, "all factors in one small file, weights in bfloat16")
-    command("bench", command_bench, "speed, beside plain implementations in one process")
     count = checked(int, "a whole number above 0", lambda value: value > 0)
     number = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
     size = checked(lambda text: tuple(map(int, text.lower().split("x"))) * (1 if "x" in text.lower() else 2),
@@ -2392,9 +2388,9 @@ def parser():
                      "minutes above 0, such as 10 or 6,14,40", lambda minutes: 0 < np.min(minutes) < math.inf)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
-    flag, yes_no = dict(action="store_true"), dict(action=argparse.BooleanOptionalAction)
+    flag, yes_no = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
 
-    add("eval sample compress decompress export", "run", "output folder of train, or a checkpoint file", metavar="RUN")
+    add("eval sample compress decompress export", "run", "folder of train, or a checkpoint file", type=pathlib.Path)
     add("compress decompress", "files", "images, or .pxa files", nargs="+", metavar="FILE")
     add("export", "file", "to write", metavar="FILE")
     add("bench", "what", choices=("train", "sample"))
@@ -2413,10 +2409,9 @@ def parser():
     add("train bench", "--precision", "of the networks (default: bfloat16 on CUDA)", choices=("float32", "bfloat16"))
     add("train bench", "--compile", "torch.compile (default: on CUDA)", **yes_no)
     add("train", "--lr", "learning rate of Adam (default: the preset's)", type=number)
-    add("train", "--tight", "train the model conditioned on psi(x) = x_hat", default=None, **flag)
-    add("eval sample", "--tight", "sample from the model conditioned on psi(x) = x_hat", **flag)
+    add("train eval sample", "--tight", "train, or sample from, the model conditioned on psi(x) = x_hat", **flag)
     add("compress", "--tight", "with the exact likelihood (default), or the paper's", default=True, **yes_no)
-    add("train", "--look-right", "--no-: light networks see up and left only; sampled in a third of the steps", **yes_no)
+    add("train", "--look-right", "--no-: light networks see up and left only: a third of the steps to sample", **yes_no)
     add("eval", "--n", "the first N test images only (default: all)", type=count)
     add("eval", "--coded", "code the first N images, restore them, compare with PNG and WebP", type=count, metavar="N")
     add("sample", "--n", "how many images (default 16)", type=count, default=16)
@@ -2427,8 +2422,7 @@ def parser():
     add("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", **flag)
     add("sample", "--out", "writes NAME.png and NAME.npz (default: in the run's folder)", metavar="NAME")
     add("compress decompress", "--out", "for the results (default: beside the files)", metavar="FOLDER")
-    add("train", "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
-    add("eval sample bench", "--seed", "of everything random, 0..2^31 (default 0)", type=seed, default=0)
+    add("train eval sample bench", "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
     add(" ".join(commands.choices), "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)", type=device,
         default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")  # torchrun's
     return top

@@ -1932,17 +1932,13 @@ def to_array(images):
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def mosaic(images, columns, value=0):
-    """uint8 (N, H, W, 3) -> one picture, (rows H, columns W, 3), row by row, with `value` where no image is left."""
-    n, h, w, _ = images.shape
-    images = np.pad(images, [(0, -n % columns), (0, 0), (0, 0), (0, 0)], constant_values=value)
-    return images.reshape(-1, columns, h, w, 3).swapaxes(1, 2).reshape(-1, columns * w, 3)
-
-
-def image_file(pixels, **how):
-    """uint8 (H, W, 3) -> the bytes of a file; how: for Pillow, format="PNG" unless told."""
+def image_file(images, columns=1, value=0, **how):
+    """One picture of images, uint8 (N, H, W, 3), row by row, `value` where none is left: bytes of a PNG, or see how."""
     from PIL import Image
 
+    n, h, w, _ = images.shape
+    images = np.pad(images, [(0, -n % columns), (0, 0), (0, 0), (0, 0)], constant_values=value)
+    pixels = images.reshape(-1, columns, h, w, 3).swapaxes(1, 2).reshape(-1, columns * w, 3)
     Image.fromarray(pixels).save(buffer := io.BytesIO(), **{"format": "PNG", **how})
     return buffer.getvalue()
 
@@ -1956,7 +1952,7 @@ def save_grid(levels, path, columns=8, tile=64):
     shown = [F.interpolate((level if level.shape[1] == 3 else 17 * level.expand(-1, 3, -1, -1)).cpu(), size)
              for level in levels]
     images = to_array(torch.cat([F.pad(image, (2, 2, 2, 2), value=255) for image in shown], 2))  # levels under levels
-    grid = image_file(mosaic(images, min(columns, len(images)), 255))
+    grid = image_file(images, min(columns, len(images)), 255)
     write_atomically(path, lambda file: file.write(grid))
 
 
@@ -2125,9 +2121,8 @@ def command_eval(args):
 
 def image_bits(images, **how):
     """Bits of a file of Pillow's that holds images, uint8 (N, H, W, 3): each by itself, and all as one mosaic."""
-    files = [image_file(pixels, **how) for pixels in [*images, mosaic(images, math.ceil(math.sqrt(len(images))))]]
-    *single, together = (8 * len(file) for file in files)
-    return sum(single), together
+    single = sum(len(image_file(image[None], **how)) for image in images)
+    return 8 * single, 8 * len(image_file(images, math.ceil(math.sqrt(len(images))), **how))
 
 
 def coded(model, images, nats, tight=True):
@@ -2179,7 +2174,7 @@ def command_codec(args):
                     file = pack(resized(model, tuple(x.shape[1:])), x, args.tight, bar.update)
                 else:
                     x = unpack(model, path.read_bytes(), bar.update)
-                    file = image_file(x.permute(1, 2, 0).numpy())
+                    file = image_file(to_array(x[None]))
         except Problem as error:
             raise Problem(f"{path}: {error}") from None
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -2390,12 +2385,12 @@ def parser():
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
     flag, yes_no = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
 
-    add("eval sample compress decompress export", "run", "folder of train, or a checkpoint file", type=pathlib.Path)
+    add("eval sample compress decompress export", "run", "folder or checkpoint of train", type=pathlib.Path, metavar="RUN")
     add("compress decompress", "files", "images, or .pxa files", nargs="+", metavar="FILE")
     add("export", "file", "to write", metavar="FILE")
     add("bench", "what", choices=("train", "sample"))
     add("train bench", "--model", "default pyramid", choices=MODELS)
-    add("train bench", "--preset", "tiny (default); small: an hour; cifar10, celeba: the paper's", choices=PRESETS)
+    add("train bench", "--preset", "tiny: minutes (default); small: an hour; others: the paper's", choices=PRESETS)
     add("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH, FILE.npy (default: shapes, or the run's)")
     add("train eval sample", "--data-dir", "where cifar10 or celeba lie or go (default: data)", metavar="FOLDER")
     add("train bench", "--size", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)", type=size)
@@ -2404,14 +2399,14 @@ def parser():
     add("train", "--resume", "go on with the run in --out", **flag)
     add("train", "--factor", "train factor K alone, 0 is the coarsest", type=int, metavar="K")
     add("train", "--steps", "for each factor (default: the preset's)", type=count)
-    add("train", "--budget", "minutes a factor in place of --steps; 6,14,40: one each, coarsest first", type=budget)
+    add("train", "--budget", "in place of --steps; 6,14,40: one a factor, coarsest first", type=budget, metavar="MINUTES")
     add("train", "--save-every", "default 120", type=number, default=120.0, metavar="SECONDS")
     add("train bench", "--precision", "of the networks (default: bfloat16 on CUDA)", choices=("float32", "bfloat16"))
     add("train bench", "--compile", "torch.compile (default: on CUDA)", **yes_no)
     add("train", "--lr", "learning rate of Adam (default: the preset's)", type=number)
     add("train eval sample", "--tight", "train, or sample from, the model conditioned on psi(x) = x_hat", **flag)
     add("compress", "--tight", "with the exact likelihood (default), or the paper's", default=True, **yes_no)
-    add("train", "--look-right", "--no-: light networks see up and left only: a third of the steps to sample", **yes_no)
+    add("train", "--look-right", "no: pyramid networks see up and left only; sampled in a third of the steps", **yes_no)
     add("eval", "--n", "the first N test images only (default: all)", type=count)
     add("eval", "--coded", "code the first N images, restore them, compare with PNG and WebP", type=count, metavar="N")
     add("sample", "--n", "how many images (default 16)", type=count, default=16)

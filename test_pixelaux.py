@@ -1355,6 +1355,7 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         ("eval mixed", "another model"), (f"sample {run} --given gone.png", "gone.png"),
         (f"sample {run} --given test --level 9", "--level"), (f"sample {run} --mode best", "best"),
         (f"sample {run} --n -1", "--n"), (f"sample {run} --mode map --shift -1", "--shift"),
+        (f"compress {run} a.png --seed 1", "--seed"),
         (f"eval {run} --data cifar10", "the model is for 16x16 images: CIFAR-10 images are 32x32"),
         (f"eval {run} --data good.npy", "the model is for 16x16 images: the images of good.npy are 8x8"),
     ]:

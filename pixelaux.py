@@ -2129,10 +2129,10 @@ def coded(model, images, nats, tight=True):
     """Code and restore images, uint8 (N, H, W, 3): bits/dim beside -log2 p (nats: (N,)), PNG and WebP; text, dict."""
     n, bits, chunk = len(images), 0, min(64, *map(Decoder.chunk, model.factors))
     with bar_of(2 * n * sum(h * w for _, h, w in model.shapes), "pixel", "coding") as bar:
-        for x in to_tensor(images).split(chunk):
+        for start, x in zip(range(0, n, chunk), to_tensor(images).split(chunk)):
             words = compress(model, x, tight, bar.update)
             if not torch.equal(decompress(model, words, tight, bar.update).cpu(), x):
-                raise AssertionError("images were not restored")
+                raise AssertionError(f"images {start}..{start + len(x) - 1} were not restored")
             bits += 32 * sum(map(len, words))
     rate, ideal = bits / (n * model.dims), float(bits_per_dim(nats.mean(), model.dims))
     result = dict(images=n, coded=rate, ideal=ideal)
@@ -2213,15 +2213,14 @@ def given_images(args, model):
 def command_sample(args):
     if args.shift and args.mode == "map":
         raise Problem("--shift: --mode map draws no values, so there is no variance to change; leave one of them out")
-    model, seed = load(args.run, args.device), args.seed or 0
+    model, seed, tight = load(args.run, args.device), args.seed or 0, bool(args.tight)
     given = given_images(args, model) if args.given else None
     n, shape = (args.n, None) if given is None else (len(given), tuple(given.shape[1:]))
     sampled = itertools.takewhile(lambda level: level != shape, model.shapes)
     with bar_of(n * sum(h * w for _, h, w in sampled), "pixel") as bar:
-        levels = model.sample(n, seed, args.mode, args.shift, bool(args.tight), given, not args.naive,
-                              bar.update)
+        levels = model.sample(n, seed, args.mode, args.shift, tight, given, not args.naive, bar.update)
     name = (f"sample-{args.mode}-{seed}" + f"-shift{args.shift:g}" * bool(args.shift) + "-given" * bool(args.given)
-            + "-tight" * bool(args.tight))
+            + "-tight" * tight)
     out = str(args.out or (args.run if args.run.is_dir() else args.run.parent) / name)
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_grid(levels, f"{out}.png")
@@ -2361,7 +2360,6 @@ class Parser(argparse.ArgumentParser):
 def parser():
     top = Parser(prog="pixelaux.py", description="PixelCNN models with auxiliary variables (Kolesnikov & Lampert 2017)")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
-
     for name, function, text in (("train", command_train, "train all factors of a model in turn, or one of them"),
                                  ("eval", command_eval, "bits/dim on the whole test set, by factor and resolution"),
                                  ("sample", command_sample, "a picture of samples, and the arrays"),
@@ -2377,12 +2375,13 @@ def parser():
 
     count = checked(int, "a whole number above 0", lambda value: value > 0)
     number = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
-    size = checked(lambda text: tuple(map(int, text.lower().split("x"))) * (1 if "x" in text.lower() else 2),
+    size = checked(lambda text: tuple(map(int, text.lower().split("x"))) * (2 if text.isdecimal() else 1),
                    "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda sides: len(sides) == 2 and min(sides) > 0)
     budget = checked(lambda text: tuple(map(float, text.split(","))) if "," in text else float(text),
                      "minutes above 0, such as 10 or 6,14,40", lambda minutes: 0 < np.min(minutes) < math.inf)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
+    best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # LOCAL_RANK: torchrun's
     flag, yes_no = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
 
     add("eval sample compress decompress export", "run", "output folder of train, or a checkpoint file", metavar="RUN",
@@ -2421,8 +2420,7 @@ def parser():
     add("sample", "--out", "writes NAME.png and NAME.npz (default: in the run's folder)", metavar="NAME")
     add("compress decompress", "--out", "for the results (default: beside the files)", metavar="FOLDER")
     add("train eval sample bench", "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
-    add(" ".join(commands.choices), "--device", "cpu, cuda, cuda:1 (default: cuda if there is one)", type=device,
-        default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")  # torchrun's
+    add(" ".join(commands.choices), "--device", "cpu, cuda, cuda:1 (default: cuda, if any)", type=device, default=best)
     return top
 
 

@@ -47,6 +47,7 @@ import struct
 import sys
 import tarfile
 import time
+import timeit
 import urllib.request
 import zipfile
 import zlib
@@ -1864,7 +1865,7 @@ def show_progress(model, k, first, test, out):
 
 
 @torch.inference_mode()
-def evaluate(model, images, batch_size=None, progress=None):
+def evaluate(model, images, batch_size=None, progress=lambda done: None):
     """Log-probabilities of images, uint8 (N, H, W, 3), all of them.
 
     Returns (bound, tight): float64 arrays (factors, N), nats per image, coarsest factor first; both from the same
@@ -1880,8 +1881,7 @@ def evaluate(model, images, batch_size=None, progress=None):
             limits = factor.psi.bounds(level, level_hat) if factor.psi else None
             nats += [head.log_prob(level, bounds).flatten(1).sum(1) for bounds in (None, limits)]
         results.append(torch.stack(nats).double().cpu())  # (2 factors, n)
-        if progress:
-            progress(len(x))
+        progress(len(x))
     results = torch.cat(results, 1).numpy()
     return results[::2], results[1::2]
 
@@ -2252,14 +2252,9 @@ def plain(factor):
 
 def seconds(function, device, repeat=4):
     """Wall-clock time of the best of `repeat` calls; the first one warms up."""
-    times, wait = [], torch.get_device_module(device).synchronize
-    for _ in range(repeat):
-        wait(device)
-        start = time.perf_counter()
-        function()
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    wait = torch.get_device_module(device).synchronize
+    wait(device)
+    return min(timeit.repeat(lambda: (function(), wait(device)), number=1, repeat=repeat))
 
 
 def command_bench(args):

@@ -2303,7 +2303,7 @@ def bench_train(args, device):
               f"{work / ours / 1e12:11.3g}{work / ours / peak:11.0%}{memory / 2**30:7.2f}", flush=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def bench_sample(args, device):
     """The sampler of the finest factor beside its forward pass, and the pyramid's whole chain."""
     cases = [("pyramid", "celeba", 128, {}), ("pixelcnn", "cifar10", 32, dict(nr_resnet=5))]

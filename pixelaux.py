@@ -1308,65 +1308,64 @@ class Shapes:
     """Built-in images whose probability is known: a coloured shape on a coloured ground, and independent noise.
 
     A configuration (square, disc, triangle or cross; centre, radius, two colours) is drawn uniformly, then every
-    sub-pixel gets noise from a logistic with `noise` levels as its scale, discretised and cut off at `bound`. Colours
-    are more than 2 bound apart in some channel, so that the configuration can be read off the image, and log p(X) is
+    sub-pixel gets noise from a logistic with a scale of 0.25 levels, discretised and cut off at `bound`. Colours are
+    more than 2 bound apart in some channel, so that the configuration can be read off the image, and log p(X) is
     exact: -log(number of configurations) + sum log pmf(noise).
     """
 
     palette = np.array([[215, 55, 45], [50, 150, 70], [50, 90, 205], [240, 195, 55]], np.int16)
+    pairs = np.array(list(itertools.permutations(range(4), 2)))  # ground, shape
+    bound = 3
 
-    def __init__(self, size, noise=0.25, bound=3):
-        self.size, self.bound = size, bound
-        edges = 1 / (1 + np.exp(-(np.arange(-bound, bound + 2) - 0.5) / noise))
-        self.pmf = np.diff(edges) / (edges[-1] - edges[0])
-        h, w = size[0] // 2, size[1] // 2  # shapes have pixels of 2x2: their half-resolution view is sharp
+    def __init__(self, size):
+        self.size, (h, w) = size, (side // 2 for side in size)  # drawn in pixels of 2x2: the half-size view is sharp
         side = min(h, w)
         if side < 6 or any(s % 2 for s in size):
             raise Problem(f"--size {size[0]}x{size[1]}: shapes need an even height and width of 12 or more")
         step = max(1, side // 16)
-        kind, cy, cx, radius = np.array([
-            (kind, cy, cx, radius) for kind in range(4) for radius in range(side // 8 + 1, side // 4 + 2, step)
+        radius, cy, cx = np.array([
+            (radius, cy, cx) for radius in range(side // 8 + 1, side // 4 + 2, step)
             for cy in range(radius, h - radius, step) for cx in range(radius, w - radius, step)]).T[:, :, None, None]
         dy, dx = np.arange(h)[:, None] - cy, np.arange(w) - cx
+        square = np.maximum(abs(dy), abs(dx)) <= radius
         disc = dy * dy + dx * dx <= radius * radius + radius
-        triangle = 2 * abs(dx) <= dy + radius
-        cross = (abs(dy) <= radius // 3) | (abs(dx) <= radius // 3)
-        box = (abs(dy) <= radius) & (abs(dx) <= radius)
-        self.masks = box & np.choose(kind, [box, disc, triangle, cross])  # (places, H/2, W/2): where the shape is
-        self.pairs = np.array(list(itertools.permutations(range(len(self.palette)), 2)))  # ground, shape
+        triangle = square & (2 * abs(dx) <= dy + radius)
+        cross = square & (np.minimum(abs(dy), abs(dx)) <= radius // 3)
+        masks = np.concatenate([square, disc, triangle, cross])
+        self.masks = masks.repeat(2, 1).repeat(2, 2)  # bool (places, H, W): where the shape is
         self.log_configurations = math.log(len(self.masks) * len(self.pairs))
+        edges = 1 / (1 + np.exp(-(np.arange(-self.bound, self.bound + 2) - 0.5) / 0.25))
+        self.pmf = np.diff(edges) / (edges[-1] - edges[0])  # of noise -bound..bound
 
     def clean(self, place, pair):
         """Noiseless images, int16 (N, H, W, 3), of the configurations with these indices, (N,)."""
         ground, shape = self.palette[self.pairs[pair].T][:, :, None, None]
-        return np.where(self.masks[place].repeat(2, 1).repeat(2, 2)[..., None], shape, ground)
+        return np.where(self.masks[place][..., None], shape, ground)
 
     def sample(self, n, seed):
         """uint8 (n, H, W, 3), a function of the seed (an int or a sequence of ints)."""
         rng = np.random.default_rng(seed)
         pair, place = rng.integers(len(self.pairs), size=n), rng.integers(len(self.masks), size=n)
-        noise = rng.random((n, *self.size, 3), np.float32)
-        noise = np.searchsorted(self.pmf.cumsum()[:-1], noise, side="right") - self.bound
+        uniform = rng.random((n, *self.size, 3), np.float32)
+        noise = np.searchsorted(self.pmf.cumsum()[:-1], uniform, side="right") - self.bound
         return (self.clean(place, pair) + noise).astype(np.uint8)
 
     def decode(self, x):
         """x: uint8 (N, H, W, 3) -> the noise that x would be, int (N, H, W, 3), around its best configuration."""
         x = np.asarray(x).astype(np.int16)
-        nearest = abs(x[:, :, :, None] - self.palette).sum(-1).argmin(-1)  # (N, H, W): which colour
-        seen = (nearest[:, None] == np.arange(len(self.palette))[:, None, None]).astype(np.float32)
-        seen = F.avg_pool2d(torch.from_numpy(seen), 2).flatten(2).numpy()  # (N, colours, H/2 W/2)
+        nearest = abs(x[:, None] - self.palette[:, None, None]).sum(-1).argmin(1)  # (N, H, W): which colour
+        seen = (nearest.reshape(len(x), 1, -1) == np.arange(len(self.palette))[:, None]).astype(np.float32)
         inside = seen @ self.masks.reshape(len(self.masks), -1).T.astype(np.float32)  # (N, colours, places)
         ground, shape = self.pairs.T
-        agree = inside[:, shape] - inside[:, ground] + seen.sum(2)[:, ground, None]  # (N, pairs, places)
+        agree = inside[:, shape] + (seen.sum(2, keepdims=True) - inside)[:, ground]  # pixels, (N, pairs, places)
         pair, place = np.divmod(agree.reshape(len(x), -1).argmax(1), len(self.masks))
         return x - self.clean(place, pair)
 
     def log_prob(self, x):
         """True log p(X) of uint8 (N, H, W, 3), nats (N,); -inf where X is impossible."""
-        noise = self.decode(x)
-        impossible = (abs(noise) > self.bound).any((1, 2, 3))
-        log_pmf = np.log(self.pmf)[noise.clip(-self.bound, self.bound) + self.bound]
-        return np.where(impossible, -np.inf, log_pmf.sum((1, 2, 3)) - self.log_configurations)
+        far = self.bound + 1
+        log_pmf = np.pad(np.log(self.pmf), 1, constant_values=-np.inf)  # of noise -far..far
+        return log_pmf[self.decode(x).clip(-far, far) + far].sum((1, 2, 3)) - self.log_configurations
 
     def decodable(self, x, share=0.98):
         """bool (N,): at least this share of the sub-pixels within the noise of one configuration."""
@@ -1377,34 +1376,31 @@ class Shapes:
 class Dataset:
     """train, test: uint8 (N, H, W, 3); train is None where images are made on the fly, from `shapes`."""
 
-    train: np.ndarray | Subset | None
+    train: np.ndarray | Subset | torch.Tensor | None
     test: np.ndarray | Subset
     flip: bool = False
     shapes: Shapes | None = None
-    resident: torch.Tensor | None = None  # train once more, uint8 (N, 3, H, W), on the GPU
 
     def batch(self, step, n, seed):
         """Training batch number `step` as uint8 (n, 3, H, W), a function of (step, n, seed)."""
         if self.train is None:
             return to_tensor(self.shapes.sample(n, [*seed, step]))
         size, rows = len(self.train), range(step * n, (step + 1) * n)
-        index = [permutation((*seed, row // size), size)[row % size] for row in rows]
-        if self.resident is None:
-            images = to_tensor(self.train[index])
-        else:
-            images = self.resident[upload(torch.tensor(index), self.resident.device)]
-        if self.flip:
-            flips = torch.from_numpy(np.random.default_rng([*seed, step, 1]).random(n) < 0.5)
-            images = torch.where(upload(flips, images.device)[:, None, None, None], images.flip(3), images)
-        return images
+        index = np.array([permutation((*seed, row // size), size)[row % size] for row in rows])
+        flips = np.random.default_rng([*seed, step, 1]).random(n) < 0.5 * self.flip
+        if getattr(self.train, "is_cuda", False):  # pinned, so that the host does not wait for the GPU
+            index, flips = (torch.from_numpy(x).pin_memory().to(self.train.device, non_blocking=True)
+                            for x in (index, flips))
+        images = to_tensor(self.train[index])
+        return torch.where(torch.as_tensor(flips)[:, None, None, None], images.flip(3), images)
 
     def keep_on(self, device, share=0.25):
-        """Keep the training images on the GPU if they take no more than this share of the memory that is free."""
+        """Move the training images to the GPU if they take no more than this share of the memory that is free."""
         if device.type == "cuda" and self.train is not None:
             size = len(self.train) * self.train[[0]].nbytes
             if size < share * torch.cuda.mem_get_info(device)[0]:
                 chunks = np.array_split(np.arange(len(self.train)), 1 + size // 2**26)
-                self.resident = torch.cat([to_tensor(self.train[rows]).to(device) for rows in chunks])
+                self.train = torch.cat([torch.from_numpy(self.train[rows]).to(device) for rows in chunks])
 
 
 @functools.lru_cache(2)
@@ -1413,14 +1409,11 @@ def permutation(seed, n):
     return np.random.default_rng(seed).permutation(n)
 
 
-def upload(x, device):
-    """x on the device, without the host waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
-
-
 def to_tensor(images):
-    """uint8 (N, H, W, 3) array -> tensor (N, 3, H, W)."""
-    return torch.from_numpy(np.require(images, requirements=("C", "W"))).permute(0, 3, 1, 2)
+    """uint8 (N, H, W, 3), array or tensor -> tensor (N, 3, H, W)."""
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.require(images, requirements=("C", "W")))
+    return images.permute(0, 3, 1, 2)
 
 
 CIFAR10 = dict(url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", md5="c32a1d4ab5d03f1284b67883e8d87530")
@@ -1465,40 +1458,47 @@ def load_cifar10(folder):
         else:
             with tarfile.open(source) as tar:
                 content = b"".join(tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
-    except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
+        images = np.frombuffer(content, np.uint8).reshape(60_000, 3073)[:, 1:]  # the first byte is the label
+    except (tarfile.TarError, KeyError, EOFError, OSError, ValueError, zlib.error) as error:
         raise Problem(f"{source}: not the CIFAR-10 binary archive ({error})") from None
-    if len(content) != 60_000 * 3073:
-        raise Problem(f"{source}: {len(content)} bytes of images, expected CIFAR-10's {60_000 * 3073}")
-    images = np.frombuffer(content, np.uint8).reshape(-1, 3073)[:, 1:]  # the first byte is the label
     return np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
-def read_image(file, size=None, celeba=False):
-    """RGB of an image of any mode, uint8 (H, W, 3): 16 bits scaled, transparency over white, EXIF rotation applied.
+def read_image(file, size=None, celeba=False, exact=False):
+    """The RGB image in a file (pathlib.Path or zipfile.Path), uint8 (H, W, 3). Raises Problem for what is wrong with it.
 
-    size: (H, W), to which a centre crop of that aspect is resized. celeba: first the paper's crop of an aligned
-    178x218 image: 25 left and right, 50 top, 40 bottom.
+    All of Pillow's formats and modes: 16 bits are scaled, transparency goes over white, EXIF rotation is applied.
+    size: (H, W), to which a centre crop of that aspect is resized. celeba: first the paper's crop of an aligned image
+    (178 wide, 218 high): 25 left and right, 50 top, 40 bottom. exact: only images that lose nothing as 8-bit RGB.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
-    if celeba:
-        if image.size != (178, 218):
-            raise Problem(f"{image.width}x{image.height}, expected CelebA's aligned 178x218")
-        image = image.crop((25, 50, 153, 178))
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float64)
-        image = Image.fromarray((values / (257 if values.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if size:
-        if image.width < size[1] or image.height < size[0]:
-            raise Problem(f"{image.width}x{image.height} is smaller than {size[1]}x{size[0]}")
-        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    try:
+        with file.open("rb") as stream, Image.open(stream) as image:
+            if exact and (image.mode not in ("RGB", "L") or image.has_transparency_data or ";16" in str(image.tile)
+                          or getattr(image, "n_frames", 1) > 1):
+                raise Problem(f"{image.mode} image, expected a single one, of 8-bit RGB or gray without transparency")
+            image = ImageOps.exif_transpose(image)
+        if celeba:
+            if image.size != (178, 218):
+                raise Problem(f"{image.height}x{image.width} (height x width), expected CelebA's aligned 218x178")
+            image = image.crop((25, 50, 153, 178))
+        if image.mode.startswith(("I", "F")):
+            values = np.asarray(image, np.float64)
+            scale = 257 if values.max(initial=0) > 255 else 1
+            image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGB")
+        if size:
+            if image.height < size[0] or image.width < size[1]:
+                raise Problem(f"{image.height}x{image.width} (height x width) is smaller than {size[0]}x{size[1]}")
+            image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+        return np.array(image)
+    except UnidentifiedImageError:  # its text is that of a Python object
+        raise Problem("not an image, or of an unknown format") from None
+    except Exception as error:  # Pillow and zipfile raise many kinds
+        raise Problem(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
 
 
 def read_images(kind, sources, size):
@@ -1512,9 +1512,8 @@ def read_images(kind, sources, size):
     from tqdm import tqdm
 
     files, broken, known = [], [], Image.registered_extensions()
-    expected = "expected a folder or a zip file of images"
-    if kind == "celeba":
-        expected = "expected img_align_celeba.zip or its JPEGs (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)"
+    expected = "expected " + {"folder": "a folder or a zip file of images", "celeba": "img_align_celeba.zip or its JPEGs "
+                              "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)"}[kind]
     for source in sources:
         try:
             archive = None if source.is_dir() else zipfile.ZipFile(source)
@@ -1527,17 +1526,15 @@ def read_images(kind, sources, size):
 
     def read(file):
         try:
-            with file.open("rb") as stream:
-                return read_image(stream, size, kind == "celeba").tobytes()
-        except Exception as error:  # Pillow and zipfile raise many kinds
+            return read_image(file, size, kind == "celeba").tobytes()
+        except Problem as error:
             broken.append(f"{file}: {error}")
             return b""
 
     def decode(out):
-        with multiprocessing.pool.ThreadPool() as pool:
-            chunks = (pool.imap(read, files[start : start + 1024]) for start in range(0, len(files), 1024))
-            chained = itertools.chain.from_iterable(chunks)
-            out.writelines(tqdm(chained, f"decoding {kind}", len(files), unit="image"))
+        with multiprocessing.pool.ThreadPool() as pool:  # by 1,024 files, lest decoding run ahead of the disk
+            images = (x for i in range(0, len(files), 1024) for x in pool.imap(read, files[i : i + 1024]))
+            out.writelines(tqdm(images, f"decoding {kind}", len(files), unit="image"))
         for line in broken[:10] + [f"{len(broken) - 10} more files"] * (len(broken) > 10):
             print(f"pixelaux: skipped {line}", file=sys.stderr)
         if len(broken) == len(files):
@@ -1583,8 +1580,7 @@ def load_data(spec, folder, size=None):
         images = load_cifar10(folder)
         return Dataset(images[:50_000], images[50_000:], flip=True), (32, 32)
     if spec == "celeba":
-        sources = [folder] if folder.is_file() else sorted(folder.glob("*.zip")) or [folder]
-        images = read_images("celeba", sources, size or (128, 128))
+        images = read_images("celeba", sorted(folder.glob("*.zip")) or [folder], size or (128, 128))
     elif spec.startswith("folder:"):
         images = read_images("folder", [pathlib.Path(spec.removeprefix("folder:"))], size or (64, 64))
     elif spec.endswith(".npy"):
@@ -1592,7 +1588,8 @@ def load_data(spec, folder, size=None):
     else:
         raise Problem(f"unknown data {spec!r}: expected shapes, cifar10, celeba, folder:PATH or a .npy file")
     if size not in (None, images.shape[1:3]):
-        raise Problem(f"--size {size[0]}x{size[1]}: the images of {spec} are {images.shape[1]}x{images.shape[2]}")
+        height, width = images.shape[1:3]
+        raise Problem(f"--size {size[0]}x{size[1]}: the images of {spec} are {height}x{width} (height x width)")
     if len(images) < 2:
         raise Problem(f"{spec}: one image only; at least 2 are needed, one of them for the test")
     order, count = permutation(0, len(images)), max(1, int(0.05 * len(images)))
@@ -2147,17 +2144,7 @@ def coded(model, images, nats, tight=True):
 
 def read_exactly(path):
     """An image file of 8-bit RGB or gray -> uint8 (3, H, W). Raises Problem for what would not come back the same."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            mode = image.mode + ("A" if "transparency" in image.info else "")
-            if mode not in ("RGB", "L") or getattr(image, "n_frames", 1) > 1:
-                raise Problem(f"{mode} image, expected one of 8-bit RGB or gray without transparency")
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, Image.DecompressionBombError, SyntaxError) as error:  # Pillow's kinds
-        raise Problem(getattr(error, "strerror", None) or str(error)) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return to_tensor(read_image(path, exact=True)[None])[0]
 
 
 def command_codec(args):
@@ -2199,10 +2186,10 @@ def given_images(args, model):
         x = read_npy(args.given)
     else:
         try:
-            x = read_image(args.given)[None].repeat(args.n, 0)
-        except Exception as error:  # Pillow raises many kinds
+            x = read_image(pathlib.Path(args.given))[None].repeat(args.n, 0)
+        except Problem as error:
             raise Problem(f"--given {args.given}: {error}") from None
-    x = to_tensor(x[np.arange(min(args.n, len(x)))])
+    x = to_tensor(x[: args.n])
     if tuple(x.shape[1:]) == model.shapes[0]:
         if not 1 <= args.level <= len(model.chain):
             raise Problem(f"--level {args.level}: the model has levels 1..{len(model.chain)} below X")

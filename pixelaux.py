@@ -31,6 +31,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -1318,8 +1319,8 @@ class Shapes:
     bound = 3
 
     def __init__(self, size):
-        self.size, (h, w) = size, (side // 2 for side in size)  # drawn in pixels of 2x2: the half-size view is sharp
-        side = min(h, w)
+        h, w = size[0] // 2, size[1] // 2  # shapes have pixels of 2x2: their half-resolution view is sharp
+        self.size, side = size, min(h, w)
         if side < 6 or any(s % 2 for s in size):
             raise Problem(f"--size {size[0]}x{size[1]}: shapes need an even height and width of 12 or more")
         step = max(1, side // 16)
@@ -1436,7 +1437,7 @@ def download(url, path, md5):
                 shutil.copyfileobj(body, file)
         if part.stat().st_size < total:
             raise OSError("the connection broke off")
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", None) != 416:  # 416: the part is the whole file already
             raise Problem(f"{url}: {error}; run again to go on, or fetch it by hand into {path.parent}") from None
     if (found := hashlib.md5(part.read_bytes()).hexdigest()) != md5:
@@ -1465,18 +1466,19 @@ def load_cifar10(folder):
 
 
 def read_image(file, size=None, celeba=False, exact=False):
-    """The RGB image in a file (pathlib.Path or zipfile.Path), uint8 (H, W, 3). Raises Problem for what is wrong with it.
+    """The image in a file (pathlib.Path or zipfile.Path) as RGB, uint8 (H, W, 3). Raises Problem, without the name.
 
     All of Pillow's formats and modes: 16 bits are scaled, transparency goes over white, EXIF rotation is applied.
     size: (H, W), to which a centre crop of that aspect is resized. celeba: first the paper's crop of an aligned image
-    (178 wide, 218 high): 25 left and right, 50 top, 40 bottom. exact: only images that lose nothing as 8-bit RGB.
+    (218 high, 178 wide): 25 left and right, 50 top, 40 bottom. exact: refuses what would lose something as 8-bit RGB.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with file.open("rb") as stream, Image.open(stream) as image:
-            if exact and (image.mode not in ("RGB", "L") or image.has_transparency_data or ";16" in str(image.tile)
-                          or getattr(image, "n_frames", 1) > 1):
+            deep = ";16" in str(image.tile)  # 16-bit RGB, which Pillow opens as 8-bit RGB
+            other = deep or image.mode not in ("RGB", "L") or image.has_transparency_data
+            if exact and (other or getattr(image, "n_frames", 1) > 1):
                 raise Problem(f"{image.mode} image, expected a single one, of 8-bit RGB or gray without transparency")
             image = ImageOps.exif_transpose(image)
         if celeba:
@@ -1492,11 +1494,11 @@ def read_image(file, size=None, celeba=False, exact=False):
         image = image.convert("RGB")
         if size:
             if image.height < size[0] or image.width < size[1]:
-                raise Problem(f"{image.height}x{image.width} (height x width) is smaller than {size[0]}x{size[1]}")
+                raise Problem("{}x{} is smaller than --size {}x{} (height x width)".format(*image.size[::-1], *size))
             image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
         return np.array(image)
-    except UnidentifiedImageError:  # its text is that of a Python object
-        raise Problem("not an image, or of an unknown format") from None
+    except UnidentifiedImageError:  # its text shows a Python object
+        raise Problem("not an image that Pillow can read") from None
     except Exception as error:  # Pillow and zipfile raise many kinds
         raise Problem(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
 
@@ -1512,8 +1514,8 @@ def read_images(kind, sources, size):
     from tqdm import tqdm
 
     files, broken, known = [], [], Image.registered_extensions()
-    expected = "expected " + {"folder": "a folder or a zip file of images", "celeba": "img_align_celeba.zip or its JPEGs "
-                              "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)"}[kind]
+    expected = "expected a folder or a zip file of images" if kind == "folder" else (
+        "expected img_align_celeba.zip or its JPEGs (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)")
     for source in sources:
         try:
             archive = None if source.is_dir() else zipfile.ZipFile(source)

@@ -507,13 +507,15 @@ class Conv(nn.Module):
     def geometry(self):
         return self.kernel, self.offset, self.stride, self.up
 
-    def taps(self, source, target):
+    @staticmethod
+    @functools.lru_cache(100)
+    def taps(geometry, source, target):
         """Flat positions in the source (int64, (H_t W_t, kh kw)) that each target position reads; H_s W_s: outside."""
-        (h, w), (kh, kw), (oy, ox) = source, self.kernel, self.offset
+        (h, w), ((kh, kw), (oy, ox), stride, up) = source, geometry
         r, c, ky, kx = np.ogrid[: target[0], : target[1], :kh, :kw]
-        r, c = (r + oy - ky, c + ox - kx) if self.up else (self.stride * r + ky - oy, self.stride * c + kx - ox)
-        whole = (r % 2 == 0) & (c % 2 == 0) if self.up else True
-        r, c = (r // 2, c // 2) if self.up else (r, c)
+        r, c = (r + oy - ky, c + ox - kx) if up else (stride * r + ky - oy, stride * c + kx - ox)
+        whole = (r % 2 == 0) & (c % 2 == 0) if up else True
+        r, c = (r // 2, c // 2) if up else (r, c)
         inside = whole & (r >= 0) & (r < h) & (c >= 0) & (c < w)
         return np.where(inside, r * w + c, h * w).reshape(target[0] * target[1], kh * kw)
 
@@ -865,14 +867,11 @@ class Schedule:
     """
 
     def __init__(self, net, size, multiple, fast, device):
-        first = net.nodes_given
+        first, self.multiple, self.device = net.nodes_given, multiple, device
         sizes = [net.size(i, size) for i in range(len(net.channels))]
         count = [h * w for h, w in sizes]
-        tables = {(sizes[node], sizes[i], conv.geometry): conv
-                  for i, layer in enumerate(net.layers, first) for node, conv in zip(layer.sources, layer.convs)}
-        tables = {key: conv.taps(*key[:2]) for key, conv in tables.items()}
         # reads: of each layer, {which source, or "residual": (node, its positions that are read, (H W, taps))}
-        reads = [{j: (node, tables[sizes[node], sizes[i], conv.geometry])
+        reads = [{j: (node, Conv.taps(conv.geometry, sizes[node], sizes[i]))
                   for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)) if node not in net.embeddings}
                  for i, layer in enumerate(net.layers, first)]
         for i, (layer, read) in enumerate(zip(net.layers, reads), first):
@@ -880,9 +879,8 @@ class Schedule:
                 read["residual"] = layer.residual, np.arange(count[i])[:, None]
 
         def times(lag, latest=None):
-            """The step of each pixel, and the first step at which each position of each node is known."""
-            r, c = np.ogrid[: size[0], : size[1]]
-            drawn = (c + lag * r).ravel()
+            """The step of each pixel, and the first step at which each position of each node (and outside) is known."""
+            drawn = np.add.outer(lag * np.arange(size[0]), np.arange(size[1])).ravel()
             ready = [np.append(drawn + 1, 0)] + [np.zeros(n + 1, int) for n in count[1:first]]
             for i, read in enumerate(reads, first):
                 step = np.max([ready[node][table].max(1) for node, table in read.values()], 0)
@@ -906,94 +904,85 @@ class Schedule:
                 for tap in table.T:  # with one tap no two positions read the same
                     latest[node][tap] = np.minimum(latest[node][tap], latest[i][:-1])
         drawn, ready = times(lag, latest)
+        ready[-1][:-1] = drawn
 
         # parts: of each layer, in order: (the step of each position, {which source: its taps})
         parts = []
         for i, read in enumerate(reads, first):
-            step, split = ready[i][:-1] if i < len(count) - 1 else drawn, ({}, {})
+            step, split = ready[i][:-1], ({}, {})
             row = step // lag * lag
             for j, (node, table) in read.items():
                 early = (ready[node][table] <= row[:, None]).all(0) & (lag >= 4) & (node > 0)
                 for taps, mask in zip(split, (early, ~early)):
                     if mask.any() and j != "residual":
                         taps[j] = tuple(np.flatnonzero(mask).tolist())
-            when, split = [row, step], [taps for taps in split if taps]
-            parts.append([(fast * step, taps) for step, taps in zip(when[-len(split) :], split)])
-        written = [fast * drawn, *(0 * step[:-1] for step in ready[1:first]), *(part[-1][0] for part in parts)]
+            parts.append([(fast * when, taps) for when, taps in zip((row, step), split) if taps])
+        written = [fast * drawn] + [fast * step[:-1] for step in ready[1:]]
 
         # ring: of each resolution, how many positions, whole rows, hold what is still to be read
         last = [np.append(step, 0) for step in written]
-        sums = []  # the early part's sum is read by the late one
         for i, (read, part) in enumerate(zip(reads, parts), first):
-            sums += [(sizes[i], part[0][0], written[i])]
             for step, taps in [*part, (written[i], {"residual": (0,)} if "residual" in read else {})]:
                 for j, some in taps.items():
                     for tap in read[j][1].T[list(some)]:
                         last[read[j][0]][tap] = np.maximum(last[read[j][0]][tap], step)
-        kept = sums + [(sizes[i], written[i], last[i][:-1]) for i in [0, *range(first, len(count))]]
-        ring = {}
-        for size in sizes:
-            h, w = size
-            ring[size] = next(n * w for n in range(1, h + 1) if all(
-                (begin[n * w :] > end[: len(end) - n * w]).all() for of, begin, end in kept if of == size))
+        lives = [(sizes[i], written[i], last[i][:-1]) for i in [0, *range(first, len(count))]]
+        lives += [(sizes[i], part[0][0], written[i]) for i, part in enumerate(parts, first)]  # sums of early taps
+        ring = {(h, w): next(n * w for n in range(1, h + 1) if all(
+            (begin[n * w :] > end[: h * w - n * w]).all() for of, begin, end in lives if of == (h, w)))
+            for h, w in set(sizes)}
 
-        def padded(n):
-            n = -(-n // multiple)
-            # on CUDA in powers of two: few different shapes, each captured as one graph
-            return multiple * (1 << (n - 1).bit_length() if n and device.type == "cuda" else n)
+        # indices: (slots of the buffer, step of each position, what is read there, (H W + 1, taps), padding last)
+        self.indices, numbers = [], {}
 
-        # positions: of each group at each step; rows: key -> what is read at each position; slots: of the buffer read.
-        # A key is a group (its own positions' slots), (group,) (the positions), or a group and the taps that it reads.
-        groups, positions, rows, self.slots = {}, {}, {}, {}
-        steps = 1 + max(int(step.max()) for step in written)
+        def index(slots, step, table, padding):
+            table = np.concatenate([table, np.full_like(table[:1], padding)])
+            number = numbers.setdefault((slots, step.tobytes(), table.tobytes()), len(self.indices))
+            self.indices += [(slots, step, table)] * (number == len(self.indices))
+            return number
 
-        def in_ring(size, table):
-            outside = math.prod(size)
-            return np.where(table < outside, table % ring[size], table - outside + ring[size])
+        def slots(i, step):
+            table, n = np.arange(count[i])[:, None], ring[sizes[i]]
+            return index(n + 2, step, table % n, n + 1)
 
-        def group_of(i, step):
-            group = groups.setdefault((sizes[i], step.tobytes()), len(groups))
-            if group not in positions:
-                each = np.split(step.argsort(kind="stable"), np.bincount(step, minlength=steps).cumsum()[:-1])
-                positions[group] = [np.pad(part, (0, padded(len(part)) - len(part)), constant_values=count[i] + 1)
-                                    for part in each]
-                rows[group] = in_ring(sizes[i], np.arange(count[i] + 2)[:, None])
-                self.slots[group] = ring[sizes[i]] + 2
-            return group
+        def positions(i, step):
+            return index(count[i] + 2, step, np.arange(count[i])[:, None], count[i] + 1)
 
-        def key_of(i, group, node, conv, taps):
-            if conv.kernel == (1, 1):
-                return group
-            key = group, sizes[node], conv.geometry, taps
-            table = tables[key[1], sizes[i], conv.geometry][:, taps]
-            rows[key] = in_ring(sizes[node], np.concatenate([table, np.full((2, len(taps)), count[node])]))
-            self.slots[key] = ring[sizes[node]] + 2
-            return key
+        def gather(i, step, node, table):
+            if np.array_equal(table, np.arange(count[i])[:, None]):  # at the same place: 1x1
+                return slots(i, step)
+            n = ring[sizes[node]]
+            return index(n + 2, step, np.where(table < count[node], table % n, n), n)
 
-        def everywhere(i, group):
-            rows[group,], self.slots[group,] = np.arange(count[i] + 2)[:, None], count[i] + 2
-            return group,
+        # parts: of each layer, in order: (index of its slots, of its positions, [(which source, its taps, index)])
+        self.input, self.drawn, self.parts = slots(0, written[0]), positions(0, written[0]), []
+        for i, (layer, read, part) in enumerate(zip(net.layers, reads, parts), first):
+            self.parts.append([(slots(i, step), positions(i, step) if {*net.embeddings} & {*layer.sources} else None,
+                                [(j, some, gather(i, step, read[j][0], read[j][1][:, some]))
+                                 for j, some in taps.items()]) for step, taps in part])
+        self.set_steps(drawn if fast else None)
 
-        # parts: of each layer, in order: (group, [(source, its taps, key)])
-        self.input = everywhere(0, group_of(0, written[0]))
-        self.parts = []
-        for i, (layer, part) in enumerate(zip(net.layers, parts), first):
-            if net.embeddings and any(node in net.embeddings for node in layer.sources):
-                everywhere(i, group_of(i, part[0][0]))
-            self.parts.append([
-                (group, [(j, some, key_of(i, group, layer.sources[j], layer.convs[j], some))
-                         for j, some in taps.items()])
-                for step, taps in part for group in [group_of(i, step)]])
-        # steps: (layout, indices), layout = ((key, how many), ..) for keys that have any; pixels: how many are drawn
+    def set_steps(self, drawn):
+        """steps: (layout, indices), layout = ((index, how many), ..) for those that have any; pixels: how many are
+        drawn."""
+        steps = 1 + max(int(step.max()) for _, step, _ in self.indices)
+        found = []
+        for _, step, table in self.indices:
+            each = np.split(step.argsort(kind="stable"), np.bincount(step, minlength=steps).cumsum()[:-1])
+            found.append([table[np.pad(part, (0, self.padding(len(part))), constant_values=len(step))].ravel()
+                          for part in each])
         self.steps, self.pixels = [], []
-        for t in range(steps):
-            found = {key: table[positions[key[0] if isinstance(key, tuple) else key][t]].ravel()
-                     for key, table in rows.items()}
-            layout = tuple((key, len(part)) for key, part in found.items() if len(part))
+        for t, parts in enumerate(zip(*found)):
+            layout = tuple((number, len(part)) for number, part in enumerate(parts) if len(part))
             if layout:
-                indices = np.concatenate([found[key] for key, _ in layout])
-                self.steps.append((layout, torch.from_numpy(indices).to(device)))
-                self.pixels.append(int((drawn == t).sum()) if fast else 1)
+                self.steps.append((layout, torch.from_numpy(np.concatenate(parts)).to(self.device)))
+                self.pixels.append(1 if drawn is None else int((drawn == t).sum()))
+
+    def padding(self, n):
+        """How many positions to add to n: to a multiple of `multiple`, on CUDA by a power of two (few different
+        shapes, each captured as one graph)."""
+        groups = -(-n // self.multiple)
+        return self.multiple * (1 << (groups - 1).bit_length() if n and self.device.type == "cuda" else groups) - n
 
 
 class Draw:
@@ -1045,40 +1034,41 @@ class Decoder:
         if key not in cache:
             cache[key] = Schedule(net, *key)
         self.schedule = schedule = cache[key]
+        self.slots = [slots for slots, _, _ in schedule.indices]
         e = dict(zip(net.embeddings, map(concat_elu, factor.embeddings(x_hat))))
-        groups = {0: schedule.input[0]} | {i: parts[-1][0] for i, parts in enumerate(schedule.parts, first)}
+        own = {0: schedule.input} | {i: parts[-1][0] for i, parts in enumerate(schedule.parts, first)}
         outputs = [{} for _ in net.channels]  # of each node: activation that is read -> its buffer, if it needs one
 
         def buffer(node, channels):
-            return torch.zeros(n * schedule.slots[groups[node]], channels, dtype=factor.dtype, device=self.device)
+            return torch.zeros(n * self.slots[own[node]], channels, dtype=factor.dtype, device=self.device)
 
-        def read(node, activation, key):
+        def read(node, activation, index):
             """(what is read, its buffer, where in it); no buffer if it is there from the same step."""
             outputs[node].setdefault(activation)
-            if key != groups[node] and outputs[node][activation] is None:
+            if index != own[node] and outputs[node][activation] is None:
                 outputs[node][activation] = buffer(node, net.channels[node] * (1 + (activation == "concat_elu")))
-            return (node, activation), None if key == groups[node] else outputs[node][activation], key
+            return (node, activation), None if index == own[node] else outputs[node][activation], index
 
-        self.records = []  # a part each: its group, reads, product, what is added to it, layer, residual, node, outputs
+        # records: of each part: its slots, reads, product, what is added to it, layer, residual, node, outputs
+        self.records = []
         for i, (layer, parts) in enumerate(zip(net.layers, schedule.parts), first):
             bias, added = sum(conv.b for node, conv in zip(layer.sources, layer.convs) if node not in e), None
             for node, conv in zip(layer.sources, layer.convs):
                 if node in e:  # one at most
                     projection = conv(e[node], net.size(i, (h, w))).flatten(2).transpose(1, 2)
-                    added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), (parts[0][0],)
-            for part, (group, reads) in enumerate(parts, 1):
+                    added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), parts[0][1]
+            for part, (slots, _, reads) in enumerate(parts, 1):
                 weight = torch.cat([layer.convs[j].matrix(taps) for j, taps, _ in reads], 1)
-                reads = [read(layer.sources[j], layer.convs[j].activation, key) for j, _, key in reads]
+                reads = [read(layer.sources[j], layer.convs[j].activation, index) for j, _, index in reads]
                 if part < len(parts):  # the early part is a sum for the other one to go on with
                     early = buffer(i, len(weight))
-                    self.records.append((group, reads, product(weight, bias), added, None, None, i, {"none": early}))
-                    added, bias = (None, early, parts[-1][0]), torch.zeros_like(bias)
+                    self.records.append((slots, reads, product(weight, bias), added, None, None, i, {"none": early}))
+                    added, bias = (None, early, own[i]), torch.zeros_like(bias)
                 else:
-                    residual = None if layer.residual is None else read(layer.residual, "none", group)
-                    self.records.append((group, reads, product(weight, bias), added, layer, residual, i, outputs[i]))
+                    residual = None if layer.residual is None else read(layer.residual, "none", slots)
+                    self.records.append((slots, reads, product(weight, bias), added, layer, residual, i, outputs[i]))
         self.input = outputs[0]["none"]
-        images = torch.arange(n, device=self.device).unsqueeze(1)
-        self.offsets = {key: images * slots for key, slots in schedule.slots.items()}
+        self.images = torch.arange(n, device=self.device).unsqueeze(1)
         self.canvas = torch.zeros(n, h * w + 2, c, dtype=torch.long, device=self.device)
 
     @staticmethod
@@ -1115,22 +1105,20 @@ class Decoder:
 
     def step(self, layout, indices, symbol, only=None):
         """Evaluate what `layout` names, then draw. only: draw this position alone (the full pass)."""
-        n = self.n
-        length = dict(layout)
+        n, length = self.n, dict(layout)
         index = dict(zip(length, indices.split(list(length.values()))))
-        positions, slots = index.get(self.schedule.input), index.get(self.schedule.input[0])  # of the pixels to draw
+        positions, slots = index.get(self.schedule.drawn), index.get(self.schedule.input)  # of the pixels to draw
         if n > 1:  # the images' buffers lie one after the other
-            index = {key: (part + self.offsets[key]).view(-1) for key, part in index.items()}
+            index = {number: (part + self.images * self.slots[number]).view(-1) for number, part in index.items()}
         now, rows = {}, 0
 
-        def rows_of(read, buffer, key):
-            return now[read] if buffer is None else buffer.index_select(0, index[key]).view(rows, -1)
+        def rows_of(read, buffer, number):
+            return now[read] if buffer is None else buffer.index_select(0, index[number]).view(rows, -1)
 
-        for group, reads, product, added, layer, residual, node, outputs in self.records:
-            if group not in index:
+        for own, reads, product, added, layer, residual, node, outputs in self.records:
+            if own not in index:
                 continue
-            rows = n * length[group]
-
+            rows = n * length[own]
             taps = [rows_of(*read) for read in reads]
             y = product(torch.cat(taps, 1) if len(taps) > 1 else taps[0])
             if added:
@@ -1140,7 +1128,7 @@ class Decoder:
             for activation, buffer in outputs.items():
                 now[node, activation] = value = ACTIVATIONS[activation](y)
                 if buffer is not None:
-                    buffer.index_copy_(0, index[group], value)
+                    buffer.index_copy_(0, index[own], value)
         if positions is None:
             return
         if only is not None:

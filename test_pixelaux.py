@@ -621,10 +621,10 @@ def test_every_activation_is_computed_once():
     assert schedule.lag == 12
     for i, (layer, parts) in enumerate(zip(net.layers, schedule.parts), net.nodes_given):
         h, w = net.size(i, (8, 12))
-        for group, _ in parts:
-            slots = [dict(zip([k for k, _ in layout], indices.split([m for _, m in layout]))).get(group)
+        for own, _, _ in parts:
+            slots = [dict(zip([k for k, _ in layout], indices.split([m for _, m in layout]))).get(own)
                      for layout, indices in schedule.steps]
-            slots, ring = [s.numpy() for s in slots if s is not None], schedule.slots[group] - 2
+            slots, ring = [s.numpy() for s in slots if s is not None], schedule.indices[own][0] - 2
             assert sorted(s for s in np.concatenate(slots) if s < ring) == sorted(p % ring for p in range(h * w))
             assert ring <= 3 * w  # the rows above are forgotten
             if layer.convs[0].kernel == (2, 3):

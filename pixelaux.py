@@ -856,7 +856,7 @@ class Schedule:
 
     With few images the time goes into reading the weights, once a step. So a layer has up to two parts: the taps that
     are there `lag` steps early (in the raster order those of the row above) are summed for lag steps together, a row,
-    and the others when the position's time comes. Parts with equal times form a group.
+    and the others when the position's time comes.
 
     Of each layer the last few rows are kept, those that are still to be read: position p lies in slot p mod `ring` of
     its buffer. Slot ring stands for "outside" and holds 0; slot ring + 1 takes what is computed for padding: positions
@@ -867,102 +867,120 @@ class Schedule:
     """
 
     def __init__(self, net, size, multiple, fast, device):
-        first, self.multiple, self.device = net.nodes_given, multiple, device
-        sizes = [net.size(i, size) for i in range(len(net.channels))]
-        count = [h * w for h, w in sizes]
+        self.first, self.multiple, self.device = net.nodes_given, multiple, device
+        self.sizes = [net.size(i, size) for i in range(len(net.channels))]
+        self.count = [h * w for h, w in self.sizes]
         # reads: of each layer, {which source, or "residual": (node, its positions that are read, (H W, taps))}
-        reads = [{j: (node, Conv.taps(conv.geometry, sizes[node], sizes[i]))
-                  for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)) if node not in net.embeddings}
-                 for i, layer in enumerate(net.layers, first)]
-        for i, (layer, read) in enumerate(zip(net.layers, reads), first):
+        self.reads = [{j: (node, Conv.taps(conv.geometry, self.sizes[node], self.sizes[i]))
+                       for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)) if node not in net.embeddings}
+                      for i, layer in enumerate(net.layers, self.first)]
+        for i, (layer, read) in enumerate(zip(net.layers, self.reads), self.first):
             if layer.residual is not None:
-                read["residual"] = layer.residual, np.arange(count[i])[:, None]
-
-        def times(lag, latest=None):
-            """The step of each pixel, and the first step at which each position of each node (and outside) is known."""
-            drawn = np.add.outer(lag * np.arange(size[0]), np.arange(size[1])).ravel()
-            ready = [np.append(drawn + 1, 0)] + [np.zeros(n + 1, int) for n in count[1:first]]
-            for i, read in enumerate(reads, first):
-                step = np.max([ready[node][table].max(1) for node, table in read.values()], 0)
-                row = -(-step // lag) * lag
-                ready.append(np.append(row if latest and (row <= latest[i][:-1]).all() else step, 0))
-            return drawn, ready
-
+                read["residual"] = layer.residual, np.arange(self.count[i])[:, None]
         low, high = 1, size[1]
         while low < high:
             lag = (low + high) // 2
-            drawn, ready = times(lag)
-            low, high = (low, lag) if (ready[-1][:-1] <= drawn).all() else (lag + 1, high)
-        self.lag = lag = low
-        drawn, ready = times(lag)
-        if (ready[-1][:-1] > drawn).any():
+            drawn, ready = self.times(lag)
+            low, high = (low, lag) if (ready[-1] <= drawn).all() else (lag + 1, high)
+        self.lag = low
+        drawn, ready = self.times(low)
+        if (ready[-1] > drawn).any():
             raise AssertionError("the network is not causal")
-        latest = [np.full(n + 1, drawn.max()) for n in count]
-        latest[-1][:-1] = drawn
-        for i, read in reversed(list(enumerate(reads, first))):
+        _, ready = self.times(low, self.latest(drawn))
+        ready[-1] = drawn
+        parts = self.split(ready)
+        if fast:
+            ready[0] = drawn
+        else:  # the same parts, all at once
+            ready = [0 * step for step in ready]
+            parts = [[(0 * step, taps) for step, taps in part] for part in parts]
+        self.number(net, parts, ready)
+        self.collect(drawn[:-1] if fast else None)
+
+    def times(self, lag, latest=None):
+        """The step of each pixel, and the first step at which each position of each node is known; of "outside" 0."""
+        (h, w), n = self.sizes[0], self.first
+        drawn = np.append(np.add.outer(lag * np.arange(h), np.arange(w)), 0)
+        ready = [drawn + 1, *(np.zeros(count + 1, int) for count in self.count[1:n])]
+        ready[0][-1] = 0
+        for i, read in enumerate(self.reads, n):
+            step = np.append(np.max([ready[node][table].max(1) for node, table in read.values()], 0), 0)
+            row = -(-step // lag) * lag
+            ready.append(row if latest and (row <= latest[i]).all() else step)
+        return drawn, ready
+
+    def latest(self, drawn):
+        """The last step at which each position of each node serves its purpose."""
+        latest = [np.full(count + 1, drawn.max()) for count in self.count[:-1]] + [drawn]
+        for i, read in reversed(list(enumerate(self.reads, self.first))):
             for node, table in read.values():
                 for tap in table.T:  # with one tap no two positions read the same
                     latest[node][tap] = np.minimum(latest[node][tap], latest[i][:-1])
-        drawn, ready = times(lag, latest)
-        ready[-1][:-1] = drawn
+        return latest
 
-        # parts: of each layer, in order: (the step of each position, {which source: its taps})
+    def split(self, ready):
+        """Of each layer its parts, in order: (the step of each position, {which source: its taps})."""
         parts = []
-        for i, read in enumerate(reads, first):
-            step, split = ready[i][:-1], ({}, {})
-            row = step // lag * lag
+        for i, read in enumerate(self.reads, self.first):
+            split, row = ({}, {}), ready[i] // self.lag * self.lag
             for j, (node, table) in read.items():
-                early = (ready[node][table] <= row[:, None]).all(0) & (lag >= 4) & (node > 0)
+                early = (ready[node][table] <= row[:-1, None]).all(0) & (self.lag >= 4) & (node > 0)
                 for taps, mask in zip(split, (early, ~early)):
                     if mask.any() and j != "residual":
                         taps[j] = tuple(np.flatnonzero(mask).tolist())
-            parts.append([(fast * when, taps) for when, taps in zip((row, step), split) if taps])
-        written = [fast * drawn] + [fast * step[:-1] for step in ready[1:]]
+            parts.append([(step, taps) for step, taps in zip((row, ready[i]), split) if taps])
+        return parts
 
-        # ring: of each resolution, how many positions, whole rows, hold what is still to be read
-        last = [np.append(step, 0) for step in written]
-        for i, (read, part) in enumerate(zip(reads, parts), first):
+    def rings(self, parts, written):
+        """Of each resolution, how many positions, in whole rows, hold all that is still to be read."""
+        last = [step.copy() for step in written]
+        for i, (read, part) in enumerate(zip(self.reads, parts), self.first):
             for step, taps in [*part, (written[i], {"residual": (0,)} if "residual" in read else {})]:
-                for j, some in taps.items():
-                    for tap in read[j][1].T[list(some)]:
-                        last[read[j][0]][tap] = np.maximum(last[read[j][0]][tap], step)
-        lives = [(sizes[i], written[i], last[i][:-1]) for i in [0, *range(first, len(count))]]
-        lives += [(sizes[i], part[0][0], written[i]) for i, part in enumerate(parts, first)]  # sums of early taps
-        ring = {(h, w): next(n * w for n in range(1, h + 1) if all(
-            (begin[n * w :] > end[: h * w - n * w]).all() for of, begin, end in lives if of == (h, w)))
-            for h, w in set(sizes)}
+                for node, tap in [(read[j][0], read[j][1][:, tap]) for j, some in taps.items() for tap in some]:
+                    last[node][tap] = np.maximum(last[node][tap], step[:-1])
+        lives = [(self.sizes[i], written[i], last[i]) for i in range(len(written)) if not 0 < i < self.first]
+        lives += [(self.sizes[i], part[0][0], written[i]) for i, part in enumerate(parts, self.first)]  # early sums
 
-        # indices: (slots of the buffer, step of each position, what is read there, (H W + 1, taps), padding last)
-        self.indices, numbers = [], {}
+        def enough(h, w, ring):
+            return all((begin[ring:-1] > end[: h * w - ring]).all() for size, begin, end in lives if size == (h, w))
+
+        return {(h, w): next(n * w for n in range(1, h + 1) if enough(h, w, n * w)) for h, w in set(self.sizes)}
+
+    def number(self, net, parts, written):
+        """indices: (slots of a buffer, the step of each position, (H W + 1, taps) what is read there; padding last).
+
+        parts: of each layer, in order: (index of its slots, of its positions if the embedding is needed there,
+        [(which source, its taps, index)]).
+        """
+        self.indices, numbers, rings = [], {}, self.rings(parts, written)
 
         def index(slots, step, table, padding):
             table = np.concatenate([table, np.full_like(table[:1], padding)])
             number = numbers.setdefault((slots, step.tobytes(), table.tobytes()), len(self.indices))
-            self.indices += [(slots, step, table)] * (number == len(self.indices))
+            self.indices += [(slots, step[:-1], table)] * (number == len(self.indices))
             return number
 
         def slots(i, step):
-            table, n = np.arange(count[i])[:, None], ring[sizes[i]]
-            return index(n + 2, step, table % n, n + 1)
+            ring = rings[self.sizes[i]]
+            return index(ring + 2, step, np.arange(self.count[i])[:, None] % ring, ring + 1)
 
         def positions(i, step):
-            return index(count[i] + 2, step, np.arange(count[i])[:, None], count[i] + 1)
+            return index(self.count[i] + 2, step, np.arange(self.count[i])[:, None], self.count[i] + 1)
 
         def gather(i, step, node, table):
-            if np.array_equal(table, np.arange(count[i])[:, None]):  # at the same place: 1x1
+            if np.array_equal(table, np.arange(self.count[i])[:, None]):  # at the same place: 1x1
                 return slots(i, step)
-            n = ring[sizes[node]]
-            return index(n + 2, step, np.where(table < count[node], table % n, n), n)
+            ring = rings[self.sizes[node]]
+            return index(ring + 2, step, np.where(table < self.count[node], table % ring, ring), ring)
 
-        # parts: of each layer, in order: (index of its slots, of its positions, [(which source, its taps, index)])
         self.input, self.drawn, self.parts = slots(0, written[0]), positions(0, written[0]), []
-        for i, (layer, read, part) in enumerate(zip(net.layers, reads, parts), first):
-            self.parts.append([(slots(i, step), positions(i, step) if {*net.embeddings} & {*layer.sources} else None,
+        for i, (layer, read, part) in enumerate(zip(net.layers, self.reads, parts), self.first):
+            embedded = not {*net.embeddings}.isdisjoint(layer.sources)
+            self.parts.append([(slots(i, step), positions(i, step) if embedded else None,
                                 [(j, some, gather(i, step, read[j][0], read[j][1][:, some]))
                                  for j, some in taps.items()]) for step, taps in part])
-        self.set_steps(drawn if fast else None)
 
-    def set_steps(self, drawn):
+    def collect(self, drawn):
         """steps: (layout, indices), layout = ((index, how many), ..) for those that have any; pixels: how many are
         drawn."""
         steps = 1 + max(int(step.max()) for _, step, _ in self.indices)

@@ -434,15 +434,6 @@ def concat_elu(x):
 ACTIVATIONS = {"none": lambda x: x, "elu": F.elu, "concat_elu": concat_elu}
 
 
-def dropout(x, p):
-    """Dropout, p in multiples of 1/256. On the CPU from random bytes: torch's takes twice as long as a convolution."""
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.uint8)[: x.numel()] >= round(256 * p)
-    return x * keep.as_strided(x.shape, x.stride()).to(x.dtype).mul_(1 / (1 - p))
-
-
 class Conv(nn.Module):
     """Weight-normalised convolution, described once by its taps; causality is a matter of `offset` alone.
 
@@ -475,8 +466,8 @@ class Conv(nn.Module):
 
     def forward(self, x, size):
         """x: (N, C_in, H, W), activated -> (N, C_out, *size)."""
-        if self.dropout and self.training:
-            x = dropout(x, self.dropout)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
         if self.initialise:
             self.data_dependent_init(x, size)
         if self.exact:

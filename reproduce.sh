@@ -7,6 +7,13 @@
 #   bash reproduce.sh celeba-pyramid      Sec. 4.2, Table 2: pyramid, CelebA 128  paper: <= 1.52 bits/dim
 #   bash reproduce.sh table               paper | ours | hardware | hours | command, from what the runs recorded
 #
+# For a GPU that is there for half an hour at a time:
+#   bash reproduce.sh half-hour TARGET    one of the three above in MINUTES (default 18) of training; evaluation, weights in
+#                                         RUNS/half-hour-TARGET/parts, benchmarks. Goes on if run again
+#   bash reproduce.sh pack PATH DIR       a file or folder as DIR/part.*, of PART MiB (default 15) at most, with checksums
+#   bash reproduce.sh unpack DIR          the parts checked and put back in their place
+# A dry run on a CPU: MINUTES=1 PRESET=tiny SIZE=32 bash reproduce.sh half-hour cifar10-pyramid
+#
 # DATA_DIR (default data) is where CIFAR-10 and CelebA are, RUNS (default runs) where results go. CIFAR-10 is
 # downloaded; CelebA's img_align_celeba.zip has to be fetched by hand (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html).
 # More arguments go to `train`, again when it is resumed: the same ones, or another RUNS; a larger budget alone goes on
@@ -39,6 +46,37 @@ part() {  # part FILE pixelaux-arguments... makes FILE, unless it was made after
   [ "$1" -nt "$(dirname "$1")/finished" ] || "$PYTHON" pixelaux.py "${@:2}"
 }
 
+pack() {  # pack PATH DIR
+  mkdir -p "$2"
+  rm -f "$2"/part.*
+  tar -c "$1" | split -b "${PART:-15}m" - "$2/part."
+  (cd "$2" && sha256sum part.* > sums)
+}
+
+unpack() {  # unpack DIR
+  (cd "$1" && sha256sum --check --quiet sums)
+  cat "$1"/part.* | tar -x
+}
+
+half_hour() {  # half_hour TARGET train-arguments...
+  local name=half-hour-${1:-} model shares preset budget data
+  case ${1:-} in  # shares: of the minutes, coarsest factor first
+    cifar10-grayscale) model=grayscale data=cifar10 preset=cifar10 shares="0.25 0.75" ;;
+    cifar10-pyramid) model=pyramid data=cifar10 preset=celeba shares="0.1 0.25 0.65" ;;
+    celeba-pyramid) model=pyramid data=celeba preset=celeba shares="0.04 0.08 0.16 0.27 0.45" ;;
+    *) echo "reproduce.sh half-hour: expected cifar10-grayscale, cifar10-pyramid or celeba-pyramid" >&2; exit 2 ;;
+  esac
+  shift
+  preset=${PRESET:-$preset}
+  budget=$(awk -v minutes="${MINUTES:-18}" '{ for (i = 1; i <= NF; i++) printf "%s%g", (i > 1 ? "," : ""), minutes * $i }' \
+    <<< "$shares")
+  run "$name" --model $model --data $data --data-dir "$DATA_DIR" --preset "$preset" --budget "$budget" "$@"
+  "$PYTHON" pixelaux.py export "$RUNS/$name" "$RUNS/$name/weights.pt"
+  pack "$RUNS/$name/weights.pt" "$RUNS/$name/parts"
+  "$PYTHON" pixelaux.py bench train --model $model --preset "$preset" | tee "$RUNS/$name/bench-train.txt"
+  "$PYTHON" pixelaux.py bench sample --model $model --preset "$preset" --size "${SIZE:-128}" | tee "$RUNS/$name/bench-sample.txt"
+}
+
 table() {
   "$PYTHON" - "$RUNS" << 'END'
 import json, pathlib, sys
@@ -66,5 +104,8 @@ case $target in
   cifar10-pyramid) run cifar10-pyramid --model pyramid --data cifar10 --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   celeba-pyramid) run celeba-pyramid --model pyramid --data celeba --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   table) table ;;
-  *) sed -n '2,17s/^# \{0,1\}//p' "$0"; [ "$target" = help ] || exit 2 ;;
+  half-hour) half_hour "$@" ;;
+  pack) pack "$@" ;;
+  unpack) unpack "$@" ;;
+  *) sed -n '2,25s/^# \{0,1\}//p' "$0"; [ "$target" = help ] || exit 2 ;;
 esac

@@ -1093,6 +1093,11 @@ class Decoder:
         room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 4 * 2**30
         return max(1, int(room / Decoder.bytes_per_image(factor)))
 
+    @property
+    def captures(self):
+        """Whether steps are captured as CUDA graphs."""
+        return self.device.type == "cuda"
+
     def limits(self, positions):
         """Function (x, c) -> inclusive interval of channel c at these positions; x: (N P, C, 1, 1), so far."""
         psi, n, p, (_, h, w) = self.factor.psi, self.n, len(positions), self.factor.shape
@@ -1153,11 +1158,11 @@ class Decoder:
         """-> uint8 (n, C, H, W); progress is called with the number of pixels done."""
         c, h, w = self.factor.shape
         if symbol is not self.symbol:  # the graphs read its noise
-            self.symbol, self.graphs = symbol, {}
+            self.symbol, self.graphs, self.pool = symbol, {}, None
         with torch.inference_mode():
             for only in [None] if self.fast else range(h * w):
                 for (layout, indices), pixels in zip(self.schedule.steps, self.schedule.pixels):
-                    if self.device.type == "cuda" and self.fast and isinstance(symbol, Draw):
+                    if self.captures and self.fast and isinstance(symbol, Draw):
                         self.replay(layout, indices, symbol)
                     else:
                         self.step(layout, indices, symbol, only)
@@ -1172,9 +1177,9 @@ class Decoder:
             return self.step(layout, indices, symbol)
         if self.graphs[layout] is None:
             graph, static = torch.cuda.CUDAGraph(), indices.clone()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 self.step(layout, static, symbol)
-            self.graphs[layout] = graph, static
+            self.graphs[layout], self.pool = (graph, static), graph.pool()  # results are in buffers: one pool for all
         graph, static = self.graphs[layout]
         static.copy_(indices)
         graph.replay()

@@ -1,4 +1,5 @@
 """Properties of pixelaux, each beside an oracle that shares no code with what it checks, and a positive control."""
+import contextlib
 import dataclasses
 import decimal
 import functools
@@ -630,6 +631,56 @@ def test_every_activation_is_computed_once():
             if layer.convs[0].kernel == (2, 3):
                 assert len(slots) <= h  # the vertical stream: once a row
     assert any(len(parts) == 2 for parts in schedule.parts)
+
+
+def test_a_replayed_step_is_the_step_that_was_captured(monkeypatch):
+    """CUDA graphs with a stand-in on the CPU that, like them, does not run what it captures."""
+    model, captured, replays = small("pyramid", (16, 16)), [], []
+    x_hat = images(2, (3, 8, 8))
+    draw = pixelaux.Draw(torch.rand(2, 256, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    expected = Decoder(model.factors[1], 2, x_hat, tight=True).run(draw)
+
+    class Graph:
+        def replay(self):
+            replays.append(self)
+            step(*self.arguments)
+
+        def pool(self):
+            return "pool"
+
+    @contextlib.contextmanager
+    def capture(graph, pool, **options):
+        assert pool == ("pool" if any(decoder.graphs.values()) else None)
+        captured.append(graph)
+        monkeypatch.setattr(Decoder, "step", lambda *arguments: setattr(graph, "arguments", arguments))
+        yield
+        monkeypatch.setattr(Decoder, "step", step)
+
+    step = Decoder.step
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    decoder = Decoder(model.factors[1], 2, x_hat, tight=True)
+    monkeypatch.setattr(Decoder, "captures", True)
+    assert torch.equal(decoder.run(draw), expected)
+    layouts = [layout for layout, _ in decoder.schedule.steps]
+    assert len(captured) == sum(layouts.count(layout) > 1 for layout in set(layouts)) > 1
+    assert len(replays) == len(layouts) - len(set(layouts))
+    other = pixelaux.Draw(torch.rand(2, 256, 6, dtype=torch.float64))
+    assert torch.equal(decoder.run(other), Decoder(model.factors[1], 2, x_hat, tight=True).run(other))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", sorted(pixelaux.MODELS))
+def test_cuda_samples_and_trains_as_the_cpu_does(name, tmp_path, capsys):
+    model = small(name, (16, 16)).double().to("cuda")
+    fast, naive = (model.sample(3, seed=1, fast=fast)[-1].cpu() for fast in (True, False))
+    assert torch.equal(fast, naive) and torch.equal(fast, small(name, (16, 16)).double().sample(3, seed=1)[-1])
+    out = str(tmp_path / "run")
+    assert main(["train", "--model", name, "--steps", "30", "--device", "cuda", "--no-compile", "--out", out]) == 0
+    for device in ("cuda", "cpu"):
+        assert main(["eval", out, "--device", device]) == 0
+    totals = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("total")][1:]
+    assert np.allclose(*(np.array(total, float) for total in totals), atol=1e-3)
 
 
 def test_given_images_stay_and_coarser_levels_follow():

@@ -1391,9 +1391,8 @@ class Dataset:
         size, rows = len(self.train), range(step * n, (step + 1) * n)
         index = np.array([permutation((*seed, row // size), size)[row % size] for row in rows])
         flips = np.random.default_rng([*seed, step, 1]).random(n) < 0.5 * self.flip
-        if getattr(self.train, "is_cuda", False):  # pinned, so that the host does not wait for the GPU
-            index, flips = (torch.from_numpy(x).pin_memory().to(self.train.device, non_blocking=True)
-                            for x in (index, flips))
+        if isinstance(self.train, torch.Tensor):
+            index, flips = (upload(torch.from_numpy(x), self.train.device) for x in (index, flips))
         images = to_tensor(self.train[index])
         return torch.where(torch.as_tensor(flips)[:, None, None, None], images.flip(3), images)
 
@@ -1410,6 +1409,11 @@ class Dataset:
 def permutation(seed, n):
     """Of 0..n-1, a function of the seed."""
     return np.random.default_rng(seed).permutation(n)
+
+
+def upload(x, device):
+    """x on the device, without the host waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 def to_tensor(images):
@@ -1715,7 +1719,7 @@ def batches(data, step, n, seed, device):
     def make(step):
         return upload(data.batch(step, n, seed)[rank::ranks].contiguous(memory_format=torch.channels_last), device)
 
-    with multiprocessing.pool.ThreadPool(1) as pool:
+    with multiprocessing.pool.ThreadPool(1, *[torch.cuda.set_device, [device]][: 2 * (device.type == "cuda")]) as pool:
         begun = (pool.apply_async(make, [step]) for step in itertools.count(step))
         for batch, _ in itertools.pairwise(begun):
             yield batch.get()

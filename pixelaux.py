@@ -446,7 +446,7 @@ class Conv(nn.Module):
         VERTICAL  x x x     HORIZONTAL  x x     first layer, both   x x x      x x x      .
                   x o x                 x o     exclude o:          x x x  and .   .  and x .
                                                                     . o .      . o .      x o
-    The forward pass is torch's convolution, `taps` and `matrix` give the sampler the same as a gather and a product.
+    The forward pass is torch's convolution, `taps` and `matrices` give the sampler the same as a gather and a product.
     """
 
     def __init__(self, c_in, c_out, kernel, offset, activation="none", stride=1, up=False, gain=1.0, dropout=0.0,
@@ -510,9 +510,9 @@ class Conv(nn.Module):
         inside = whole & (r >= 0) & (r < h) & (c >= 0) & (c < w)
         return np.where(inside, r * w + c, h * w).reshape(target[0] * target[1], kh * kw)
 
-    def matrix(self, taps):
-        """The weight of some taps as (C_out, len(taps) C_in), the layout of gathered taps."""
-        return self.weight().permute(0, 2, 3, 1).flatten(1, 2)[:, taps].flatten(1)
+    def matrices(self):
+        """The weight as (C_out, kh kw, C_in), whose rows of some taps have the layout of gathered taps."""
+        return self.weight().permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class Layer(nn.Module):
@@ -1066,8 +1066,9 @@ class Decoder:
                 if node in e:  # one at most
                     projection = conv(e[node], net.size(i, (h, w))).flatten(2).transpose(1, 2)
                     added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), parts[0][1]
+            weights = [None if node in e else conv.matrices() for node, conv in zip(layer.sources, layer.convs)]
             for part, (slots, _, reads) in enumerate(parts, 1):
-                weight = torch.cat([layer.convs[j].matrix(taps) for j, taps, _ in reads], 1)
+                weight = torch.cat([weights[j][:, taps].flatten(1) for j, taps, _ in reads], 1)
                 reads = [read(layer.sources[j], layer.convs[j].activation, index) for j, _, index in reads]
                 if part < len(parts):  # the early part is a sum for the other one to go on with
                     early = buffer(i, len(weight))
@@ -1077,18 +1078,20 @@ class Decoder:
                     residual = None if layer.residual is None else read(layer.residual, "none", slots)
                     self.records.append((slots, reads, product(weight, bias), added, layer, residual, i, outputs[i]))
         self.input = outputs[0]["none"]
-        self.images = torch.arange(n, device=self.device).unsqueeze(1)
+        images = torch.arange(n, device=self.device).unsqueeze(1)
+        self.offsets = [images * slots for slots in self.slots]
         self.canvas = torch.zeros(n, h * w + 2, c, dtype=torch.long, device=self.device)
 
     @staticmethod
     def bytes_per_image(factor):
+        """About what a forward pass, or f_w and the sampler's buffers, take at most."""
         net, (_, h, w) = factor.net, factor.shape
         size = torch.finfo(factor.dtype).bits // 8
-        return size * sum(6 * channels * math.prod(net.size(i, (h, w))) for i, channels in enumerate(net.channels))
+        return size * sum(2 * channels * math.prod(net.size(i, (h, w))) for i, channels in enumerate(net.channels))
 
     @staticmethod
     def chunk(factor):
-        """How many images at once: those whose buffers take about 4 GiB, on CUDA half of what is free."""
+        """How many images at once: those that take about 4 GiB, on CUDA half of what is free."""
         device = factor.net.layers[0].convs[0].v.device
         room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 4 * 2**30
         return max(1, int(room / Decoder.bytes_per_image(factor)))
@@ -1123,7 +1126,7 @@ class Decoder:
         index = dict(zip(length, indices.split(list(length.values()))))
         positions, slots = index.get(self.schedule.drawn), index.get(self.schedule.input)  # of the pixels to draw
         if n > 1:  # the images' buffers lie one after the other
-            index = {number: (part + self.images * self.slots[number]).view(-1) for number, part in index.items()}
+            index = {number: (part + self.offsets[number]).view(-1) for number, part in index.items()}
         now, rows = {}, 0
 
         def rows_of(read, buffer, number):

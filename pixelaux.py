@@ -1557,7 +1557,6 @@ def read_images(kind, sources, size):
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pixelaux"
     path = cache / f"{kind}-{size[0]}x{size[1]}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.bytes"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         write_atomically(path, decode)
     return np.memmap(path, np.uint8, "r").reshape(-1, *size, 3)
 
@@ -1613,13 +1612,15 @@ def load_data(spec, folder, size=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path, write):
-    """write(binary file), then move it to `path` in one step: nothing is ever half-written."""
+def write_atomically(path, content):
+    """content (bytes, or a function that writes them to a file) to a part, which is then moved to `path` in one step:
+    nothing is ever half-written. Folders are made as needed."""
     path = pathlib.Path(path)
     part = path.with_name(f"part-{os.getpid()}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
-            write(file)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -1631,7 +1632,7 @@ def write_checkpoint(path, config, factors, **more):
     """factors: {k: state dict with averaged weights}, some or all of the model's; more: what training goes on with."""
     checkpoint = dict(format="pixelaux", version=VERSION, config=dataclasses.asdict(config), factors=factors, **more)
     torch.save(checkpoint, buffer := io.BytesIO())  # in memory: torch does not report a full disk as an OSError
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    write_atomically(path, buffer.getbuffer())
 
 
 def read_checkpoint(path):
@@ -1649,14 +1650,15 @@ def read_checkpoint(path):
     return state
 
 
-def load(run, device="cpu"):
-    """The trained model of a run (folder of `train`, or a checkpoint file) with averaged weights.
+def load(run, device="cpu", best=False):
+    """The trained model of a run (folder of `train`, or a checkpoint file) with averaged weights, or, of a folder, the
+    weights that cost the test images least.
 
     A folder's factors, which may have been trained on different machines, are joined; a file that holds some of the
     factors only is joined with its neighbours. Raises Problem.
     """
-    run = pathlib.Path(run)
-    paths = sorted(run.glob("factor-*.pt")) or [run / "factor-0.pt"] if run.is_dir() else [run]
+    run, kind = pathlib.Path(run), "best" if best else "factor"
+    paths = sorted(run.glob(f"{kind}-*.pt")) or [run / f"{kind}-0.pt"] if run.is_dir() else [run]
     state = read_checkpoint(paths[0])
     model, found = PixelAux(make_config(**state["config"])), set()
     if run.is_file() and len(state["factors"]) < len(model.factors):
@@ -1766,7 +1768,8 @@ def update(loss, optimizer, average, decay, *batch):
     return value.detach()
 
 
-def train_factor(model, k, data, out, device, resume=False, caught=(), compile=False, save_every=120.0, first=0):
+def train_factor(model, k, data, out, device, resume=False, caught=(), compile=False, save_every=120.0, first=0,
+                 initialise=True):
     """Train factor k of model on data, or go on where its checkpoint stands; the model then has the averaged weights.
 
     Writes out/factor-k.pt every save_every seconds and at the end, out/best-k.pt when the test images cost less than
@@ -1782,7 +1785,7 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
     saved = read_checkpoint(path) if resume and path.exists() else None
     average = model.train().factors[k]  # of the weights in training: what is tested, shown and kept
     torch.manual_seed(hash(seed))
-    if not saved:
+    if not saved and initialise:
         model.initialise(data.batch(0, max(config.batch_size, 32), seed).to(device), [k])
     factor = copy.deepcopy(average)
     model.eval()
@@ -1799,11 +1802,11 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
             raise Problem(f"{path}: training as in {out / 'config.json'} cannot go on from this") from None
     if metrics.exists() and rank == 0:  # a resumed run repeats what came after its checkpoint
         keep = [line for line in read_metrics(out) if line["factor"] != k or line["step"] <= step]
-        write_atomically(metrics, lambda file: file.write("".join(json.dumps(line) + "\n" for line in keep).encode()))
+        write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in keep).encode())
 
     levels = lambda x: [None, *model.levels_of(x)][k : k + 2][::-1]  # of factor k: [x, x_hat]
     share = lambda: min(1.0, elapsed / budget if budget else step / steps)  # of the training, done
-    quarter, test = int(4 * share()), to_tensor(data.test[np.arange(min(128, len(data.test)))])
+    quarter, test = int(4 * share()), to_tensor(data.test[:128])
     loss = Loss(factor, config, model.dims, device)
     if compile and quarter < 4:
         loss = compiled(loss, *levels(data.batch(0, config.batch_size // ranks, seed).to(device)))
@@ -1960,12 +1963,11 @@ def save_grid(levels, path, columns=8, tile=64):
     shown = [F.interpolate((level if level.shape[1] == 3 else 17 * level.expand(-1, 3, -1, -1)).cpu(), size)
              for level in levels]
     images = to_array(torch.cat([F.pad(image, (2, 2, 2, 2), value=255) for image in shown], 2))  # levels under levels
-    grid = image_file(images, min(columns, len(images)), 255)
-    write_atomically(path, lambda file: file.write(grid))
+    write_atomically(path, image_file(images, min(columns, len(images)), 255))
 
 
 def save_curves(out):
-    """OUT/curves.png: bits/dim of X by step, a panel for each factor, from OUT/metrics.jsonl."""
+    """OUT/curves.png: bits/dim of X by time, a panel for each factor, from OUT/metrics.jsonl."""
     from matplotlib.figure import Figure
 
     lines = read_metrics(out)
@@ -1973,11 +1975,12 @@ def save_curves(out):
     figure = Figure(figsize=(4.5 * len(factors), 3.2), layout="tight")
     for axis, k in zip(figure.subplots(1, len(factors), squeeze=False)[0], factors):
         mine = [line for line in lines if line["factor"] == k]
+        shown = mine[len(mine) // 10 :]  # it starts too high
         for key, style, label in (("bits_per_dim", "-", "training batches"),
                                   ("test_bits_per_dim", "o-", "test images, averaged weights")):
-            points = [(line["step"], line[key]) for line in mine[len(mine) // 10 :] if key in line]  # high at the start
+            points = [(line["seconds"] / 60, line[key]) for line in shown if key in line]
             axis.plot(*np.array(points).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
-        axis.set(title=f"factor {k}", xlabel="step", ylabel="bits/dim of X")
+        axis.set(title=f"factor {k}", xlabel=f"minutes ({mine[-1]['step']:,} steps)", ylabel="bits/dim of X")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     write_atomically(out / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
@@ -2045,6 +2048,11 @@ def train(args, device):
             config, data = run_to_train(args, out)
         total([0.0], device)
     model, k = PixelAux(config), args.factor
+    if args.start:
+        try:
+            model.load_state_dict(load(args.start).state_dict())
+        except RuntimeError:
+            raise Problem(f"--start: {args.start} is of another model") from None
     if k is not None and not 0 <= k < len(model.factors):
         raise Problem(f"--factor {k}: the model has factors 0..{len(model.factors) - 1}")
     if isinstance(config.budget, tuple) and len(config.budget) != len(model.factors):
@@ -2056,11 +2064,9 @@ def train(args, device):
     if rank == 0:
         if len(data.test) < 32:
             print(f"pixelaux: warning: {len(data.test)} test images only: bits/dim. will be rough", file=sys.stderr)
-        out.mkdir(parents=True, exist_ok=True)
-        for part in out.glob("part-*"):  # of a run that was killed while it wrote
+        for part in out.glob("part-*" if k is None else f"part-*-{k}.pt"):  # of a run that was killed while it wrote
             part.unlink()
-        settings = json.dumps(dataclasses.asdict(config), indent=1).encode()
-        write_atomically(out / "config.json", lambda file: file.write(settings))
+        write_atomically(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
         made = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *sys.argv[1:]]), processes=ranks,
                     hardware=hardware(device), torch=torch.__version__)
         with open(out / "commands.jsonl", "a") as file:
@@ -2069,18 +2075,19 @@ def train(args, device):
     compile = device.type == "cuda" if args.compile is None else args.compile
     with stop_signals() as caught:
         for j in range(len(model.factors)) if k is None else [k]:
-            train_factor(model, j, data, out, device, args.resume, caught, compile, args.save_every, k or 0)
+            train_factor(model, j, data, out, device, args.resume, caught, compile, args.save_every, k or 0,
+                         not args.start)
     if rank:
         return
     save_curves(out)
     if k is not None:
         return print(f"factor {k} is in {out / f'factor-{k}.pt'}")
-    few = data.test[np.arange(min(256, len(data.test)))]
+    few = data.test[:256]
     samples = model.sample(16 if data.shapes else 8, seed=config.seed, tight=config.tight)
     save_grid(samples, out / "samples.png")
     with bar_of(len(few), "image", "evaluation") as bar:
         text, _ = report(model, *evaluate(model, few, progress=bar.update), data.shapes, few,
-                         samples[-1].permute(0, 2, 3, 1).cpu().numpy())
+                         to_array(samples[-1]))
     print(f"{text}\n\nsamples at every stage: {out / 'samples.png'}   curves: {out / 'curves.png'}\n"
           f"next: python pixelaux.py eval {out}   python pixelaux.py sample {out}{' --tight' * config.tight}")
 
@@ -2111,9 +2118,9 @@ def bar_of(total, unit, name=None):
 
 
 def command_eval(args):
-    model = load(args.run, args.device)
+    model = load(args.run, args.device, args.best)
     data = run_data(args, model)
-    images = data.test[np.arange(len(data.test))[: args.n]]
+    images = data.test[: args.n]
     with bar_of(len(images), "image") as bar:
         bound, tight = evaluate(model, images, args.batch_size, bar.update)
     samples = to_array(model.sample(64, args.seed or 0, tight=bool(args.tight))[-1]) if data.shapes else None
@@ -2124,7 +2131,7 @@ def command_eval(args):
     print(text)
     folder = args.run if args.run.is_dir() else args.run.parent
     name = f"eval-{args.n}.json" if args.n else "eval.json"  # the latter is of all images
-    write_atomically(folder / name, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    write_atomically(folder / name, json.dumps(result, indent=1).encode())
 
 
 def image_bits(images, **how):
@@ -2153,14 +2160,9 @@ def coded(model, images, nats, tight=True):
     return "\n".join(lines), result
 
 
-def read_exactly(path):
-    """An image file of 8-bit RGB or gray -> uint8 (3, H, W). Raises Problem for what would not come back the same."""
-    return to_tensor(read_image(path, exact=True)[None])[0]
-
-
 def command_codec(args):
     """compress: IMAGE -> NAME.pxa; decompress: NAME.pxa -> NAME.png. Nothing is overwritten."""
-    model, packing = load(args.run, args.device), args.command == "compress"
+    model, packing = load(args.run, args.device, args.best), args.command == "compress"
     for path in map(pathlib.Path, args.files):
         target = pathlib.Path(args.out or path.parent) / f"{path.stem}.{'pxa' if packing else 'png'}"
         try:
@@ -2168,21 +2170,20 @@ def command_codec(args):
                 raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
             with bar_of(None, "pixel", path.name) as bar:
                 if packing:
-                    x = read_exactly(path)
+                    x = to_tensor(read_image(path, exact=True)[None])[0]
                     file = pack(resized(model, tuple(x.shape[1:])), x, args.tight, bar.update)
                 else:
                     x = unpack(model, path.read_bytes(), bar.update)
                     file = image_file(to_array(x[None]))
         except Problem as error:
             raise Problem(f"{path}: {error}") from None
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, lambda stream: stream.write(file))
+        write_atomically(target, file)
         rate = f", {8 * len(file) / x.numel():.3f} bits/dim" if packing else ""
         print(f"{target}: height {x.shape[1]}, width {x.shape[2]}, {len(file)} bytes{rate}")
 
 
 def command_export(args):
-    model = load(args.run)
+    model = load(args.run, best=args.best)
     factors = {k: {name: weight.bfloat16() for name, weight in factor.state_dict().items()}
                for k, factor in enumerate(model.factors)}
     write_checkpoint(args.file, model.config, factors)
@@ -2211,7 +2212,7 @@ def given_images(args, model):
 def command_sample(args):
     if args.shift and args.mode == "map":
         raise Problem("--shift: --mode map draws no values, so there is no variance to change; leave one of them out")
-    model, seed, tight = load(args.run, args.device), args.seed or 0, bool(args.tight)
+    model, seed, tight = load(args.run, args.device, args.best), args.seed or 0, bool(args.tight)
     given = given_images(args, model) if args.given else None
     n, shape = (args.n, None) if given is None else (len(given), tuple(given.shape[1:]))
     sampled = itertools.takewhile(lambda level: level != shape, model.shapes)
@@ -2220,7 +2221,6 @@ def command_sample(args):
     name = (f"sample-{args.mode}-{seed}" + f"-shift{args.shift:g}" * bool(args.shift) + "-given" * bool(args.given)
             + "-tight" * tight)
     out = str(args.out or (args.run if args.run.is_dir() else args.run.parent) / name)
-    pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_grid(levels, f"{out}.png")
     arrays = {f"level{i}": to_array(level) for i, level in enumerate(levels[::-1])}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
@@ -2379,6 +2379,8 @@ def parser():
 
     add("eval sample compress decompress export", "run", "output folder of train, or a checkpoint file", metavar="RUN",
         type=pathlib.Path)
+    add("eval sample compress decompress export", "--best", "of a folder, best-K.pt in place of factor-K.pt",
+        action="store_true")
     add("compress decompress", "files", "images, or .pxa files", nargs="+", metavar="FILE")
     add("export", "file", "to write", metavar="FILE")
     add("bench", "what", choices=("train", "sample"))
@@ -2391,6 +2393,7 @@ def parser():
     add("train eval bench", "--batch-size", type=count)
     add("train", "--out", "folder of the run (default: runs/MODEL-DATA)", metavar="RUN")
     add("train", "--resume", "go on with the run in --out", **flag)
+    add("train", "--start", "begin with the weights of this run or checkpoint", metavar="RUN")
     add("train", "--factor", "train factor K alone, 0 is the coarsest", type=int, metavar="K")
     add("train", "--steps", "for each factor (default: the preset's)", type=count)
     add("train", "--budget", "for each factor, in place of --steps; 6,14,40: one number a factor, coarsest first",

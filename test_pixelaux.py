@@ -1147,8 +1147,9 @@ def test_the_best_is_kept_and_survives_a_resume(run, tmp_path, monkeypatch):
     (out / "factor-1.pt").write_bytes((run / "factor-1.pt").read_bytes())
     best = torch.load(out / "best-0.pt", weights_only=True)["factors"][0]
     best = {f"factor-0.pt 0 {name}": value for name, value in best.items()}
-    for path, expected in ((out, weights(out)), (out / "best-0.pt", best)):
-        loaded = pixelaux.load(path).factors[0].state_dict()
+    (out / "best-1.pt").write_bytes((run / "best-1.pt").read_bytes())
+    for path, which, expected in ((out, False, weights(out)), (out / "best-0.pt", False, best), (out, True, best)):
+        loaded = pixelaux.load(path, best=which).factors[0].state_dict()
         assert all(torch.equal(loaded[name], expected[f"factor-0.pt 0 {name}"]) for name in loaded)
     assert not torch.equal(loaded["net.layers.0.convs.0.v"], weights(out)["factor-0.pt 0 net.layers.0.convs.0.v"])
 
@@ -1282,7 +1283,7 @@ def test_pictures_show_every_image_and_every_test_point(tmp_path, monkeypatch):
     assert more.shape == (6 * 36, 2 * 52, 3) and np.array_equal(more[:108], grid[:, :104])
     assert np.array_equal(more[108:, :52], grid[:, 104:]) and (more[108:, 52:] == 255).all()
 
-    lines = [dict(factor=0, step=step, bits_per_dim=9 - step / 10) for step in range(1, 41)]
+    lines = [dict(factor=0, step=step, seconds=3.0 * step, bits_per_dim=9 - step / 10) for step in range(1, 41)]
     lines[19]["test_bits_per_dim"], lines[39]["test_bits_per_dim"] = 30.0, 2.0
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     from matplotlib.figure import Figure
@@ -1291,6 +1292,7 @@ def test_pictures_show_every_image_and_every_test_point(tmp_path, monkeypatch):
     pixelaux.save_curves(tmp_path)
     low, high = seen[0].get_ylim()
     assert low < 2 and high > 30 and (tmp_path / "curves.png").stat().st_size > 1000
+    assert 2 <= seen[0].get_xlim()[1] < 2.2 and "minutes" in seen[0].get_xlabel()
 
 
 def test_evaluation_covers_every_image_and_prints_the_table(run, capsys):
@@ -1340,6 +1342,22 @@ def test_exported_weights_make_the_same_model_in_a_small_file(run, tmp_path):
     for a, b in zip(before.parameters(), after.parameters()):
         assert b.dtype == torch.float32 and torch.equal(a.bfloat16().float(), b)
     assert main(["sample", str(file), "--n", "1", "--device", "cpu", "--out", str(tmp_path / "s")]) == 0
+
+
+def test_training_starts_from_exported_weights(run, tmp_path, capsys):
+    file, out = tmp_path / "small.pt", tmp_path / "more"
+    assert main(["export", str(run), str(file)]) == 0
+    tiny = [*TRAIN, "--steps", "1", "--lr", "1e-12", "--out"]
+    assert main([*tiny, str(out), "--start", str(file)]) == 0
+    for a, b in zip(pixelaux.load(file).parameters(), pixelaux.load(out).parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert main([*tiny, str(tmp_path / "fresh")]) == 0  # the control: weights of their own
+    differ = [not torch.allclose(a, b, atol=1e-6) for a, b in
+              zip(pixelaux.load(file).parameters(), pixelaux.load(tmp_path / "fresh").parameters())]
+    assert np.mean(differ) > 0.9
+    capsys.readouterr()
+    assert main([*tiny, str(tmp_path / "other"), "--model", "pixelcnn", "--start", str(file)]) == 2
+    assert "--start" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_compress_and_decompress_commands(run, tmp_path, capsys):

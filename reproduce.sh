@@ -11,7 +11,7 @@
 #   bash reproduce.sh half-hour TARGET    one of the three above in MINUTES (default 18) of training; evaluation, weights in
 #                                         RUNS/half-hour-TARGET/parts, benchmarks. Goes on if run again
 #   bash reproduce.sh pack PATH DIR       a file or folder as DIR/part.*, of PART MiB (default 15) at most, with checksums
-#   bash reproduce.sh unpack DIR          the parts checked and put back in their place
+#   bash reproduce.sh unpack DIR [WHERE]  the parts checked and put together in WHERE (default: beside DIR)
 # A dry run on a CPU: MINUTES=1 PRESET=tiny SIZE=32 bash reproduce.sh half-hour cifar10-pyramid
 #
 # DATA_DIR (default data) is where CIFAR-10 and CelebA are, RUNS (default runs) where results go. CIFAR-10 is
@@ -49,13 +49,13 @@ part() {  # part FILE pixelaux-arguments... makes FILE, unless it was made after
 pack() {  # pack PATH DIR
   mkdir -p "$2"
   rm -f "$2"/part.*
-  tar -c "$1" | split -b "${PART:-15}m" - "$2/part."
+  tar -c -C "$(dirname "$1")" "$(basename "$1")" | split -b "${PART:-15}m" - "$2/part."
   (cd "$2" && sha256sum part.* > sums)
 }
 
-unpack() {  # unpack DIR
+unpack() {  # unpack DIR [WHERE]
   (cd "$1" && sha256sum --check --quiet sums)
-  cat "$1"/part.* | tar -x
+  cat "$1"/part.* | tar -x -C "${2:-$(dirname "$1")}"
 }
 
 half_hour() {  # half_hour TARGET train-arguments...

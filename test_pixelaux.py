@@ -1527,6 +1527,36 @@ def test_reproduce_resumes_what_was_interrupted_and_skips_what_is_finished(run, 
     assert f"{bound:.4f}" in row and torch.__version__ in row and "| 3 |" in row
 
 
+def test_reproduce_half_an_hour_and_files_in_parts(tmp_path):
+    """With a stand-in for python that notes its arguments and makes what it is asked for."""
+    stub, log, name = tmp_path / "python", tmp_path / "log", tmp_path / "runs" / "half-hour-cifar10-grayscale"
+    stub.write_text(f"""#!/usr/bin/env bash
+        echo "$*" >> {log}
+        mkdir -p {name}
+        [ $2 != export ] || head -c 2500000 /dev/urandom > {name}/weights.pt""")
+    stub.chmod(0o755)
+
+    def reproduce(*arguments, **env):
+        result = subprocess.run(["bash", str(HERE / "reproduce.sh"), *arguments], capture_output=True, text=True, env={
+            **os.environ, "PYTHON": str(stub), "RUNS": str(tmp_path / "runs"), **env})
+        return result.returncode, result.stderr
+
+    assert reproduce("half-hour", "cifar10-grayscale", "--seed", "3", PART="1", MINUTES="10") == (0, "")
+    ran = log.read_text().splitlines()
+    assert [line.split()[1] for line in ran] == ["train", "eval", "sample", "sample", "export", "bench", "bench"]
+    assert "--model grayscale" in ran[0] and "--budget 2.5,7.5 --seed 3" in ran[0]
+    status, message = reproduce("half-hour", "celeba")
+    assert status == 2 and "celeba-pyramid" in message
+    weights, parts = (name / "weights.pt").read_bytes(), sorted((name / "parts").glob("part.*"))
+    assert len(parts) == 3 and all(part.stat().st_size <= 2**20 for part in parts)
+    (name / "weights.pt").unlink()
+    assert reproduce("unpack", str(name / "parts"))[0] == 0 and (name / "weights.pt").read_bytes() == weights
+    (name / "weights.pt").unlink()
+    parts[1].write_bytes(b"x" + parts[1].read_bytes()[1:])
+    status, message = reproduce("unpack", str(name / "parts"))
+    assert status != 0 and "part.ab" in message and not (name / "weights.pt").exists()
+
+
 def test_importing_needs_torch_and_numpy_alone():
     code = ("import sys; sys.modules.update(dict.fromkeys(['PIL', 'tqdm', 'matplotlib', 'constriction']));"
             "import pixelaux; print(pixelaux.build('pyramid', 16).dims)")

@@ -54,7 +54,7 @@ pack() {  # pack PATH DIR
 }
 
 unpack() {  # unpack DIR [WHERE]
-  (cd "$1" && sha256sum --check --quiet sums)
+  (cd "$1" && sha256sum --check --quiet sums >&2)
   cat "$1"/part.* | tar -x -C "${2:-$(dirname "$1")}"
 }
 

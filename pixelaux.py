@@ -106,6 +106,7 @@ class Config:
     seed: int = 0
     data: str = "shapes"
     data_dir: str = "data"
+    start: str = ""  # run or checkpoint whose weights training begins with
 
 
 PRESETS = {
@@ -786,9 +787,11 @@ class PixelAux(nn.Module):
         sample consistent, psi(sample) = x_hat. given: uint8 images of one level, (n, C, h, w), told by its shape;
         coarser levels are computed from them, finer ones sampled. The images are a function of the weights and the
         seed; `fast` (every activation once) and not fast (a full pass for every pixel, the oracle) give the same.
-        progress: called with the number of pixels done. until: sample that many levels only. Memory: the buffers of one
-        factor's layers, in chunks of images that keep them under about 4 GiB.
+        progress: called with the number of pixels done. until: sample that many levels only. Memory: f_w and the
+        buffers of one factor, for chunks of images that keep it under about 4 GiB (on CUDA: half of what is free).
         """
+        if n < 1:
+            raise Problem(f"expected 1 image or more, got {n}")
         if mode not in ("random", "map"):
             raise Problem(f"unknown mode {mode!r}: expected random or map")
         training, done = self.training, []
@@ -919,7 +922,8 @@ class Schedule:
                 for taps, mask in zip(split, (early, ~early)):
                     if mask.any() and j != "residual":
                         taps[j] = tuple(np.flatnonzero(mask).tolist())
-            parts.append([(step, taps) for step, taps in zip((row, ready[i]), split) if taps])
+            times = (row if split[1] else ready[i], ready[i])  # of one part: the residual's, too
+            parts.append([(step, taps) for step, taps in zip(times, split) if taps])
         return parts
 
     def rings(self, parts, written):
@@ -994,6 +998,11 @@ class Schedule:
         return self.multiple * (1 << (groups - 1).bit_length() if n and self.device.type == "cuda" else groups) - n
 
 
+def current(device):
+    """A context in which the device is the current one of its kind: kernels, graphs and pinned memory belong to it."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 class Draw:
     """Source of symbols: sampling from given noise, uniform (N, H W, 2 C) in (0, 1)."""
 
@@ -1028,7 +1037,7 @@ class Decoder:
     """Runs a factor's causal network over n images in an order in which everything is known when it is needed, and
     asks `symbol(head, positions, limits)` for the levels of each set of pixels.
 
-    Every activation is kept in a buffer (n, H W + 2, C) and computed once; a part of a layer at a set of positions is
+    Every activation is computed once and kept in a buffer (n, ring + 2, C) while it is needed; a part of a layer at a set of positions is
     a gather of what its taps read and one matrix product. The embedding's 1x1 projections do not depend on x and are
     computed once, for all positions. fast=False: the same by a full pass for every pixel.
     On CUDA a step is captured as a graph, one for each layout that recurs, and replayed.
@@ -1162,7 +1171,7 @@ class Decoder:
         c, h, w = self.factor.shape
         if symbol is not self.symbol:  # the graphs read its noise
             self.symbol, self.graphs, self.pool = symbol, {}, None
-        with torch.inference_mode():
+        with torch.inference_mode(), current(self.device):
             for only in [None] if self.fast else range(h * w):
                 for (layout, indices), pixels in zip(self.schedule.steps, self.schedule.pixels):
                     if self.captures and self.fast and isinstance(symbol, Draw):
@@ -1639,13 +1648,14 @@ def read_checkpoint(path):
     """A checkpoint's dict. Raises Problem if the file is truncated, foreign or of another version."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != "pixelaux":
+        known = state["version"] == VERSION
+        if state["format"] != "pixelaux" or (known and not isinstance(state["config"] | state["factors"], dict)):
             raise ValueError
     except FileNotFoundError:
         raise Problem(f"{path}: no checkpoint; `train` writes it") from None
     except Exception as error:  # torch raises many kinds; weights_only keeps foreign files from running code
         raise Problem(f"{path}: not a pixelaux checkpoint, or a damaged one ({type(error).__name__})") from None
-    if state["version"] != VERSION:
+    if not known:
         raise Problem(f"{path}: checkpoint format {state['version']}, this program reads {VERSION}")
     return state
 
@@ -1658,6 +1668,8 @@ def load(run, device="cpu", best=False):
     factors only is joined with its neighbours. Raises Problem.
     """
     run, kind = pathlib.Path(run), "best" if best else "factor"
+    if best and run.is_file():
+        raise Problem(f"--best: {run} is a file; it goes with a folder")
     paths = sorted(run.glob(f"{kind}-*.pt")) or [run / f"{kind}-0.pt"] if run.is_dir() else [run]
     state = read_checkpoint(paths[0])
     model, found = PixelAux(make_config(**state["config"])), set()
@@ -1671,7 +1683,7 @@ def load(run, device="cpu", best=False):
                 raise Problem(f"{path}: of another model than {run}") from None
             found.add(k)
     if missing := sorted(set(range(len(model.factors))) - found):
-        raise Problem(f"{run}: factor {missing[0]} is missing; `train --factor {missing[0]}` trains it")
+        raise Problem(f"{run}: {kind}-{missing[0]}.pt is missing; `train --factor {missing[0]}` makes it")
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -1722,9 +1734,11 @@ def batches(data, step, n, seed, device):
     rank, ranks = process()
 
     def make(step):
-        return upload(data.batch(step, n, seed)[rank::ranks].contiguous(memory_format=torch.channels_last), device)
+        with current(device):
+            x = data.batch(step, n, seed)[rank::ranks]
+            return upload(x.contiguous(memory_format=torch.channels_last), device)
 
-    with multiprocessing.pool.ThreadPool(1, *[torch.cuda.set_device, [device]][: 2 * (device.type == "cuda")]) as pool:
+    with multiprocessing.pool.ThreadPool(1) as pool:
         begun = (pool.apply_async(make, [step]) for step in itertools.count(step))
         for batch, _ in itertools.pairwise(begun):
             yield batch.get()
@@ -2048,11 +2062,11 @@ def train(args, device):
             config, data = run_to_train(args, out)
         total([0.0], device)
     model, k = PixelAux(config), args.factor
-    if args.start:
+    if config.start:
         try:
-            model.load_state_dict(load(args.start).state_dict())
+            model.load_state_dict(load(config.start).state_dict())
         except RuntimeError:
-            raise Problem(f"--start: {args.start} is of another model") from None
+            raise Problem(f"--start: {config.start} is of another model") from None
     if k is not None and not 0 <= k < len(model.factors):
         raise Problem(f"--factor {k}: the model has factors 0..{len(model.factors) - 1}")
     if isinstance(config.budget, tuple) and len(config.budget) != len(model.factors):
@@ -2076,7 +2090,7 @@ def train(args, device):
     with stop_signals() as caught:
         for j in range(len(model.factors)) if k is None else [k]:
             train_factor(model, j, data, out, device, args.resume, caught, compile, args.save_every, k or 0,
-                         not args.start)
+                         not config.start)
     if rank:
         return
     save_curves(out)
@@ -2111,6 +2125,16 @@ def run_data(args, model):
         raise Problem(re.sub("^--size[^:]*", this, str(error))) from None
 
 
+def run_folder(args):
+    return args.run if args.run.is_dir() else args.run.parent
+
+
+def own_name(args):
+    """Part of a file's name that tells results of other weights or data than a run's own."""
+    words = ["best"] * args.best + [path.stem for path in [args.run] if path.is_file()]
+    return "".join(f"-{word}" for word in words + ([pathlib.Path(args.data).stem] if args.data else []))
+
+
 def bar_of(total, unit, name=None):
     from tqdm import tqdm
 
@@ -2129,9 +2153,8 @@ def command_eval(args):
         more, result["coded"] = coded(model, images[: args.coded], tight.sum(0)[: args.coded])
         text += "\n" + more
     print(text)
-    folder = args.run if args.run.is_dir() else args.run.parent
-    name = f"eval-{args.n}.json" if args.n else "eval.json"  # the latter is of all images
-    write_atomically(folder / name, json.dumps(result, indent=1).encode())
+    name = "eval" + own_name(args) + f"-{args.n}" * bool(args.n)  # eval.json: the last weights, all images
+    write_atomically(run_folder(args) / f"{name}.json", json.dumps(result, indent=1).encode())
 
 
 def image_bits(images, **how):
@@ -2218,9 +2241,9 @@ def command_sample(args):
     sampled = itertools.takewhile(lambda level: level != shape, model.shapes)
     with bar_of(n * sum(h * w for _, h, w in sampled), "pixel") as bar:
         levels = model.sample(n, seed, args.mode, args.shift, tight, given, not args.naive, bar.update)
-    name = (f"sample-{args.mode}-{seed}" + f"-shift{args.shift:g}" * bool(args.shift) + "-given" * bool(args.given)
+    name = (f"sample-{args.mode}-{seed}" + own_name(args) + f"-shift{args.shift:g}" * bool(args.shift) + "-given" * bool(args.given)
             + "-tight" * tight)
-    out = str(args.out or (args.run if args.run.is_dir() else args.run.parent) / name)
+    out = str(args.out or run_folder(args) / name)
     save_grid(levels, f"{out}.png")
     arrays = {f"level{i}": to_array(level) for i, level in enumerate(levels[::-1])}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
@@ -2304,6 +2327,7 @@ def bench_train(args, device):
 @torch.no_grad()
 def bench_sample(args, device):
     """The sampler of the finest factor beside its forward pass, and the pyramid's whole chain."""
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 16 * 2**30
     cases = [("pyramid", "celeba", 128, {}), ("pixelcnn", "cifar10", 32, dict(nr_resnet=5))]
     print("the finest factor alone, f_w included, float32, random weights; pass: a teacher-forced pass of the batch;\n"
           "naive: a pass for every pixel, of which one is timed\n"
@@ -2313,8 +2337,8 @@ def bench_sample(args, device):
         model = build(name, (h, w), preset, args.seed or 0, **extra).to(device, memory_format=torch.channels_last)
         factor, label = model.eval().factors[-1], f"{name}, {preset}, {w}x{h}"
         for n in [args.batch_size] if args.batch_size else (1, 16, 64):
-            if (need := n * Decoder.bytes_per_image(factor) / 2**30) > 16 and device.type == "cpu":
-                print(f"{label:30}{n:5}  left out: needs about {need:.0f} GiB")
+            if n * Decoder.bytes_per_image(factor) > room:
+                print(f"{label:30}{n:5}  left out: needs more than {room / 2**30:.0f} GiB")
                 continue
             x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
             x_hat = model.levels_of(x)[-2] if model.chain else None
@@ -2371,7 +2395,7 @@ def parser():
     size = checked(lambda text: tuple(map(int, text.lower().split("x"))) * (2 if text.isdecimal() else 1),
                    "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda sides: len(sides) == 2 and min(sides) > 0)
     budget = checked(lambda text: tuple(map(float, text.split(","))) if "," in text else float(text),
-                     "minutes above 0, such as 10 or 6,14,40", lambda minutes: 0 < np.min(minutes) < math.inf)
+                     "minutes above 0, such as 10 or 6,14,40", lambda minutes: 0 < np.min(minutes) and np.max(minutes) < math.inf)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
     best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # LOCAL_RANK: torchrun's
@@ -2393,7 +2417,8 @@ def parser():
     add("train eval bench", "--batch-size", type=count)
     add("train", "--out", "folder of the run (default: runs/MODEL-DATA)", metavar="RUN")
     add("train", "--resume", "go on with the run in --out", **flag)
-    add("train", "--start", "begin with the weights of this run or checkpoint", metavar="RUN")
+    add("train", "--start", "begin with the weights of this run or checkpoint", metavar="RUN",
+        type=checked(str, "a run or a checkpoint", len))
     add("train", "--factor", "train factor K alone, 0 is the coarsest", type=int, metavar="K")
     add("train", "--steps", "for each factor (default: the preset's)", type=count)
     add("train", "--budget", "for each factor, in place of --steps; 6,14,40: one number a factor, coarsest first",
@@ -2409,7 +2434,8 @@ def parser():
     add("eval", "--coded", "code the first N images, restore them, compare with PNG and WebP", type=count, metavar="N")
     add("sample", "--n", "how many images (default 16)", type=count, default=16)
     add("sample", "--mode", "map: the paper's MAP sampling", choices=("random", "map"), default="random")
-    add("sample", "--shift", "added to the log-scales; below 0: less variance (map has none)", type=float, default=0.0)
+    add("sample", "--shift", "added to the log-scales; below 0: less variance (map has none)", default=0.0,
+        type=checked(float, "a finite number", math.isfinite))
     add("sample", "--given", "start from these, of a level's size or X's: test, an image file or a .npy file")
     add("sample", "--level", "that --given of X's size are reduced to: 1 (default) is next to X", type=int, default=1)
     add("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", **flag)

@@ -1037,9 +1037,9 @@ class Decoder:
     """Runs a factor's causal network over n images in an order in which everything is known when it is needed, and
     asks `symbol(head, positions, limits)` for the levels of each set of pixels.
 
-    Every activation is computed once and kept in a buffer (n, ring + 2, C) while it is needed; a part of a layer at a set of positions is
-    a gather of what its taps read and one matrix product. The embedding's 1x1 projections do not depend on x and are
-    computed once, for all positions. fast=False: the same by a full pass for every pixel.
+    Every activation is computed once and kept in a buffer (n, ring + 2, C) while it is needed; a part of a layer at a
+    set of positions is a gather of what its taps read and one matrix product. The embedding's 1x1 projections do not
+    depend on x and are computed once, for all positions. fast=False: the same by a full pass for every pixel.
     On CUDA a step is captured as a graph, one for each layout that recurs, and replayed.
     """
 
@@ -1505,7 +1505,8 @@ def read_image(file, size=None, celeba=False, exact=False):
             image = image.crop((25, 50, 153, 178))
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image, np.float64)
-            scale = 257 if values.max(initial=0) > 255 else 1
+            top = values.max(initial=0)  # I and F do not tell their range
+            scale = 257 if "16" in image.mode or top > 255 else 1 / 255 if image.mode == "F" and top <= 1 else 1
             image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -1600,7 +1601,7 @@ def load_data(spec, folder, size=None):
         return Dataset(images[:50_000], images[50_000:], flip=True), (32, 32)
     if spec == "celeba":
         images = read_images("celeba", sorted(folder.glob("*.zip")) or [folder], size or (128, 128))
-    elif spec.startswith("folder:"):
+    elif spec.startswith("folder:") and spec != "folder:":
         images = read_images("folder", [pathlib.Path(spec.removeprefix("folder:"))], size or (64, 64))
     elif spec.endswith(".npy"):
         images = read_npy(spec, channels=(3,))
@@ -1649,7 +1650,8 @@ def read_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         known = state["version"] == VERSION
-        if state["format"] != "pixelaux" or (known and not isinstance(state["config"] | state["factors"], dict)):
+        parts = [state["config"], state["factors"]] if known else []
+        if state["format"] != "pixelaux" or not all(isinstance(part, dict) for part in parts):
             raise ValueError
     except FileNotFoundError:
         raise Problem(f"{path}: no checkpoint; `train` writes it") from None
@@ -1927,7 +1929,7 @@ def report(model, bound, tight, shapes=None, images=None, samples=None):
     """
     both, n = np.stack([bound, tight]), bound.shape[1]  # (2, factors, N)
     lines, result, pair = [REPORT.format(n, model.dims)], dict(images=n, factors=[]), "{:20}{:12.4f}{:12.4f}"
-    names = [f"{'gray ' * (c == 1)}{w}x{h}" for c, h, w in (factor.shape for factor in model.factors)]
+    names = [f"{'gray ' * (c == 1)}{h}x{w}" for c, h, w in (factor.shape for factor in model.factors)]
     for k, factor in enumerate(model.factors):
         row, dims = dict(factor=" | ".join(names[k::-1][:2])), math.prod(factor.shape)
         for of, first, per in (("of_x", k, model.dims), ("own", k, dims), ("cumulative", 0, dims)):
@@ -1938,8 +1940,8 @@ def report(model, bound, tight, shapes=None, images=None, samples=None):
     means = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)  # bootstrap over the images
     total, (first, second) = bits.mean(1).tolist(), np.percentile(means, [2.5, 97.5], axis=1).T.tolist()
     result |= dict(bound=total[0], exact=total[1], bound_interval=first, exact_interval=second)
-    lines += [pair.format("total", *total), "95% intervals over the images: "
-              "bound [{:.4f}, {:.4f}], exact [{:.4f}, {:.4f}]".format(*first, *second)]
+    intervals = "bound [{:.4f}, {:.4f}], exact [{:.4f}, {:.4f}]".format(*first, *second)
+    lines += [pair.format("total", *total), f"95% intervals over the images: {intervals if n > 1 else 'none of one'}"]
     if shapes:
         true = float(bits_per_dim(shapes.log_prob(images).mean(), model.dims))
         shape = bits_per_dim(-shapes.log_configurations, model.dims)
@@ -2138,7 +2140,7 @@ def own_name(args):
 def bar_of(total, unit, name=None):
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, unit_scale=unit == "pixel", desc=name)
+    return tqdm(total=total, unit=unit, unit_scale=unit == "pixel", desc=name, delay=0.3)
 
 
 def command_eval(args):
@@ -2227,7 +2229,7 @@ def given_images(args, model):
     x = to_tensor(x[: args.n])
     if tuple(x.shape[1:]) == model.shapes[0]:
         if not 1 <= args.level <= len(model.chain):
-            raise Problem(f"--level {args.level}: the model has levels 1..{len(model.chain)} below X")
+            raise Problem(f"--level {args.level}: the model has {len(model.chain)} levels below X")
         x = model.levels_of(x)[len(model.chain) - args.level]
     return x
 
@@ -2241,8 +2243,8 @@ def command_sample(args):
     sampled = itertools.takewhile(lambda level: level != shape, model.shapes)
     with bar_of(n * sum(h * w for _, h, w in sampled), "pixel") as bar:
         levels = model.sample(n, seed, args.mode, args.shift, tight, given, not args.naive, bar.update)
-    name = (f"sample-{args.mode}-{seed}" + own_name(args) + f"-shift{args.shift:g}" * bool(args.shift) + "-given" * bool(args.given)
-            + "-tight" * tight)
+    name = (f"sample-{args.mode}-{seed}" + own_name(args) + f"-shift{args.shift:g}" * bool(args.shift)
+            + "-given" * bool(args.given) + "-tight" * tight)
     out = str(args.out or run_folder(args) / name)
     save_grid(levels, f"{out}.png")
     arrays = {f"level{i}": to_array(level) for i, level in enumerate(levels[::-1])}
@@ -2335,7 +2337,7 @@ def bench_sample(args, device):
     for name, preset, side, extra in [(args.model, "tiny", 32, {})] if args.model else cases:
         (h, w), preset = args.size or (side, side), args.preset or preset
         model = build(name, (h, w), preset, args.seed or 0, **extra).to(device, memory_format=torch.channels_last)
-        factor, label = model.eval().factors[-1], f"{name}, {preset}, {w}x{h}"
+        factor, label = model.eval().factors[-1], f"{name}, {preset}, {h}x{w}"
         for n in [args.batch_size] if args.batch_size else (1, 16, 64):
             if n * Decoder.bytes_per_image(factor) > room:
                 print(f"{label:30}{n:5}  left out: needs more than {room / 2**30:.0f} GiB")
@@ -2395,7 +2397,7 @@ def parser():
     size = checked(lambda text: tuple(map(int, text.lower().split("x"))) * (2 if text.isdecimal() else 1),
                    "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda sides: len(sides) == 2 and min(sides) > 0)
     budget = checked(lambda text: tuple(map(float, text.split(","))) if "," in text else float(text),
-                     "minutes above 0, such as 10 or 6,14,40", lambda minutes: 0 < np.min(minutes) and np.max(minutes) < math.inf)
+                     "minutes above 0, such as 10 or 6,14,40", lambda every: 0 < np.min(every) <= np.max(every) < 1e9)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
     best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # LOCAL_RANK: torchrun's

@@ -8,7 +8,8 @@
 #   bash reproduce.sh table               paper | ours | hardware | hours | command, from what the runs recorded
 #
 # For a GPU that is there for half an hour at a time:
-#   bash reproduce.sh half-hour TARGET    one of the three above in MINUTES (default 18) of training; evaluation, weights in
+#   bash reproduce.sh half-hour TARGET    one of the three above in MINUTES (default 18) of training, not counting the
+#                                         compilation, a minute or two a factor; evaluation, weights in parts in
 #                                         RUNS/half-hour-TARGET/parts, benchmarks. Goes on if run again
 #   bash reproduce.sh pack PATH DIR       a file or folder as DIR/part.*, of PART MiB (default 15) at most, with checksums
 #   bash reproduce.sh unpack DIR [WHERE]  the parts checked and put together in WHERE (default: beside DIR)
@@ -21,7 +22,6 @@
 #   bash reproduce.sh cifar10-pyramid --budget 6,14,40       minutes a factor, coarsest first
 #   NPROC=8 bash reproduce.sh celeba-pyramid --batch-size 64 on 8 GPUs, by torchrun
 set -euo pipefail
-cd "$(dirname "$0")"
 DATA_DIR=${DATA_DIR:-data}
 RUNS=${RUNS:-runs}
 PYTHON=${PYTHON:-python}
@@ -47,21 +47,23 @@ part() {  # part FILE pixelaux-arguments... makes FILE, unless it was made after
 }
 
 pack() {  # pack PATH DIR
+  [ $# = 2 ] && [ -e "$1" ] || { echo "reproduce.sh pack: expected a PATH that exists and a DIR, got: $*" >&2; exit 2; }
   mkdir -p "$2"
-  rm -f "$2"/part.*
+  rm -f "$2"/part.* "$2/sums"
   tar -c -C "$(dirname "$1")" "$(basename "$1")" | split -b "${PART:-15}m" - "$2/part."
   (cd "$2" && sha256sum part.* > sums)
 }
 
 unpack() {  # unpack DIR [WHERE]
+  [ -e "${1:-}/sums" ] || { echo "reproduce.sh unpack: expected a DIR made by pack, got: $*" >&2; exit 2; }
   (cd "$1" && sha256sum --check --quiet sums >&2)
-  cat "$1"/part.* | tar -x -C "${2:-$(dirname "$1")}"
+  (cd "$1" && cut -c 67- sums | xargs cat) | tar -x -C "${2:-$(dirname "$1")}"
 }
 
 half_hour() {  # half_hour TARGET train-arguments...
-  local name=half-hour-${1:-} model shares preset budget data
+  local name=half-hour-${1:-} model shares preset budget data size=128
   case ${1:-} in  # shares: of the minutes, coarsest factor first
-    cifar10-grayscale) model=grayscale data=cifar10 preset=cifar10 shares="0.25 0.75" ;;
+    cifar10-grayscale) model=grayscale data=cifar10 preset=cifar10 shares="0.25 0.75" size=32 ;;
     cifar10-pyramid) model=pyramid data=cifar10 preset=celeba shares="0.1 0.25 0.65" ;;
     celeba-pyramid) model=pyramid data=celeba preset=celeba shares="0.04 0.08 0.16 0.27 0.45" ;;
     *) echo "reproduce.sh half-hour: expected cifar10-grayscale, cifar10-pyramid or celeba-pyramid" >&2; exit 2 ;;
@@ -71,10 +73,17 @@ half_hour() {  # half_hour TARGET train-arguments...
   budget=$(awk -v minutes="${MINUTES:-18}" '{ for (i = 1; i <= NF; i++) printf "%s%g", (i > 1 ? "," : ""), minutes * $i }' \
     <<< "$shares")
   run "$name" --model $model --data $data --data-dir "$DATA_DIR" --preset "$preset" --budget "$budget" "$@"
-  "$PYTHON" pixelaux.py export "$RUNS/$name" "$RUNS/$name/weights.pt"
+  part "$RUNS/$name/weights.pt" export "$RUNS/$name" "$RUNS/$name/weights.pt"
   pack "$RUNS/$name/weights.pt" "$RUNS/$name/parts"
-  "$PYTHON" pixelaux.py bench train --model $model --preset "$preset" | tee "$RUNS/$name/bench-train.txt"
-  "$PYTHON" pixelaux.py bench sample --model $model --preset "$preset" --size "${SIZE:-128}" | tee "$RUNS/$name/bench-sample.txt"
+  bench "$RUNS/$name/bench-train.txt" train --model $model --preset "$preset"
+  bench "$RUNS/$name/bench-sample.txt" sample --model $model --preset "$preset" --size "${SIZE:-$size}"
+}
+
+bench() {  # bench FILE arguments... likewise
+  if ! [ "$1" -nt "$(dirname "$1")/finished" ]; then
+    "$PYTHON" pixelaux.py bench "${@:2}" | tee "$1.part"
+    mv "$1.part" "$1"
+  fi
 }
 
 table() {
@@ -92,12 +101,18 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*/eval.json")):
     seconds = {line["factor"]: line["seconds"] for line in lines("metrics.jsonl")}  # the last of each factor
     hardware = {f"{one['processes']} x {one['hardware']}, torch {one['torch']}": 0 for one in made}
     factors = " + ".join(f"{factor['bound_of_x']:.3f}" for factor in result["factors"])
-    print(f"| {path.parent.name} | {paper.get(path.parent.name, '-')} | {result['bound']:.4f} ({factors}) "
+    print(f"| {path.parent.name} | {paper.get(path.parent.name.removeprefix('half-hour-'), '-')} | {result['bound']:.4f} ({factors}) "
           f"| {result['exact']:.4f} | {result['images']} | {'; '.join(hardware)} | {sum(seconds.values()) / 3600:.2f} "
           f"| {'; '.join('`' + one['command'] + '`' for one in made)} |")
 END
 }
 
+case $target in
+  pack) pack "$@"; exit ;;  # here paths are the caller's
+  unpack) unpack "$@"; exit ;;
+esac
+source=$(realpath "$0")
+cd "$(dirname "$0")"
 case $target in
   smoke) run smoke --model pyramid --steps 60 "$@" ;;
   cifar10-grayscale) run cifar10-grayscale --model grayscale --data cifar10 --data-dir "$DATA_DIR" --preset cifar10 "$@" ;;
@@ -105,7 +120,6 @@ case $target in
   celeba-pyramid) run celeba-pyramid --model pyramid --data celeba --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   table) table ;;
   half-hour) half_hour "$@" ;;
-  pack) pack "$@" ;;
-  unpack) unpack "$@" ;;
-  *) sed -n '2,25s/^# \{0,1\}//p' "$0"; [ "$target" = help ] || exit 2 ;;
+  *) sed -n '2,26s/^# \{0,1\}//p' "$source"
+    [ "$target" = help ] || { echo "reproduce.sh: unknown target $target" >&2; exit 2; } ;;
 esac

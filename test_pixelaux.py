@@ -1351,6 +1351,10 @@ def test_training_starts_from_exported_weights(run, tmp_path, capsys):
     assert main([*tiny, str(out), "--start", str(file)]) == 0
     for a, b in zip(pixelaux.load(file).parameters(), pixelaux.load(out).parameters()):
         assert torch.allclose(a, b, atol=1e-6)
+    (out / "factor-1.pt").unlink()  # a resumed run starts there, too
+    assert main(["train", "--resume", "--device", "cpu", "--out", str(out)]) == 0
+    for a, b in zip(pixelaux.load(file).parameters(), pixelaux.load(out).parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
     assert main([*tiny, str(tmp_path / "fresh")]) == 0  # the control: weights of their own
     differ = [not torch.allclose(a, b, atol=1e-6) for a, b in
               zip(pixelaux.load(file).parameters(), pixelaux.load(tmp_path / "fresh").parameters())]
@@ -1424,6 +1428,8 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
                           "weights/config.json": (run / "config.json").read_bytes()}.items():
         pathlib.Path(name).write_bytes(content)
     torch.save({"weights": 1}, "other.pt")
+    torch.save(dict(format="pixelaux", version=pixelaux.VERSION, config={}, factors=3), "shape.pt")
+    torch.save(dict(format="pixelaux", version=pixelaux.VERSION, factors={}), "part.pt")
     torch.save({**torch.load(run / "factor-0.pt", weights_only=True), "version": 999}, "version.pt")
     np.save("float.npy", np.zeros((9, 8, 8, 3)))
     np.save("good.npy", np.zeros((9, 8, 8, 3), np.uint8))
@@ -1455,7 +1461,11 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         (f"sample {run} --given bad.npy --device cpu", "bad.npy"), (f"sample {run} --given file", "file: not an image"),
         (f"sample {run} --given test --level 9", "--level"), (f"sample {run} --mode best", "best"),
         (f"sample {run} --n -1", "--n"), (f"sample {run} --mode map --shift -1", "--shift"),
-        (f"compress {run} a.png --seed 1", "--seed"),
+        (f"compress {run} a.png --seed 1", "--seed"), ("eval shape.pt", "shape.pt"), ("eval part.pt", "part.pt"),
+        ("train --budget 1,inf", "--budget"), (f"sample {run} --shift nan", "--shift"), ("train --start ''", "--start"),
+        (f"eval {run}/best-0.pt --best", "--best"), ("eval weights --best", "best-0.pt"),
+        ("train --data folder:", "folder"),
+        ("train --start foreign.pt --steps 1", "foreign.pt"),
         (f"eval {run} --data cifar10", "the model is for 16x16 images: CIFAR-10 images are 32x32"),
         (f"eval {run} --data good.npy", "the model is for 16x16 images: the images of good.npy are 8x8"),
     ]:

@@ -1344,6 +1344,22 @@ def test_exported_weights_make_the_same_model_in_a_small_file(run, tmp_path):
     assert main(["sample", str(file), "--n", "1", "--device", "cpu", "--out", str(tmp_path / "s")]) == 0
 
 
+def test_results_of_other_weights_and_data_have_names_of_their_own(run, tmp_path):
+    for path in [*run.glob("*.pt"), run / "config.json"]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "eval.json").write_text("the run's own")
+    np.save(tmp_path / "mine.npy", np.zeros((40, 16, 16, 3), np.uint8))
+    cpu = ["--device", "cpu"]
+    for arguments, name in ((["--best"], "eval-best.json"), (["--n", "2"], "eval-2.json"),
+                            (["--data", str(tmp_path / "mine.npy")], "eval-mine.json")):
+        assert main(["eval", str(tmp_path), *arguments, *cpu]) == 0
+        assert json.loads((tmp_path / name).read_text())["images"] > 0
+    assert main(["eval", str(tmp_path / "best-0.pt"), *cpu]) == 0 and (tmp_path / "eval-best-0.json").exists()
+    assert main(["sample", str(tmp_path), "--best", "--n", "1", *cpu]) == 0
+    assert (tmp_path / "sample-random-0-best.npz").exists() and not (tmp_path / "sample-random-0.npz").exists()
+    assert (tmp_path / "eval.json").read_text() == "the run's own"
+
+
 def test_training_starts_from_exported_weights(run, tmp_path, capsys):
     file, out = tmp_path / "small.pt", tmp_path / "more"
     assert main(["export", str(run), str(file)]) == 0

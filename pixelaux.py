@@ -26,6 +26,7 @@ Units: log-probabilities are natural logarithms (nats); bits/dim are bits per su
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -596,10 +597,6 @@ class Network(nn.Module):
             self.outputs = [self.add([(streams[-1], head)], channels=c_out)]
         else:
             self.outputs = [last[scale] for scale in sorted(last)]
-        self.last_use = {}
-        for i, layer in enumerate(self.layers, self.nodes_given):
-            for node in [*layer.sources, *([] if layer.residual is None else [layer.residual])]:
-                self.last_use[node] = i
 
     @property
     def nodes_given(self):
@@ -629,23 +626,14 @@ class Network(nn.Module):
 
     def forward(self, x, embeddings=()):
         """x: (N, C, H, W), embeddings as the embedding network returns them -> list of (N, C_out, H', W')."""
-        nodes, read = dict(enumerate([x, *embeddings[: len(self.embeddings)]])), {}
-
-        def activated(node, activation):
-            if (node, activation) not in read:
-                read[node, activation] = ACTIVATIONS[activation](nodes[node])
-            return read[node, activation]
-
+        nodes, read, parts = [x, *embeddings[: len(self.embeddings)]], {}, []
         for i, layer in enumerate(self.layers, self.nodes_given):
-            size = self.size(i, x.shape[2:])
-            y = functools.reduce(torch.add, (conv(activated(node, conv.activation), size)
-                                             for node, conv in zip(layer.sources, layer.convs)))
-            nodes[i] = layer.finish(y, None if layer.residual is None else nodes[layer.residual])
-            for node in {*layer.sources, layer.residual}:  # what nobody reads any more need not be kept
-                if self.last_use.get(node) == i and node not in self.outputs:
-                    nodes.pop(node)
-                    for activation in ACTIVATIONS:
-                        read.pop((node, activation), None)
+            for node, conv in zip(layer.sources, layer.convs):
+                if (node, conv.activation) not in read:
+                    read[node, conv.activation] = ACTIVATIONS[conv.activation](nodes[node])
+                parts.append(conv(read[node, conv.activation], self.size(i, x.shape[2:])))
+            y, parts = functools.reduce(torch.add, parts), []
+            nodes.append(layer.finish(y, None if layer.residual is None else nodes[layer.residual]))
         return [nodes[i] for i in self.outputs]
 
 
@@ -694,6 +682,19 @@ class Factor(nn.Module):
     @property
     def dtype(self):
         return self.net.layers[0].convs[0].v.dtype
+
+    @property
+    def device(self):
+        return self.net.layers[0].convs[0].v.device
+
+    def at_once(self, room=None):
+        """How many images a forward pass, or f_w and the sampler's buffers, fit into `room` bytes; default: 4 GiB, on
+        CUDA half of what is free."""
+        if room is None:
+            room = torch.cuda.mem_get_info(self.device)[0] / 2 if self.device.type == "cuda" else 2**32
+        values = sum(channels * math.prod(self.net.size(i, self.shape[1:]))
+                     for i, channels in enumerate(self.net.channels))
+        return max(1, int(room / (2 * values * torch.finfo(self.dtype).bits // 8)))
 
     def planes(self, x, levels):
         """uint8 (N, C, H, W) -> [-1, 1] and a plane of ones, which tells the image from the padding: (N, C+1, H, W)."""
@@ -813,8 +814,7 @@ class PixelAux(nn.Module):
                 generator = torch.Generator().manual_seed(1_000_003 * seed + k)
                 noise = torch.rand(n, h * w, 2 * c, generator=generator, dtype=torch.float64).clamp_(1e-16)
                 x_hat, images = done[-1] if done else None, []
-                chunk = Decoder.chunk(factor)
-                for part in torch.arange(n).split(chunk):
+                for part in torch.arange(n).split(factor.at_once()):
                     draw = Draw(noise[part].to(self.device), mode)
                     decoder = Decoder(factor, len(part), None if x_hat is None else x_hat[part], shift, tight, fast)
                     images.append(decoder.run(draw, progress))
@@ -855,147 +855,119 @@ class Schedule:
     Of each layer the last few rows are kept, those that are still to be read: position p lies in slot p mod `ring` of
     its buffer. Slot ring stands for "outside" and holds 0; slot ring + 1 takes what is computed for padding: positions
     come in multiples of `multiple`, because we promise equal images and a product's rows may depend on how many there
-    are (see `ROWS`).
+    are (see `ROWS`). On CUDA it is padded to powers of two of them: few different shapes, each captured as one graph.
 
     fast=False: one step that evaluates everything everywhere, the full pass.
+
+    indices: [(slots of a buffer, the step of each position, (H W + 1, taps) what is read there; padding last)].
+    parts: {layer's node: in order, (index of its slots, of its positions if embedded, [(which source, its taps, index)])}.
+    steps: (layout, indices) each, layout = ((index, how many), ..) of those that have any.
     """
 
     def __init__(self, net, size, multiple, fast, device):
-        self.first, self.multiple, self.device = net.nodes_given, multiple, device
-        self.sizes = [net.size(i, size) for i in range(len(net.channels))]
-        self.count = [h * w for h, w in self.sizes]
+        self.sizes, first = [net.size(i, size) for i in range(len(net.channels))], net.nodes_given
+        self.places = [np.arange(h * w)[:, None] for h, w in self.sizes]
         # reads: of each layer, {which source, or "residual": (node, its positions that are read, (H W, taps))}
-        self.reads = [{j: (node, Conv.taps(conv.geometry, self.sizes[node], self.sizes[i]))
-                       for j, (node, conv) in enumerate(zip(layer.sources, layer.convs)) if node not in net.embeddings}
-                      for i, layer in enumerate(net.layers, self.first)]
-        for i, (layer, read) in enumerate(zip(net.layers, self.reads), self.first):
+        self.reads = {i: {j: (node, Conv.taps(conv.geometry, self.sizes[node], self.sizes[i]))
+                          for j, (node, conv) in enumerate(zip(layer.sources, layer.convs))
+                          if node not in net.embeddings} for i, layer in enumerate(net.layers, first)}
+        for i, layer in enumerate(net.layers, first):
             if layer.residual is not None:
-                read["residual"] = layer.residual, np.arange(self.count[i])[:, None]
-        low, high = 1, size[1]
-        while low < high:
-            lag = (low + high) // 2
-            drawn, ready = self.times(lag)
-            low, high = (low, lag) if (ready[-1] <= drawn).all() else (lag + 1, high)
-        self.lag = low
-        drawn, ready = self.times(low)
-        if (ready[-1] > drawn).any():
+                self.reads[i]["residual"] = layer.residual, self.places[i]
+        self.lag = 1 + bisect.bisect_left(range(1, size[1]), True, key=self.causal)
+        if not self.causal(self.lag):
             raise AssertionError("the network is not causal")
-        _, ready = self.times(low, self.latest(drawn))
-        ready[-1] = drawn
-        parts = self.split(ready)
-        if fast:
-            ready[0] = drawn
-        else:  # the same parts, all at once
-            ready = [0 * step for step in ready]
-            parts = [[(0 * step, taps) for step, taps in part] for part in parts]
-        self.number(net, parts, ready)
-        self.collect(drawn[:-1] if fast else None)
+        drawn = np.append(self.earliest(self.lag)[0][:-1] - 1, 0)
+        step = self.earliest(self.lag, self.latest(drawn))  # of each position of each node, "outside" last
+        step[0] = step[-1] = drawn
+        parts = {i: self.split(i, step) for i in self.reads}
+        if not fast:  # the same parts, all at once
+            step = [0 * when for when in step]
+            parts = {i: [(0 * when, taps) for when, taps in part] for i, part in parts.items()}
+        rings, numbers, self.indices = self.rings(step, parts), {}, []
 
-    def times(self, lag, latest=None):
-        """The step of each pixel, and the first step at which each position of each node is known; of "outside" 0."""
-        (h, w), n = self.sizes[0], self.first
-        drawn = np.append(np.add.outer(lag * np.arange(h), np.arange(w)), 0)
-        ready = [drawn + 1, *(np.zeros(count + 1, int) for count in self.count[1:n])]
-        ready[0][-1] = 0
-        for i, read in enumerate(self.reads, n):
-            step = np.append(np.max([ready[node][table].max(1) for node, table in read.values()], 0), 0)
-            row = -(-step // lag) * lag
-            ready.append(row if latest and (row <= latest[i]).all() else step)
-        return drawn, ready
+        def index(ring, when, table, padding):
+            table = np.concatenate([table, np.full_like(table[:1], padding)])
+            number = numbers.setdefault((ring, when.tobytes(), table.tobytes()), len(self.indices))
+            self.indices += [(ring + 2, when[:-1], table)] * (number == len(self.indices))
+            return number
+
+        def own(i, when, ring=None):
+            ring = ring or rings[self.sizes[i]]
+            return index(ring, when, self.places[i] % ring, ring + 1)
+
+        def gather(i, when, node, table):
+            if np.array_equal(table, self.places[i]):  # at the same place: 1x1
+                return own(i, when)
+            ring = rings[self.sizes[node]]
+            return index(ring, when, np.where(table < len(self.places[node]), table % ring, ring), ring)
+
+        self.input, self.drawn = own(0, step[0]), own(0, step[0], len(self.places[0]))
+        embedded = {i for i, layer in enumerate(net.layers, first) if {*layer.sources} & {*net.embeddings}}
+        self.parts = {i: [(own(i, when), own(i, when, len(self.places[i])) if i in embedded else None,
+                           [(j, some, gather(i, when, self.reads[i][j][0], self.reads[i][j][1][:, some]))
+                            for j, some in taps.items()]) for when, taps in part] for i, part in parts.items()}
+        found = []
+        for _, when, table in self.indices:
+            count = np.bincount(when, minlength=1 + max(map(np.max, step)))
+            groups = -(-count // multiple)
+            if device.type == "cuda":
+                groups[count > 0] = [1 << int(n - 1).bit_length() for n in groups[count > 0]]
+            each = np.split(when.argsort(kind="stable"), count.cumsum()[:-1])
+            found.append([table[np.pad(part, (0, n * multiple - len(part)), constant_values=len(when))].ravel()
+                          for part, n in zip(each, groups)])
+        self.steps = [(tuple((number, len(part)) for number, part in enumerate(parts) if len(part)),
+                       torch.from_numpy(np.concatenate(parts)).to(device)) for parts in zip(*found)]
+
+    def earliest(self, lag, latest=None):
+        """The first step at which each position of each node is known ("outside", last, at 0), or the next multiple of
+        lag where that is early enough."""
+        (h, w), step = self.sizes[0], [np.zeros(len(place) + 1, int) for place in self.places]
+        step[0][:-1] = np.add.outer(lag * np.arange(h), np.arange(w)).ravel() + 1
+        for i, read in self.reads.items():
+            step[i][:-1] = np.max([step[node][table].max(1) for node, table in read.values()], 0)
+            row = -(-step[i] // lag) * lag
+            step[i] = row if latest and (row <= latest[i]).all() else step[i]
+        return step
+
+    def causal(self, lag):
+        """Whether all that a pixel needs is known when it is drawn."""
+        step = self.earliest(lag)
+        return bool((step[-1] < step[0])[:-1].all())
 
     def latest(self, drawn):
         """The last step at which each position of each node serves its purpose."""
-        latest = [np.full(count + 1, drawn.max()) for count in self.count[:-1]] + [drawn]
-        for i, read in reversed(list(enumerate(self.reads, self.first))):
+        latest = [np.full(len(place) + 1, drawn.max()) for place in self.places[:-1]] + [drawn]
+        for i, read in reversed(self.reads.items()):
             for node, table in read.values():
                 for tap in table.T:  # with one tap no two positions read the same
                     latest[node][tap] = np.minimum(latest[node][tap], latest[i][:-1])
         return latest
 
-    def split(self, ready):
-        """Of each layer its parts, in order: (the step of each position, {which source: its taps})."""
-        parts = []
-        for i, read in enumerate(self.reads, self.first):
-            split, row = ({}, {}), ready[i] // self.lag * self.lag
-            for j, (node, table) in read.items():
-                early = (ready[node][table] <= row[:-1, None]).all(0) & (self.lag >= 4) & (node > 0)
-                for taps, mask in zip(split, (early, ~early)):
-                    if mask.any() and j != "residual":
-                        taps[j] = tuple(np.flatnonzero(mask).tolist())
-            times = (row if split[1] else ready[i], ready[i])  # of one part: the residual's, too
-            parts.append([(step, taps) for step, taps in zip(times, split) if taps])
-        return parts
+    def split(self, i, step):
+        """The parts of layer i, in order: (the step of each position, {which source: its taps})."""
+        early, late, row = {}, {}, step[i] // self.lag * self.lag
+        for j, (node, table) in self.reads[i].items():
+            known = (step[node][table] <= row[:-1, None]).all(0) & (self.lag >= 4) & (node > 0)
+            for taps, mask in ((early, known), (late, ~known)):
+                if mask.any() and j != "residual":
+                    taps[j] = tuple(np.flatnonzero(mask).tolist())
+        return [(when, taps) for when, taps in ((row if late else step[i], early), (step[i], late)) if taps]
 
-    def rings(self, parts, written):
+    def rings(self, step, parts):
         """Of each resolution, how many positions, in whole rows, hold all that is still to be read."""
-        last = [step.copy() for step in written]
-        for i, (read, part) in enumerate(zip(self.reads, parts), self.first):
-            for step, taps in [*part, (written[i], {"residual": (0,)} if "residual" in read else {})]:
-                for node, tap in [(read[j][0], read[j][1][:, tap]) for j, some in taps.items() for tap in some]:
-                    last[node][tap] = np.maximum(last[node][tap], step[:-1])
-        lives = [(self.sizes[i], written[i], last[i]) for i in range(len(written)) if not 0 < i < self.first]
-        lives += [(self.sizes[i], part[0][0], written[i]) for i, part in enumerate(parts, self.first)]  # early sums
+        lives = {i: [step[i], step[i].copy()] for i in (0, *self.reads)}  # written, last read
+        for i, part in parts.items():
+            for when, taps in [*part, (step[i], {"residual": (0,)} if "residual" in self.reads[i] else {})]:
+                for node, tap in [(self.reads[i][j][0], self.reads[i][j][1][:, k]) for j in taps for k in taps[j]]:
+                    lives[node][1][tap] = np.maximum(lives[node][1][tap], when[:-1])
+        lives = [(i, *life) for i, life in lives.items()] + [(i, part[0][0], step[i]) for i, part in parts.items()]
 
-        def enough(h, w, ring):
-            return all((begin[ring:-1] > end[: h * w - ring]).all() for size, begin, end in lives if size == (h, w))
+        def enough(size, ring):
+            return all((begin[ring:-1] > end[: max(0, len(end) - 1 - ring)]).all()
+                       for i, begin, end in lives if self.sizes[i] == size)
 
-        return {(h, w): next(n * w for n in range(1, h + 1) if enough(h, w, n * w)) for h, w in set(self.sizes)}
-
-    def number(self, net, parts, written):
-        """indices: (slots of a buffer, the step of each position, (H W + 1, taps) what is read there; padding last).
-
-        parts: of each layer, in order: (index of its slots, of its positions if the embedding is needed there,
-        [(which source, its taps, index)]).
-        """
-        self.indices, numbers, rings = [], {}, self.rings(parts, written)
-
-        def index(slots, step, table, padding):
-            table = np.concatenate([table, np.full_like(table[:1], padding)])
-            number = numbers.setdefault((slots, step.tobytes(), table.tobytes()), len(self.indices))
-            self.indices += [(slots, step[:-1], table)] * (number == len(self.indices))
-            return number
-
-        def slots(i, step):
-            ring = rings[self.sizes[i]]
-            return index(ring + 2, step, np.arange(self.count[i])[:, None] % ring, ring + 1)
-
-        def positions(i, step):
-            return index(self.count[i] + 2, step, np.arange(self.count[i])[:, None], self.count[i] + 1)
-
-        def gather(i, step, node, table):
-            if np.array_equal(table, np.arange(self.count[i])[:, None]):  # at the same place: 1x1
-                return slots(i, step)
-            ring = rings[self.sizes[node]]
-            return index(ring + 2, step, np.where(table < self.count[node], table % ring, ring), ring)
-
-        self.input, self.drawn, self.parts = slots(0, written[0]), positions(0, written[0]), []
-        for i, (layer, read, part) in enumerate(zip(net.layers, self.reads, parts), self.first):
-            embedded = not {*net.embeddings}.isdisjoint(layer.sources)
-            self.parts.append([(slots(i, step), positions(i, step) if embedded else None,
-                                [(j, some, gather(i, step, read[j][0], read[j][1][:, some]))
-                                 for j, some in taps.items()]) for step, taps in part])
-
-    def collect(self, drawn):
-        """steps: (layout, indices), layout = ((index, how many), ..) for those that have any; pixels: how many are
-        drawn."""
-        steps = 1 + max(int(step.max()) for _, step, _ in self.indices)
-        found = []
-        for _, step, table in self.indices:
-            each = np.split(step.argsort(kind="stable"), np.bincount(step, minlength=steps).cumsum()[:-1])
-            found.append([table[np.pad(part, (0, self.padding(len(part))), constant_values=len(step))].ravel()
-                          for part in each])
-        self.steps, self.pixels = [], []
-        for t, parts in enumerate(zip(*found)):
-            layout = tuple((number, len(part)) for number, part in enumerate(parts) if len(part))
-            if layout:
-                self.steps.append((layout, torch.from_numpy(np.concatenate(parts)).to(self.device)))
-                self.pixels.append(1 if drawn is None else int((drawn == t).sum()))
-
-    def padding(self, n):
-        """How many positions to add to n: to a multiple of `multiple`, on CUDA by a power of two (few different
-        shapes, each captured as one graph)."""
-        groups = -(-n // self.multiple)
-        return self.multiple * (1 << (groups - 1).bit_length() if n and self.device.type == "cuda" else groups) - n
+        return {(h, w): next(n * w for n in range(1, h + 1) if enough((h, w), n * w)) for h, w in set(self.sizes)}
 
 
 def current(device):
@@ -1046,19 +1018,17 @@ class Decoder:
     def __init__(self, factor, n, x_hat=None, shift=0.0, tight=False, fast=True):
         self.factor, self.n, self.shift, self.x_hat, self.fast = factor, n, shift, x_hat, fast
         self.tight, self.symbol, net = tight and factor.psi is not None, None, factor.net
-        self.device, first, (c, h, w) = net.layers[0].convs[0].v.device, net.nodes_given, factor.shape
-        key = (h, w), ROWS // math.gcd(n, ROWS), fast, self.device
-        cache = net.__dict__.setdefault("schedules", {})
+        self.device, first, (c, h, w) = factor.device, net.nodes_given, factor.shape
+        self.captures = self.device.type == "cuda"
+        key, cache = ((h, w), ROWS // math.gcd(n, ROWS), fast, self.device), net.__dict__.setdefault("schedules", {})
         if key not in cache:
             cache[key] = Schedule(net, *key)
         self.schedule = schedule = cache[key]
-        self.slots = [slots for slots, _, _ in schedule.indices]
-        e = dict(zip(net.embeddings, map(concat_elu, factor.embeddings(x_hat))))
-        own = {0: schedule.input} | {i: parts[-1][0] for i, parts in enumerate(schedule.parts, first)}
+        own = {0: schedule.input} | {i: parts[-1][0] for i, parts in schedule.parts.items()}
         outputs = [{} for _ in net.channels]  # of each node: activation that is read -> its buffer, if it needs one
 
         def buffer(node, channels):
-            return torch.zeros(n * self.slots[own[node]], channels, dtype=factor.dtype, device=self.device)
+            return torch.zeros(n * schedule.indices[own[node]][0], channels, dtype=factor.dtype, device=self.device)
 
         def read(node, activation, index):
             """(what is read, its buffer, where in it); no buffer if it is there from the same step."""
@@ -1068,63 +1038,44 @@ class Decoder:
             return (node, activation), None if index == own[node] else outputs[node][activation], index
 
         # records: of each part: its slots, reads, product, what is added to it, layer, residual, node, outputs
-        self.records = []
-        for i, (layer, parts) in enumerate(zip(net.layers, schedule.parts), first):
-            bias, added = sum(conv.b for node, conv in zip(layer.sources, layer.convs) if node not in e), None
-            for node, conv in zip(layer.sources, layer.convs):
-                if node in e:  # one at most
-                    projection = conv(e[node], net.size(i, (h, w))).flatten(2).transpose(1, 2)
-                    added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), parts[0][1]
-            weights = [None if node in e else conv.matrices() for node, conv in zip(layer.sources, layer.convs)]
-            for part, (slots, _, reads) in enumerate(parts, 1):
+        self.records, embedded = [], dict(zip(net.embeddings, map(concat_elu, factor.embeddings(x_hat))))
+        for i, layer in enumerate(net.layers, first):
+            added, weights, inputs = None, {}, list(enumerate(zip(layer.sources, layer.convs)))
+            bias = sum(conv.b for _, (node, conv) in inputs if node not in embedded)
+            for j, (node, conv) in inputs:
+                if node in embedded:  # one at most
+                    projection = conv(embedded[node], net.size(i, (h, w))).flatten(2).transpose(1, 2)
+                    added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), schedule.parts[i][0][1]
+                else:
+                    weights[j] = conv.matrices()
+            for part, (slots, _, reads) in enumerate(schedule.parts[i], 1):
                 weight = torch.cat([weights[j][:, taps].flatten(1) for j, taps, _ in reads], 1)
                 reads = [read(layer.sources[j], layer.convs[j].activation, index) for j, _, index in reads]
-                if part < len(parts):  # the early part is a sum for the other one to go on with
+                if part < len(schedule.parts[i]):  # the early part is a sum for the other one to go on with
                     early = buffer(i, len(weight))
                     self.records.append((slots, reads, product(weight, bias), added, None, None, i, {"none": early}))
                     added, bias = (None, early, own[i]), torch.zeros_like(bias)
                 else:
                     residual = None if layer.residual is None else read(layer.residual, "none", slots)
                     self.records.append((slots, reads, product(weight, bias), added, layer, residual, i, outputs[i]))
-        self.input = outputs[0]["none"]
-        images = torch.arange(n, device=self.device).unsqueeze(1)
-        self.offsets = [images * slots for slots in self.slots]
+        self.input, images = outputs[0]["none"], torch.arange(n, device=self.device).unsqueeze(1)
+        self.offsets = [images * slots for slots, _, _ in schedule.indices]
         self.canvas = torch.zeros(n, h * w + 2, c, dtype=torch.long, device=self.device)
-
-    @staticmethod
-    def bytes_per_image(factor):
-        """About what a forward pass, or f_w and the sampler's buffers, take at most."""
-        net, (_, h, w) = factor.net, factor.shape
-        size = torch.finfo(factor.dtype).bits // 8
-        return size * sum(2 * channels * math.prod(net.size(i, (h, w))) for i, channels in enumerate(net.channels))
-
-    @staticmethod
-    def chunk(factor):
-        """How many images at once: those that take about 4 GiB, on CUDA half of what is free."""
-        device = factor.net.layers[0].convs[0].v.device
-        room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 4 * 2**30
-        return max(1, int(room / Decoder.bytes_per_image(factor)))
-
-    @property
-    def captures(self):
-        """Whether steps are captured as CUDA graphs."""
-        return self.device.type == "cuda"
 
     def limits(self, positions):
         """Function (x, c) -> inclusive interval of channel c at these positions; x: (N P, C, 1, 1), so far."""
-        psi, n, p, (_, h, w) = self.factor.psi, self.n, len(positions), self.factor.shape
-        side, r, col = psi.cell, positions // w, positions % w
-        within = torch.arange(side, device=self.device)
-        corner = r // side * side * w + col // side * side
+        psi, (_, h, w), side = self.factor.psi, self.factor.shape, self.factor.psi.cell
+        r, col, within = positions // w, positions % w, torch.arange(side, device=self.device)
+        corner = (r - r % side) * w + col - col % side
         cells = (corner[:, None] + (within[:, None] * w + within).flatten()).clamp(max=h * w)  # padding: anywhere
         coarse = (r // side * (w // side) + col // side).clamp(max=h * w // side**2 - 1)
-        blocks = self.canvas[:, cells.flatten()].reshape(n * p, side**2, -1)
-        x_hat = self.x_hat.flatten(2)[:, :, coarse].transpose(1, 2).reshape(n * p, -1, 1, 1)
-        place = (r % side * side + col % side).repeat(n)[:, None, None]  # (N P, 1, 1)
+        blocks = self.canvas[:, cells].flatten(0, 1)  # (N P, side^2, C)
+        x_hat = self.x_hat.flatten(2)[:, :, coarse].transpose(1, 2).flatten(0, 1)[:, :, None, None]
+        place = (r % side * side + col % side).repeat(self.n)[:, None, None]  # (N P, 1, 1)
 
         def interval(x, c):
-            filled = blocks.scatter(1, place.expand(-1, -1, x.shape[1]), x.reshape(n * p, 1, -1))
-            filled = filled.transpose(1, 2).unflatten(2, (psi.cell, psi.cell))
+            filled = blocks.scatter(1, place.expand(-1, -1, x.shape[1]), x.flatten(1).unsqueeze(1))
+            filled = filled.transpose(1, 2).unflatten(2, (side, side))
             return tuple(v[:, c].flatten(1).gather(1, place[:, :, 0]).unsqueeze(2) for v in psi.bounds(filled, x_hat))
 
         return interval
@@ -1167,19 +1118,19 @@ class Decoder:
         self.input.view(n, -1, unit.shape[2]).index_copy_(1, slots, unit)
 
     def run(self, symbol, progress=None):
-        """-> uint8 (n, C, H, W); progress is called with the number of pixels done."""
+        """-> uint8 (n, C, H, W); progress is called with the number of pixels done, at each step."""
         c, h, w = self.factor.shape
         if symbol is not self.symbol:  # the graphs read its noise
             self.symbol, self.graphs, self.pool = symbol, {}, None
+        passes, steps = [None] if self.fast else range(h * w), self.schedule.steps
         with torch.inference_mode(), current(self.device):
-            for only in [None] if self.fast else range(h * w):
-                for (layout, indices), pixels in zip(self.schedule.steps, self.schedule.pixels):
-                    if self.captures and self.fast and isinstance(symbol, Draw):
-                        self.replay(layout, indices, symbol)
-                    else:
-                        self.step(layout, indices, symbol, only)
-                    if progress:
-                        progress(self.n * pixels)
+            for only, (layout, indices) in itertools.product(passes, steps):
+                if self.captures and self.fast and isinstance(symbol, Draw):
+                    self.replay(layout, indices, symbol)
+                else:
+                    self.step(layout, indices, symbol, only)
+                if progress:
+                    progress(self.n * h * w / (len(passes) * len(steps)))
         return self.canvas[:, : h * w].transpose(1, 2).reshape(self.n, c, h, w).to(torch.uint8)
 
     def replay(self, layout, indices, symbol):
@@ -1484,7 +1435,7 @@ def load_cifar10(folder):
 
 
 def read_image(file, size=None, celeba=False, exact=False):
-    """The image in a file (pathlib.Path or zipfile.Path) as RGB, uint8 (H, W, 3). Raises Problem, without the name.
+    """The image in a file (pathlib.Path or zipfile.Path) as RGB, uint8 (H, W, 3). Raises Problem.
 
     All of Pillow's formats and modes: 16 bits are scaled, transparency goes over white, EXIF rotation is applied.
     size: (H, W), to which a centre crop of that aspect is resized. celeba: first the paper's crop of an aligned image
@@ -1517,9 +1468,10 @@ def read_image(file, size=None, celeba=False, exact=False):
             image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
         return np.array(image)
     except UnidentifiedImageError:  # its text shows a Python object
-        raise Problem("not an image that Pillow can read") from None
+        raise Problem(f"{file}: not an image that Pillow can read") from None
     except Exception as error:  # Pillow and zipfile raise many kinds
-        raise Problem(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Problem(f"{file}: {reason}") from None
 
 
 def read_images(kind, sources, size):
@@ -1549,7 +1501,7 @@ def read_images(kind, sources, size):
         try:
             return read_image(file, size, kind == "celeba").tobytes()
         except Problem as error:
-            broken.append(f"{file}: {error}")
+            broken.append(str(error))
             return b""
 
     def decode(out):
@@ -1892,24 +1844,21 @@ def show_progress(model, k, first, test, out):
 
 
 @torch.inference_mode()
-def evaluate(model, images, batch_size=None, progress=lambda done: None):
-    """Log-probabilities of images, uint8 (N, H, W, 3), all of them.
+def evaluate(model, images, batch_size=None):
+    """Log-probabilities of all images, uint8 (N, H, W, 3), from the same forward passes: (bound, tight), each float64
+    (factors, N), nats per image, coarsest factor first."""
+    from tqdm import tqdm
 
-    Returns (bound, tight): float64 arrays (factors, N), nats per image, coarsest factor first; both from the same
-    forward passes. progress: called with the number of images done.
-    """
     model.eval()
-    batch_size = batch_size or max(1, int(2**30 / max(map(Decoder.bytes_per_image, model.factors))))
-    results = []
-    for x in to_tensor(images).split(batch_size):
-        levels, nats = model.levels_of(x.to(model.device)), []
+    batches = to_tensor(images).split(batch_size or min(factor.at_once(2**30) for factor in model.factors))
+    results = [[] for _ in range(2 * len(model.factors))]
+    for x in tqdm(batches, "evaluation", unit="batch", delay=0.3):
+        levels, ways = model.levels_of(x.to(model.device)), iter(results)
         for factor, level, level_hat in zip(model.factors, levels, [None, *levels]):
             head = factor.head(level, level_hat)
-            limits = factor.psi.bounds(level, level_hat) if factor.psi else None
-            nats += [head.log_prob(level, bounds).flatten(1).sum(1) for bounds in (None, limits)]
-        results.append(torch.stack(nats).double().cpu())  # (2 factors, n)
-        progress(len(x))
-    results = torch.cat(results, 1).numpy()
+            for bounds in (None, factor.psi and factor.psi.bounds(level, level_hat)):
+                next(ways).append(head.log_prob(level, bounds).flatten(1).sum(1).double().cpu())
+    results = np.stack([torch.cat(parts).numpy() for parts in results])
     return results[::2], results[1::2]
 
 
@@ -2101,9 +2050,7 @@ def train(args, device):
     few = data.test[:256]
     samples = model.sample(16 if data.shapes else 8, seed=config.seed, tight=config.tight)
     save_grid(samples, out / "samples.png")
-    with bar_of(len(few), "image", "evaluation") as bar:
-        text, _ = report(model, *evaluate(model, few, progress=bar.update), data.shapes, few,
-                         to_array(samples[-1]))
+    text, _ = report(model, *evaluate(model, few), data.shapes, few, to_array(samples[-1]))
     print(f"{text}\n\nsamples at every stage: {out / 'samples.png'}   curves: {out / 'curves.png'}\n"
           f"next: python pixelaux.py eval {out}   python pixelaux.py sample {out}{' --tight' * config.tight}")
 
@@ -2147,8 +2094,7 @@ def command_eval(args):
     model = load(args.run, args.device, args.best)
     data = run_data(args, model)
     images = data.test[: args.n]
-    with bar_of(len(images), "image") as bar:
-        bound, tight = evaluate(model, images, args.batch_size, bar.update)
+    bound, tight = evaluate(model, images, args.batch_size)
     samples = to_array(model.sample(64, args.seed or 0, tight=bool(args.tight))[-1]) if data.shapes else None
     text, result = report(model, bound, tight, data.shapes, images, samples)
     if args.coded:
@@ -2167,7 +2113,7 @@ def image_bits(images, **how):
 
 def coded(model, images, nats, tight=True):
     """Code and restore images, uint8 (N, H, W, 3): bits/dim beside -log2 p (nats: (N,)), PNG and WebP; text, dict."""
-    n, bits, chunk = len(images), 0, min(64, *map(Decoder.chunk, model.factors))
+    n, bits, chunk = len(images), 0, min(64, *(factor.at_once() for factor in model.factors))
     with bar_of(2 * n * sum(h * w for _, h, w in model.shapes), "pixel", "coding") as bar:
         for start, x in zip(range(0, n, chunk), to_tensor(images).split(chunk)):
             words = compress(model, x, tight, bar.update)
@@ -2190,12 +2136,12 @@ def command_codec(args):
     model, packing = load(args.run, args.device, args.best), args.command == "compress"
     for path in map(pathlib.Path, args.files):
         target = pathlib.Path(args.out or path.parent) / f"{path.stem}.{'pxa' if packing else 'png'}"
+        x = to_tensor(read_image(path, exact=True)[None])[0] if packing else None
         try:
             if target.exists():
                 raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
             with bar_of(None, "pixel", path.name) as bar:
                 if packing:
-                    x = to_tensor(read_image(path, exact=True)[None])[0]
                     file = pack(resized(model, tuple(x.shape[1:])), x, args.tight, bar.update)
                 else:
                     x = unpack(model, path.read_bytes(), bar.update)
@@ -2222,10 +2168,7 @@ def given_images(args, model):
     elif args.given.endswith(".npy"):
         x = read_npy(args.given)
     else:
-        try:
-            x = read_image(pathlib.Path(args.given))[None].repeat(args.n, 0)
-        except Problem as error:
-            raise Problem(f"--given {args.given}: {error}") from None
+        x = read_image(pathlib.Path(args.given))[None].repeat(args.n, 0)
     x = to_tensor(x[: args.n])
     if tuple(x.shape[1:]) == model.shapes[0]:
         if not 1 <= args.level <= len(model.chain):
@@ -2339,7 +2282,7 @@ def bench_sample(args, device):
         model = build(name, (h, w), preset, args.seed or 0, **extra).to(device, memory_format=torch.channels_last)
         factor, label = model.eval().factors[-1], f"{name}, {preset}, {h}x{w}"
         for n in [args.batch_size] if args.batch_size else (1, 16, 64):
-            if n * Decoder.bytes_per_image(factor) > room:
+            if factor.at_once(room) < n:
                 print(f"{label:30}{n:5}  left out: needs more than {room / 2**30:.0f} GiB")
                 continue
             x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)

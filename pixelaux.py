@@ -2014,10 +2014,13 @@ def train(args, device):
         total([0.0], device)
     model, k = PixelAux(config), args.factor
     if config.start:
+        start = load(config.start)
         try:
-            model.load_state_dict(load(config.start).state_dict())
+            model.load_state_dict(start.state_dict())
         except RuntimeError:
-            raise Problem(f"--start: {config.start} is of another model") from None
+            keys = itertools.takewhile(lambda key: key != "dropout", vars(config))  # what shapes the networks
+            differ = [f"{key} {old}" for key in keys if (old := getattr(start.config, key)) != getattr(config, key)]
+            raise Problem(f"--start: {config.start} is of another model: {', '.join(differ)}") from None
     if k is not None and not 0 <= k < len(model.factors):
         raise Problem(f"--factor {k}: the model has factors 0..{len(model.factors) - 1}")
     if isinstance(config.budget, tuple) and len(config.budget) != len(model.factors):
@@ -2138,6 +2141,8 @@ def command_codec(args):
         target = pathlib.Path(args.out or path.parent) / f"{path.stem}.{'pxa' if packing else 'png'}"
         x = to_tensor(read_image(path, exact=True)[None])[0] if packing else None
         try:
+            if not packing and path.suffix != ".pxa":
+                raise Problem("expected a .pxa file")
             if target.exists():
                 raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
             with bar_of(None, "pixel", path.name) as bar:
@@ -2155,6 +2160,8 @@ def command_codec(args):
 
 def command_export(args):
     model = load(args.run, best=args.best)
+    if os.path.exists(args.file):
+        read_checkpoint(args.file)  # nothing else is overwritten
     factors = {k: {name: weight.bfloat16() for name, weight in factor.state_dict().items()}
                for k, factor in enumerate(model.factors)}
     write_checkpoint(args.file, model.config, factors)
@@ -2224,6 +2231,8 @@ def seconds(function, device, repeat=4):
 
 
 def command_bench(args):
+    if args.what == "sample" and (args.precision or args.compile is not None):
+        raise Problem("--precision and --compile are for bench train; sampling is float32 and not compiled")
     print(f"torch {torch.__version__}, {hardware(args.device)}, seed {args.seed or 0}")
     (bench_train if args.what == "train" else bench_sample)(args, args.device)
 

@@ -1377,7 +1377,7 @@ def test_training_starts_from_exported_weights(run, tmp_path, capsys):
     assert np.mean(differ) > 0.9
     capsys.readouterr()
     assert main([*tiny, str(tmp_path / "other"), "--model", "pixelcnn", "--start", str(file)]) == 2
-    assert "--start" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert f"--start: {file} is of another model: model pyramid" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_compress_and_decompress_commands(run, tmp_path, capsys):
@@ -1386,7 +1386,8 @@ def test_compress_and_decompress_commands(run, tmp_path, capsys):
     Image.fromarray(pixels[:, :16, 0]).save(tmp_path / "b.png")
     Image.fromarray(pixels[:, :16]).convert("RGBA").save(tmp_path / "alpha.png")
     Image.fromarray(pixels[:7]).save(tmp_path / "odd.png")
-    (tmp_path / "text.png").write_text("hello")
+    for name in ("text.png", "foreign.pxa"):
+        (tmp_path / name).write_text("hello")
     header = bytes([0, 0, 0, 2, 0, 0, 0, 1, 16, 2, 0, 0, 0])  # width, height, bits, RGB
     chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(bytes(13)), b"IEND"]
     (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -1410,7 +1411,8 @@ def test_compress_and_decompress_commands(run, tmp_path, capsys):
         (["compress", str(run), str(tmp_path / "cut.png")], "truncated"),
         (["compress", str(run), str(tmp_path / "deep.png")], "expected a single one, of 8-bit"),
         (["compress", str(run), str(tmp_path / "moving.png")], "expected a single one"),
-        (["decompress", str(run), files[0], "--out", str(back / "x")], "not a .pxa file"),
+        (["decompress", str(run), files[0]], "expected a .pxa file"),
+        (["decompress", str(run), str(tmp_path / "foreign.pxa")], "not a .pxa file"),
         (["decompress", str(run), str(tmp_path / "gone.pxa")], "gone.pxa"),
     ]:
         capsys.readouterr()
@@ -1480,7 +1482,8 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         (f"compress {run} a.png --seed 1", "--seed"), ("eval shape.pt", "shape.pt"), ("eval part.pt", "part.pt"),
         ("train --budget 1,inf", "--budget"), (f"sample {run} --shift nan", "--shift"), ("train --start ''", "--start"),
         (f"eval {run}/best-0.pt --best", "--best"), ("eval weights --best", "best-0.pt"),
-        ("train --data folder:", "folder"),
+        ("train --data folder:", "folder"), (f"export {run} bad.npy", "bad.npy: not a pixelaux checkpoint"),
+        ("bench sample --precision bfloat16", "--precision"),
         ("train --start foreign.pt --steps 1", "foreign.pt"),
         (f"eval {run} --data cifar10", "the model is for 16x16 images: CIFAR-10 images are 32x32"),
         (f"eval {run} --data good.npy", "the model is for 16x16 images: the images of good.npy are 8x8"),

@@ -30,6 +30,7 @@ import bisect
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import http.client
@@ -721,7 +722,8 @@ class PixelAux(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        torch.backends.cudnn.allow_tf32 = False  # on CUDA, too: evaluation, sampling and codec are float32 throughout
+        # On CUDA, too, evaluation, sampling and codec are float32 throughout, and the same each time.
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
         self.config, self.chain = config, make_chain(config)
         self.shapes, self.levels = [(3, *config.size)], [config.levels]  # of X_0, X_1, ..
         for psi in self.chain:
@@ -859,8 +861,8 @@ class Schedule:
 
     fast=False: one step that evaluates everything everywhere, the full pass.
 
-    indices: [(slots of a buffer, the step of each position, (H W + 1, taps) what is read there; padding last)].
-    parts: {layer's node: in order, (index of its slots, of its positions if embedded, [(which source, its taps, index)])}.
+    indices: [(slots of a buffer, the step of each position, (H W + 1, taps): what is read; padding last)].
+    parts: {layer's node: in order, (index of its slots, of its positions if embedded, [(source, its taps, index)])}.
     steps: (layout, indices) each, layout = ((index, how many), ..) of those that have any.
     """
 
@@ -1140,7 +1142,7 @@ class Decoder:
             return self.step(layout, indices, symbol)
         if self.graphs[layout] is None:
             graph, static = torch.cuda.CUDAGraph(), indices.clone()
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, torch.cuda.Stream(self.device), "thread_local"):
                 self.step(layout, static, symbol)
             self.graphs[layout], self.pool = (graph, static), graph.pool()  # results are in buffers: one pool for all
         graph, static = self.graphs[layout]
@@ -1174,12 +1176,13 @@ class Code:
         for channel in range(c):
             pmf = head.pmf(channel, x.flatten(0, 1)[:, :, None, None], limits)
             pmf = pmf.view(len(self.coders), len(positions), -1)[:, : len(real)].cpu().numpy()
-            for i, (coder, table) in enumerate(zip(self.coders, pmf)):
+            symbols = np.empty((len(self.coders), len(real)), np.int64) if self.x is None else self.x[:, channel, real]
+            for coder, table, row in zip(self.coders, pmf, symbols):
                 if self.x is None:
-                    symbols = coder.decode(self.tables, table)
+                    row[:] = coder.decode(self.tables, table)
                 else:
-                    coder.encode(symbols := self.x[i, channel, real], self.tables, table)
-                x[i, : len(real), channel] = torch.from_numpy(symbols).to(x)
+                    coder.encode(row, self.tables, table)
+            x[:, : len(real), channel] = torch.from_numpy(symbols).to(x)
         return x
 
 
@@ -1704,7 +1707,8 @@ class Loss(nn.Module):
     def __init__(self, factor, config, dims, device):
         super().__init__()
         self.factor, self.tight, self.scale = factor, config.tight, 1 / (dims * math.log(2))
-        self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+        able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and able)
 
     def forward(self, x, x_hat):
         """x: uint8 (N, C, H, W), x_hat: psi(x) or None -> bits per sub-pixel of X, a float32 scalar."""
@@ -1850,7 +1854,8 @@ def evaluate(model, images, batch_size=None):
     from tqdm import tqdm
 
     model.eval()
-    batches = to_tensor(images).split(batch_size or min(factor.at_once(2**30) for factor in model.factors))
+    room = 2**30 if model.device.type == "cpu" else None
+    batches = to_tensor(images).split(batch_size or min(factor.at_once(room) for factor in model.factors))
     results = [[] for _ in range(2 * len(model.factors))]
     for x in tqdm(batches, "evaluation", unit="batch", delay=0.3):
         levels, ways = model.levels_of(x.to(model.device)), iter(results)
@@ -1994,7 +1999,8 @@ def command_train(args):
         return train(args, device)
     if device.type == "cuda":
         torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    patience = datetime.timedelta(hours=3)  # while one process downloads or decodes the data
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         train(args, device)
     except RuntimeError as error:
@@ -2039,7 +2045,7 @@ def train(args, device):
                     hardware=hardware(device), torch=torch.__version__)
         with open(out / "commands.jsonl", "a") as file:
             file.write(json.dumps(made) + "\n")
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     compile = device.type == "cuda" if args.compile is None else args.compile
     with stop_signals() as caught:
         for j in range(len(model.factors)) if k is None else [k]:
@@ -2094,6 +2100,8 @@ def bar_of(total, unit, name=None):
 
 
 def command_eval(args):
+    if args.coded:
+        import constriction  # noqa: F401  if it is missing, say so before the evaluation
     model = load(args.run, args.device, args.best)
     data = run_data(args, model)
     images = data.test[: args.n]
@@ -2121,7 +2129,7 @@ def coded(model, images, nats, tight=True):
         for start, x in zip(range(0, n, chunk), to_tensor(images).split(chunk)):
             words = compress(model, x, tight, bar.update)
             if not torch.equal(decompress(model, words, tight, bar.update).cpu(), x):
-                raise AssertionError(f"images {start}..{start + len(x) - 1} were not restored")
+                raise Problem(f"images {start}..{start + len(x) - 1} were not restored: no two runs here round alike")
             bits += 32 * sum(map(len, words))
     rate, ideal = bits / (n * model.dims), float(bits_per_dim(nats.mean(), model.dims))
     result = dict(images=n, coded=rate, ideal=ideal)
@@ -2247,7 +2255,7 @@ def bench_train(args, device):
                   precision=args.precision or "auto").to(device, memory_format=torch.channels_last)
     config, cuda = model.config, device.type == "cuda"
     n, many, side = args.batch_size or config.batch_size, 10 if cuda else 1, 8192 if cuda else 2048
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
     model.initialise(x)
     levels, bfloat16 = model.levels_of(x), Loss(None, config, 1, device).bfloat16
@@ -2266,14 +2274,17 @@ def bench_train(args, device):
         loss, batch = Loss(factor, config, model.dims, device), (levels[k], levels[k - 1] if k else None)
         with FlopCounterMode(display=False) as counter:
             loss(*batch).backward()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
         if args.compile or (args.compile is None and cuda):
             loss = compiled(loss, *batch)
+        if cuda:
+            loss(*batch).backward()  # cuDNN tries its algorithms here
+            torch.cuda.reset_peak_memory_stats(device)
         ours, work = timed(loss, factor, fused=True), counter.get_total_flops()
         memory = torch.cuda.max_memory_allocated(device) if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
         loss = Loss(plain(factor), dataclasses.replace(config, precision="float32"), model.dims, device)
+        torch.backends.cudnn.allow_tf32 = True  # torch's default
         theirs = timed(loss, loss.factor)
+        torch.backends.cudnn.allow_tf32 = False
         print(f"{k:<10}{n / ours:14.1f}{n / theirs:10.1f}{theirs / ours:9.2f}{work / n / 1e9:15.2f}"
               f"{work / ours / 1e12:11.3g}{work / ours / peak:11.0%}{memory / 2**30:7.2f}", flush=True)
 

@@ -9,8 +9,10 @@
 #
 # For a GPU that is there for half an hour at a time:
 #   bash reproduce.sh half-hour TARGET    one of the three above in MINUTES (default 18) of training, not counting the
-#                                         compilation, a minute or two a factor; evaluation, weights in parts in
-#                                         RUNS/half-hour-TARGET/parts, benchmarks. Goes on if run again
+#                                         compilation, some minutes a factor; evaluation, benchmarks; in
+#                                         RUNS/half-hour-TARGET: weights in parts/, all the rest in records.tgz.
+#                                         Goes on if run again; another machine goes on from the weights alone (--start)
+#   bash reproduce.sh benchmarks TARGET   the benchmarks alone, which need no data
 #   bash reproduce.sh pack PATH DIR       a file or folder as DIR/part.*, of PART MiB (default 15) at most, with checksums
 #   bash reproduce.sh unpack DIR [WHERE]  the parts checked and put together in WHERE (default: beside DIR)
 # A dry run on a CPU: MINUTES=1 PRESET=tiny SIZE=32 bash reproduce.sh half-hour cifar10-pyramid
@@ -22,9 +24,10 @@
 #   bash reproduce.sh cifar10-pyramid --budget 6,14,40       minutes a factor, coarsest first
 #   NPROC=8 bash reproduce.sh celeba-pyramid --batch-size 64 on 8 GPUs, by torchrun
 set -euo pipefail
+trap 'exit 143' TERM  # bash waits with it until the program has saved
 DATA_DIR=${DATA_DIR:-data}
 RUNS=${RUNS:-runs}
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python || echo python3)}
 target=${1:-help}
 shift || true
 
@@ -57,30 +60,42 @@ pack() {  # pack PATH DIR
 unpack() {  # unpack DIR [WHERE]
   [ -e "${1:-}/sums" ] || { echo "reproduce.sh unpack: expected a DIR made by pack, got: $*" >&2; exit 2; }
   (cd "$1" && sha256sum --check --quiet sums >&2)
+  mkdir -p "${2:-$(dirname "$1")}"
   (cd "$1" && cut -c 67- sums | xargs cat) | tar -x -C "${2:-$(dirname "$1")}"
 }
 
-half_hour() {  # half_hour TARGET train-arguments...
-  local name=half-hour-${1:-} model shares preset budget data size=128
-  case ${1:-} in  # shares: of the minutes, coarsest factor first
+settings() {  # settings TARGET; shares: of the minutes, coarsest factor first
+  case ${1:-} in
     cifar10-grayscale) model=grayscale data=cifar10 preset=cifar10 shares="0.25 0.75" size=32 ;;
-    cifar10-pyramid) model=pyramid data=cifar10 preset=celeba shares="0.1 0.25 0.65" ;;
-    celeba-pyramid) model=pyramid data=celeba preset=celeba shares="0.04 0.08 0.16 0.27 0.45" ;;
-    *) echo "reproduce.sh half-hour: expected cifar10-grayscale, cifar10-pyramid or celeba-pyramid" >&2; exit 2 ;;
+    cifar10-pyramid) model=pyramid data=cifar10 preset=celeba shares="0.1 0.25 0.65" size=32 ;;
+    celeba-pyramid) model=pyramid data=celeba preset=celeba shares="0.04 0.08 0.16 0.27 0.45" size=128 ;;
+    *) echo "reproduce.sh: expected cifar10-grayscale, cifar10-pyramid or celeba-pyramid" >&2; exit 2 ;;
   esac
-  shift
-  preset=${PRESET:-$preset}
-  budget=$(awk -v minutes="${MINUTES:-18}" '{ for (i = 1; i <= NF; i++) printf "%s%g", (i > 1 ? "," : ""), minutes * $i }' \
-    <<< "$shares")
-  run "$name" --model $model --data $data --data-dir "$DATA_DIR" --preset "$preset" --budget "$budget" "$@"
-  part "$RUNS/$name/weights.pt" export "$RUNS/$name" "$RUNS/$name/weights.pt"
-  pack "$RUNS/$name/weights.pt" "$RUNS/$name/parts"
-  bench "$RUNS/$name/bench-train.txt" train --model $model --preset "$preset"
-  bench "$RUNS/$name/bench-sample.txt" sample --model $model --preset "$preset" --size "${SIZE:-$size}"
+  name=half-hour-$1 preset=${PRESET:-$preset} size=${SIZE:-$size}
 }
 
-bench() {  # bench FILE arguments... likewise
-  if ! [ "$1" -nt "$(dirname "$1")/finished" ]; then
+half_hour() {  # half_hour TARGET train-arguments...
+  settings "${1:-}"
+  local budget
+  budget=$(awk -v minutes="${MINUTES:-18}" '{ for (i = 1; i <= NF; i++) printf "%s%g", (i > 1 ? "," : ""), minutes * $i }' \
+    <<< "$shares")
+  run "$name" --model $model --data $data --data-dir "$DATA_DIR" --preset "$preset" --budget "$budget" "${@:2}"
+  part "$RUNS/$name/weights.pt" export "$RUNS/$name" "$RUNS/$name/weights.pt"
+  pack "$RUNS/$name/weights.pt" "$RUNS/$name/parts"
+  benchmarks "$1"
+  tar -czf "$RUNS/$name.tgz" -C "$RUNS/$name" --exclude='*.pt' --exclude=parts --exclude=records.tgz .
+  mv "$RUNS/$name.tgz" "$RUNS/$name/records.tgz"
+}
+
+benchmarks() {  # benchmarks TARGET
+  settings "${1:-}"
+  mkdir -p "$RUNS/$name"
+  bench "$RUNS/$name/bench-train.txt" train --model $model --preset "$preset" --size "$size"
+  bench "$RUNS/$name/bench-sample.txt" sample --model $model --preset "$preset" --size "$size"
+}
+
+bench() {  # bench FILE arguments... makes FILE, once
+  if ! [ -s "$1" ]; then
     "$PYTHON" pixelaux.py bench "${@:2}" | tee "$1.part"
     mv "$1.part" "$1"
   fi
@@ -120,6 +135,7 @@ case $target in
   celeba-pyramid) run celeba-pyramid --model pyramid --data celeba --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   table) table ;;
   half-hour) half_hour "$@" ;;
-  *) sed -n '2,26s/^# \{0,1\}//p' "$source"
+  benchmarks) benchmarks "$@" ;;
+  *) sed -n '2,/^set/s/^# \{0,1\}//p' "$source"
     [ "$target" = help ] || { echo "reproduce.sh: unknown target $target" >&2; exit 2; } ;;
 esac

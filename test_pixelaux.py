@@ -1562,7 +1562,8 @@ def test_reproduce_half_an_hour_and_files_in_parts(tmp_path):
     stub.write_text(f"""#!/usr/bin/env bash
         echo "$*" >> {log}
         mkdir -p {name}
-        [ $2 != export ] || head -c 2500000 /dev/urandom > {name}/weights.pt""")
+        [ $2 != export ] || head -c 2500000 /dev/urandom > {name}/weights.pt
+        [ $2 != bench ] || echo some numbers""")
     stub.chmod(0o755)
 
     def reproduce(*arguments, **env):
@@ -1570,9 +1571,13 @@ def test_reproduce_half_an_hour_and_files_in_parts(tmp_path):
             **os.environ, "PYTHON": str(stub), "RUNS": str(tmp_path / "runs"), **env})
         return result.returncode, result.stderr
 
+    assert reproduce("benchmarks", "cifar10-grayscale") == (0, "") and "--size 32" in log.read_text()
+    log.unlink()
+    (name / "bench-sample.txt").unlink()
     assert reproduce("half-hour", "cifar10-grayscale", "--seed", "3", PART="1", MINUTES="10") == (0, "")
     ran = log.read_text().splitlines()
-    assert [line.split()[1] for line in ran] == ["train", "eval", "sample", "sample", "export", "bench", "bench"]
+    assert [line.split()[1] for line in ran] == ["train", "eval", "sample", "sample", "export", "bench"]
+    assert tarfile.open(name / "records.tgz").getmember("./bench-train.txt").size == 13
     assert "--model grayscale" in ran[0] and "--budget 2.5,7.5 --seed 3" in ran[0]
     status, message = reproduce("half-hour", "celeba")
     assert status == 2 and "celeba-pyramid" in message

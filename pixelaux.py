@@ -23,8 +23,6 @@ A model is its list of psi; a factor is a causal network, a head and, if it is c
 Where we deviate from the paper, or the paper is silent, the docstring concerned says so.
 Units: log-probabilities are natural logarithms (nats); bits/dim are bits per sub-pixel of X.
 """
-from __future__ import annotations
-
 import argparse
 import bisect
 import contextlib
@@ -62,15 +60,15 @@ from torch import nn
 from torch.utils.data import Subset
 
 VERSION = 1  # of the checkpoint format
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of this process, by torchrun
+RANKS = int(os.environ.get("WORLD_SIZE", 1))  # how many processes
 
 
 class Problem(ValueError):
     """Something the user can put right; the command line prints it as one line and exits with status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Configuration ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -131,9 +129,7 @@ def make_config(preset="tiny", **fields):
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})  # JSON has lists only
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# psi: deterministic auxiliary variables
-# ---------------------------------------------------------------------------------------------------------------------
+# --- psi: deterministic auxiliary variables --------------------------------------------------------------------------
 
 
 def feasible(values, dim, weights, low, high, top):
@@ -158,12 +154,10 @@ class Half:
     """
 
     cell, light = 2, True  # side of the block of X that a pixel of X^ stands for; which causal network goes with it
+    channels = None  # of X^; None: as many as X has
 
     def __init__(self, levels=256):
         self.levels = self.levels_out = levels
-
-    def shape(self, c, h, w):
-        return c, h // 2, w // 2
 
     def __call__(self, x):
         """x: uint8 (N, C, H, W) -> uint8 (N, C, H/2, W/2)."""
@@ -186,7 +180,7 @@ class Gray:
     The paper does not say how gray is computed; this is ITU-R BT.601 luma in integers.
     """
 
-    cell, light, weights, levels_out = 1, False, (77, 150, 29), 16
+    cell, light, channels, weights, levels_out = 1, False, 1, (77, 150, 29), 16
 
     def __init__(self, levels=256):
         self.levels = levels
@@ -194,14 +188,9 @@ class Gray:
             raise Problem(f"gray needs levels - 1 to divide 255, got levels={levels}")
         self.weights = tuple(w * (255 // (levels - 1)) for w in self.weights)
 
-    def shape(self, c, h, w):
-        return 1, h, w
-
     def __call__(self, x):
         """x: uint8 (N, 3, H, W) -> uint8 (N, 1, H, W), 0..15."""
-        red, green, blue = x.int().split(1, 1)
-        a, b, c = self.weights
-        return ((a * red + b * green + c * blue) >> 12).to(torch.uint8)
+        return (sum(weight * value for weight, value in zip(self.weights, x.int().split(1, 1))) >> 12).to(torch.uint8)
 
     def bounds(self, x, x_hat):
         """Inclusive feasible (lo, hi), int64 (N, 3, H, W): of red, of green given red, of blue given both.
@@ -215,20 +204,7 @@ class Gray:
 MODELS = {"pixelcnn": (), "grayscale": (Gray,), "pyramid": (Half,), "grayscale-pyramid": (Gray, Half)}
 
 
-def make_chain(config):
-    """The model's list of psi, finest first."""
-    scales = config.scales if config.scales >= 0 else (min(config.size) // 8).bit_length() - 1
-    chain, levels = [], config.levels
-    for kind in MODELS[config.model]:
-        for _ in range(scales if kind is Half else 1):
-            chain.append(kind(levels))
-            levels = chain[-1].levels_out
-    return chain
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads: the distribution of a pixel given the network's output
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Heads: the distribution of a pixel given the network's output ---------------------------------------------------
 
 
 def pick(log_weights, u):
@@ -251,13 +227,7 @@ class LogisticMixture:
     """
 
     def __init__(self, params, levels=256, shift=0.0):
-        n, c, h, w = params.shape
-        if c % 10:
-            raise Problem(f"a logistic mixture takes 10 K channels of parameters, got {c}")
-        k = c // 10
-        if params.dtype in (torch.bfloat16, torch.float16):
-            params = params.float()
-        params = params.contiguous()
+        k, params = params.shape[1] // 10, at_least_float32(params).contiguous()
         rest = params[:, k:].unflatten(1, (3, 3 * k))  # (N, 3, 3 K, H, W)
         self.levels = levels
         self.logit_probs = params[:, :k]  # (N, K, H, W)
@@ -395,7 +365,7 @@ class Categorical:
         """Nothing to set: zero logits are uniform."""
 
     def __init__(self, params, levels=None, shift=0.0):
-        self.logits = (params.float() if params.dtype in (torch.bfloat16, torch.float16) else params) * math.exp(-shift)
+        self.logits = at_least_float32(params) * math.exp(-shift)
 
     def log_prob(self, x, bounds=None):
         """x: uint8 (N, 1, H, W) -> nats (N, H, W); bounds = (lo, hi), each (N, 1, H, W), masks the logits."""
@@ -414,6 +384,10 @@ class Categorical:
         return (masked(self.logits, *limits(x, c)) if limits else self.logits).softmax(1)
 
 
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def to_unit(x, levels, dtype):
     """Levels 0..levels-1 -> [-1, 1], in dtype."""
     return x.to(dtype) * (2.0 / (levels - 1)) - 1.0
@@ -424,9 +398,7 @@ def bits_per_dim(log_prob, dims):
     return -log_prob / (dims * math.log(2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Causal convolutions and networks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Causal convolutions and networks --------------------------------------------------------------------------------
 
 
 def concat_elu(x):
@@ -449,7 +421,7 @@ class Conv(nn.Module):
         VERTICAL  x x x     HORIZONTAL  x x     first layer, both   x x x      x x x      .
                   x o x                 x o     exclude o:          x x x  and .   .  and x .
                                                                     . o .      . o .      x o
-    The forward pass is torch's convolution, `taps` and `matrices` give the sampler the same as a gather and a product.
+    The forward pass is torch's convolution, `taps` give the sampler the same as a gather and a product.
     """
 
     def __init__(self, c_in, c_out, kernel, offset, activation="none", stride=1, up=False, gain=1.0, dropout=0.0,
@@ -481,7 +453,7 @@ class Conv(nn.Module):
     def apply_to(self, x, weight, bias, size):
         # Padding on both sides and cutting what is too much costs a row and saves the copy that F.pad would make.
         if self.up:
-            extra = tuple(2 + o - k if 2 + o > k else 0 for o, k in zip((2 * o for o in self.offset), self.kernel))
+            extra = tuple(max(0, 2 + 2 * o - k) for o, k in zip(self.offset, self.kernel))
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, self.offset, extra)
         else:
             y = F.conv2d(x, weight, bias, self.stride, self.offset)
@@ -513,10 +485,6 @@ class Conv(nn.Module):
         inside = whole & (r >= 0) & (r < h) & (c >= 0) & (c < w)
         return np.where(inside, r * w + c, h * w).reshape(target[0] * target[1], kh * kw)
 
-    def matrices(self):
-        """The weight as (C_out, kh kw, C_in), whose rows of some taps have the layout of gathered taps."""
-        return self.weight().permute(0, 2, 3, 1).flatten(1, 2)
-
 
 class Layer(nn.Module):
     """A sum of convolutions of earlier nodes; with a residual node r: r + a sigmoid(b), (a, b) halves of the sum."""
@@ -527,8 +495,6 @@ class Layer(nn.Module):
         self.convs = nn.ModuleList(conv for _, conv in inputs)
 
     def finish(self, y, residual):
-        if residual is None:
-            return y
         a, b = y.chunk(2, 1)
         return torch.addcmul(residual, a, torch.sigmoid(b))
 
@@ -555,13 +521,12 @@ class Network(nn.Module):
     strided layers; here all six stages have the same number, the 6 x 6 = 36 and 6 x 4 = 24 blocks of the paper.
     """
 
-    def __init__(self, c_in, c_out, layout, filters, causal=True, embeddings=0, c_embedding=0, dropout=0.0,
-                 look_right=True):
+    def __init__(self, c_in, c_out, layout, filters, causal=True, embeddings=0, dropout=0.0, look_right=True):
         super().__init__()
         self.layers, self.causal, self.filters, self.dropout = nn.ModuleList(), causal, filters, dropout
-        self.channels = [c_in] + [c_embedding] * embeddings
+        self.channels = [c_in] + [filters] * embeddings
         self.scale = [0] + list(range(embeddings))  # node i has resolution 2^-scale of the input's
-        self.embeddings = list(range(1, embeddings + 1))
+        self.embeddings, self.nodes_given = list(range(1, embeddings + 1)), 1 + embeddings
         if causal:
             kernels = [VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL]
             streams = [
@@ -575,21 +540,17 @@ class Network(nn.Module):
         for stage in layout:
             scale = self.scale[streams[0]]
             if stage in ("down", "up"):
+                down = stage == "down"
                 for s, kernel in enumerate(kernels):
-                    if stage == "up":
-                        kernel = dict(kernel=kernel["kernel"], offset=UP[kernel["kernel"]], up=True)
-                    else:
-                        kernel = dict(kernel, stride=2)
-                    streams[s] = self.add([(streams[s], kernel)], scale=scale + (1 if stage == "down" else -1))
+                    change = dict(stride=2) if down else dict(offset=UP[kernel["kernel"]], up=True)
+                    streams[s] = self.add([(streams[s], dict(kernel, **change))], scale=scale + (1 if down else -1))
                 continue
-            earlier = skips.get(scale, [])
-            done = []
+            earlier, done = skips.get(scale, []), []
             for _ in range(stage):
-                skip = earlier.pop() if earlier else [None] * len(streams)
-                below = None  # the vertical stream's output, which the horizontal one takes as well
+                skip, below = earlier.pop() if earlier else [], []  # below: what the horizontal stream takes as well
                 for s, kernel in enumerate(kernels):
-                    aux = [node for node in (below, skip[s]) if node is not None]
-                    streams[s] = below = self.block(streams[s], kernel, aux)
+                    streams[s] = self.block(streams[s], kernel, below + skip[s : s + 1])
+                    below = [streams[s]]
                 done.append(list(streams))
             skips.setdefault(scale, done)
             last[scale] = streams[-1]
@@ -598,10 +559,6 @@ class Network(nn.Module):
             self.outputs = [self.add([(streams[-1], head)], channels=c_out)]
         else:
             self.outputs = [last[scale] for scale in sorted(last)]
-
-    @property
-    def nodes_given(self):
-        return 1 + len(self.embeddings)
 
     def add(self, inputs, residual=None, channels=None, scale=None):
         """Append a layer over [(node, convolution's arguments)]; returns its node."""
@@ -634,25 +591,11 @@ class Network(nn.Module):
                     read[node, conv.activation] = ACTIVATIONS[conv.activation](nodes[node])
                 parts.append(conv(read[node, conv.activation], self.size(i, x.shape[2:])))
             y, parts = functools.reduce(torch.add, parts), []
-            nodes.append(layer.finish(y, None if layer.residual is None else nodes[layer.residual]))
+            nodes.append(y if layer.residual is None else layer.finish(y, nodes[layer.residual]))
         return [nodes[i] for i in self.outputs]
 
 
-def pixelcnnpp_layout(nr_resnet):
-    """Three resolutions, down and up again, nr_resnet blocks a stage; a layout in place of the number stays."""
-    n = nr_resnet
-    return (n, "down", n, "down", n, n, "up", n, "up", n) if isinstance(n, int) else tuple(n)
-
-
-def depth(layout):
-    """By how much a layout reduces the resolution at most."""
-    steps = itertools.accumulate(({"down": 1, "up": -1}.get(stage, 0) for stage in layout), initial=0)
-    return 2 ** max(steps)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model: a chain of psi, a factor for each level
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The model: a chain of psi, a factor for each level --------------------------------------------------------------
 
 
 class Factor(nn.Module):
@@ -661,24 +604,21 @@ class Factor(nn.Module):
     psi: the function that x_hat is made with, or None; it chooses the networks.
     """
 
-    def __init__(self, config, shape, levels, psi, light, shape_hat=None):
+    def __init__(self, config, psi, levels, shape):
         super().__init__()
-        c, h, w = shape
-        self.shape, self.levels, self.psi = shape, levels, psi
+        self.shape, self.levels, self.psi, self.embed, c = shape, levels, psi, None, shape[0]
         self.Head = LogisticMixture if c == 3 else Categorical
-        if psi is None:
-            nr_resnet, embedding, self.embed = config.nr_resnet, (), None
-        else:
-            nr_resnet = config.nr_resnet_cond
-            embedding = tuple(config.embedding) if psi.light else pixelcnnpp_layout(nr_resnet)
-            self.embed = Network(shape_hat[0] + 1, 0, embedding, config.nr_filters, causal=False,
-                                 dropout=config.dropout)
-        layout = (config.nr_light,) if light else pixelcnnpp_layout(nr_resnet)
-        c_out = config.nr_logistic_mix * 10 if c == 3 else levels
-        self.net = Network(c + 1, c_out, layout, config.nr_filters, True, depth(layout).bit_length() if psi else 0,
-                           config.nr_filters, config.dropout, config.look_right or not light)
+        light = any(kind.light for kind in ([psi] if psi else MODELS[config.model][-1:]))  # coarsest: as the last psi
+        n = config.nr_resnet_cond if psi else config.nr_resnet  # residual blocks a stage, or a whole layout
+        full = (n, "down", n, "down", n, n, "up", n, "up", n) if isinstance(n, int) else n  # PixelCNN++'s six stages
+        if psi:
+            self.embed = Network((psi.channels or c) + 1, 0, config.embedding if light else full, config.nr_filters,
+                                 causal=False, dropout=config.dropout)
+        layout = (config.nr_light,) if light else full
+        self.net = Network(c + 1, config.nr_logistic_mix * 10 if c == 3 else levels, layout, config.nr_filters, True,
+                           1 + layout.count("down") if psi else 0, config.dropout, config.look_right or not light)
         # H and W of x must be multiples of this: for the resampling of the causal network and of f_w
-        self.multiple = max(depth(layout), depth(embedding) * (psi.cell if psi else 1))
+        self.multiple = max(2 ** max(self.net.scale), psi.cell * 2 ** max(self.embed.scale) if psi else 1)
 
     @property
     def dtype(self):
@@ -724,21 +664,20 @@ class PixelAux(nn.Module):
         super().__init__()
         # On CUDA, too, evaluation, sampling and codec are float32 throughout, and the same each time.
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
-        self.config, self.chain = config, make_chain(config)
-        self.shapes, self.levels = [(3, *config.size)], [config.levels]  # of X_0, X_1, ..
-        for psi in self.chain:
-            self.shapes.append(psi.shape(*self.shapes[-1]))
-            self.levels.append(psi.levels_out)
-        kinds = [*self.chain, *MODELS[config.model][-1:], None]  # the coarsest level has the network of the last psi
+        self.config, self.chain, self.shapes, self.levels = config, [], [(3, *config.size)], [config.levels]
+        scales = config.scales if config.scales >= 0 else (min(config.size) // 8).bit_length() - 1
+        for kind in MODELS[config.model]:  # chain: finest first; shapes and levels: of X_0, X_1, ..
+            for _ in range(scales if kind is Half else 1):
+                psi, (c, h, w) = kind(self.levels[-1]), self.shapes[-1]
+                self.chain.append(psi)
+                self.shapes.append((psi.channels or c, h // psi.cell, w // psi.cell))
+                self.levels.append(psi.levels_out)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.factors = nn.ModuleList(  # coarsest first
-                Factor(config, self.shapes[i], self.levels[i], psi, bool(kinds[i] and kinds[i].light),
-                       self.shapes[i + 1] if psi else None)
-                for i, psi in reversed(list(enumerate([*self.chain, None]))))
-        need = 1
-        for i, factor in enumerate(reversed(self.factors)):
-            need = max(need, factor.multiple * 2 ** sum(isinstance(psi, Half) for psi in self.chain[:i]))
+            of = zip([*self.chain, None], self.levels, self.shapes)
+            self.factors = nn.ModuleList(Factor(config, *each) for each in reversed(list(of)))  # coarsest first
+        need = max(factor.multiple * math.prod(psi.cell for psi in self.chain[:i])
+                   for i, factor in enumerate(reversed(self.factors)))
         if min(config.size) < need or any(s % need for s in config.size):
             raise Problem(f"size {'x'.join(map(str, config.size))} does not fit model {config.model}: "
                           f"height and width must be multiples of {need}")
@@ -836,9 +775,7 @@ def build(name, size, preset="tiny", seed=0, **overrides):
     return PixelAux(make_config(model=name, size=size, preset=preset, seed=seed, **overrides))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling: each activation computed once, independent positions together
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Sampling: each activation computed once, independent positions together -----------------------------------------
 
 
 class Schedule:
@@ -1049,7 +986,7 @@ class Decoder:
                     projection = conv(embedded[node], net.size(i, (h, w))).flatten(2).transpose(1, 2)
                     added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), schedule.parts[i][0][1]
                 else:
-                    weights[j] = conv.matrices()
+                    weights[j] = conv.weight().permute(0, 2, 3, 1).flatten(1, 2)  # (C_out, kh kw, C_in), as gathered
             for part, (slots, _, reads) in enumerate(schedule.parts[i], 1):
                 weight = torch.cat([weights[j][:, taps].flatten(1) for j, taps, _ in reads], 1)
                 reads = [read(layer.sources[j], layer.convs[j].activation, index) for j, _, index in reads]
@@ -1124,15 +1061,15 @@ class Decoder:
         c, h, w = self.factor.shape
         if symbol is not self.symbol:  # the graphs read its noise
             self.symbol, self.graphs, self.pool = symbol, {}, None
-        passes, steps = [None] if self.fast else range(h * w), self.schedule.steps
+        steps = list(itertools.product([None] if self.fast else range(h * w), self.schedule.steps))
         with torch.inference_mode(), current(self.device):
-            for only, (layout, indices) in itertools.product(passes, steps):
+            for i, (only, (layout, indices)) in enumerate(steps):
                 if self.captures and self.fast and isinstance(symbol, Draw):
                     self.replay(layout, indices, symbol)
                 else:
                     self.step(layout, indices, symbol, only)
                 if progress:
-                    progress(self.n * h * w / (len(passes) * len(steps)))
+                    progress(self.n * h * w * (i + 1) // len(steps) - self.n * h * w * i // len(steps))
         return self.canvas[:, : h * w].transpose(1, 2).reshape(self.n, c, h, w).to(torch.uint8)
 
     def replay(self, layout, indices, symbol):
@@ -1142,7 +1079,8 @@ class Decoder:
             return self.step(layout, indices, symbol)
         if self.graphs[layout] is None:
             graph, static = torch.cuda.CUDAGraph(), indices.clone()
-            with torch.cuda.graph(graph, self.pool, torch.cuda.Stream(self.device), "thread_local"):
+            stream = torch.cuda.Stream(self.device)  # torch's own for this is of the device that captured first
+            with torch.cuda.graph(graph, self.pool, stream=stream, capture_error_mode="thread_local"):
                 self.step(layout, static, symbol)
             self.graphs[layout], self.pool = (graph, static), graph.pool()  # results are in buffers: one pool for all
         graph, static = self.graphs[layout]
@@ -1150,49 +1088,42 @@ class Decoder:
         graph.replay()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lossless compression: the likelihood in real bits
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Lossless compression: the likelihood in real bits ---------------------------------------------------------------
 
 
-class Code:
-    """Source of symbols that writes the levels x of given images, or reads them: a range coder for each image.
+@torch.no_grad()
+def code(model, x=None, words=None, tight=True, progress=None):
+    """Write images x, uint8 (N, 3, H, W), to N range coders, or read them from N arrays of words. Returns x, coders.
 
     Both directions run the same steps of `Decoder`, so their probabilities agree bit for bit. constriction makes 24-bit
     integer tables of them, in which every level has at least 1: no image is impossible, and that costs some 2e-5 bits.
     """
+    import constriction
 
-    def __init__(self, factor, coders, x=None):
-        import constriction
+    tables, queue = constriction.stream.model.Categorical(perfect=False), constriction.stream.queue
+    coders = [queue.RangeEncoder() for _ in x] if words is None else [queue.RangeDecoder(part) for part in words]
+    levels = model.levels_of(x.to(model.device)) if words is None else [None] * len(model.factors)
+    for k, (factor, level) in enumerate(zip(model.eval().factors, levels)):
+        (c, h, w), known = factor.shape, None if level is None else level.flatten(2).cpu().numpy().astype(np.int32)
 
-        self.tables = constriction.stream.model.Categorical(perfect=False)
-        self.coders, self.shape = coders, factor.shape
-        self.x = None if x is None else x.flatten(2).cpu().numpy().astype(np.int32)  # (n, C, H W)
+        def symbol(head, positions, limits):
+            """The levels at these positions, written or read; a source of symbols for Decoder, as Draw is."""
+            levels = torch.zeros(len(coders), len(positions), c, dtype=torch.long, device=positions.device)
+            real = positions[positions < h * w].cpu().numpy()  # padding comes after them and is not coded
+            for channel in range(c):
+                pmf = head.pmf(channel, levels.flatten(0, 1)[:, :, None, None], limits)
+                pmf = pmf.view(len(coders), len(positions), -1)[:, : len(real)].cpu().numpy()
+                symbols = np.empty((len(coders), len(real)), np.int32) if known is None else known[:, channel, real]
+                for coder, table, row in zip(coders, pmf, symbols):
+                    if known is None:
+                        row[:] = coder.decode(tables, table)
+                    else:
+                        coder.encode(row, tables, table)
+                levels[:, : len(real), channel] = torch.from_numpy(symbols).to(levels)
+            return levels
 
-    def __call__(self, head, positions, limits):
-        c, h, w = self.shape
-        x = torch.zeros(len(self.coders), len(positions), c, dtype=torch.long, device=positions.device)
-        real = positions[positions < h * w].cpu().numpy()  # padding comes after them and is not coded
-        for channel in range(c):
-            pmf = head.pmf(channel, x.flatten(0, 1)[:, :, None, None], limits)
-            pmf = pmf.view(len(self.coders), len(positions), -1)[:, : len(real)].cpu().numpy()
-            symbols = np.empty((len(self.coders), len(real)), np.int64) if self.x is None else self.x[:, channel, real]
-            for coder, table, row in zip(self.coders, pmf, symbols):
-                if self.x is None:
-                    row[:] = coder.decode(self.tables, table)
-                else:
-                    coder.encode(row, self.tables, table)
-            x[:, : len(real), channel] = torch.from_numpy(symbols).to(x)
-        return x
-
-
-@torch.no_grad()
-def code(model, coders, x=None, tight=True, progress=None):
-    """Write images x, uint8 (N, 3, H, W), to N range coders, or read them from these. Returns x."""
-    levels = [None] * len(model.factors) if x is None else model.levels_of(x.to(model.device))
-    for k, factor in enumerate(model.eval().factors):
-        x = Decoder(factor, len(coders), x if k else None, tight=tight).run(Code(factor, coders, levels[k]), progress)
-    return x
+        x = Decoder(factor, len(coders), x if k else None, tight=tight).run(symbol, progress)
+    return x, coders
 
 
 def compress(model, x, tight=True, progress=None):
@@ -1200,18 +1131,12 @@ def compress(model, x, tight=True, progress=None):
 
     The arithmetic must be the same for `decompress`: device, number of threads, versions and N.
     """
-    import constriction
-
-    coders = [constriction.stream.queue.RangeEncoder() for _ in x]
-    code(model, coders, x, tight, progress)
-    return [coder.get_compressed() for coder in coders]
+    return [coder.get_compressed() for coder in code(model, x, None, tight, progress)[1]]
 
 
 def decompress(model, words, tight=True, progress=None):
     """What `compress` returned -> uint8 (N, 3, H, W)."""
-    import constriction
-
-    return code(model, [constriction.stream.queue.RangeDecoder(part) for part in words], None, tight, progress)
+    return code(model, None, words, tight, progress)[0]
 
 
 HEADER = struct.Struct("<4s8sIHHHH")  # magic, fingerprint, CRC of the image, height, width, threads, tight
@@ -1268,9 +1193,7 @@ def unpack(model, file, progress=None):
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: uint8 (N, H, W, 3) arrays, which stay bytes until they are on the device
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Data: uint8 (N, H, W, 3) arrays, which stay bytes until they are on the device ----------------------------------
 
 
 class Shapes:
@@ -1477,6 +1400,13 @@ def read_image(file, size=None, celeba=False, exact=False):
         raise Problem(f"{file}: {reason}") from None
 
 
+def bar_of(iterable=None, unit="pixel", delay=0.3, **options):
+    """A progress bar of tqdm's, which is imported when it is needed."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, unit=unit, unit_scale=unit == "pixel", delay=delay, **options)
+
+
 def read_images(kind, sources, size):
     """The images in the sources, folders (searched recursively) or zip files, as uint8 (N, H, W, 3); see read_image.
 
@@ -1485,7 +1415,6 @@ def read_images(kind, sources, size):
     are named and skipped.
     """
     from PIL import Image
-    from tqdm import tqdm
 
     files, broken, known = [], [], Image.registered_extensions()
     expected = "expected a folder or a zip file of images" if kind == "folder" else (
@@ -1510,7 +1439,7 @@ def read_images(kind, sources, size):
     def decode(out):
         with multiprocessing.pool.ThreadPool() as pool:  # by 1,024 files, lest decoding run ahead of the disk
             images = (x for i in range(0, len(files), 1024) for x in pool.imap(read, files[i : i + 1024]))
-            out.writelines(tqdm(images, f"decoding {kind}", len(files), unit="image"))
+            out.writelines(bar_of(images, "image", 0, desc=f"decoding {kind}", total=len(files)))
         for line in broken[:10] + [f"{len(broken) - 10} more files"] * (len(broken) > 10):
             print(f"pixelaux: skipped {line}", file=sys.stderr)
         if len(broken) == len(files):
@@ -1551,7 +1480,7 @@ def load_data(spec, folder, size=None):
         return Dataset(None, shapes.sample(512, [0, 20170806]), shapes=shapes), shapes.size
     if spec == "cifar10":
         if size not in (None, (32, 32)):
-            raise Problem("--size: CIFAR-10 images are 32x32")
+            raise Problem(f"CIFAR-10 images are 32x32 (height x width), not {size[0]}x{size[1]}")
         images = load_cifar10(folder)
         return Dataset(images[:50_000], images[50_000:], flip=True), (32, 32)
     if spec == "celeba":
@@ -1564,7 +1493,7 @@ def load_data(spec, folder, size=None):
         raise Problem(f"unknown data {spec!r}: expected shapes, cifar10, celeba, folder:PATH or a .npy file")
     if size not in (None, images.shape[1:3]):
         height, width = images.shape[1:3]
-        raise Problem(f"--size {size[0]}x{size[1]}: the images of {spec} are {height}x{width} (height x width)")
+        raise Problem(f"the images of {spec} are {height}x{width} (height x width), not {size[0]}x{size[1]}")
     if len(images) < 2:
         raise Problem(f"{spec}: one image only; at least 2 are needed, one of them for the test")
     order, count = permutation(0, len(images)), max(1, int(0.05 * len(images)))
@@ -1572,9 +1501,7 @@ def load_data(spec, folder, size=None):
     return Dataset(train, test, flip=not spec.endswith(".npy")), images.shape[1:3]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs: a folder with config.json, metrics.jsonl, a checkpoint for each factor, pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Runs: a folder with config.json, metrics.jsonl, a checkpoint for each factor, pictures --------------------------
 
 
 def write_atomically(path, content):
@@ -1644,22 +1571,6 @@ def load(run, device="cpu", best=False):
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
-class Stop(Exception):
-    """SIGINT or SIGTERM arrived; what was done is saved."""
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a list that a SIGINT or SIGTERM makes non-empty, so that a step is never cut in two."""
-    caught = []
-    with contextlib.ExitStack() as restore:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread
-                before = signal.signal(number, lambda number, frame: caught.append(number))
-                restore.callback(signal.signal, number, before)
-        yield caught
-
-
 def read_metrics(out):
     """Records of OUT/metrics.jsonl, without a last line that a kill may have cut."""
     with open(out / "metrics.jsonl") as file:
@@ -1672,15 +1583,9 @@ def training_steps(config, k, data):
     return config.steps[min(k, 1)] or math.ceil(config.epochs[min(k, 1)] * images / config.batch_size)
 
 
-def process():
-    """(number of this process, number of processes) of a run that torchrun started; (0, 1) of any other."""
-    group = torch.distributed
-    return (group.get_rank(), group.get_world_size()) if group.is_available() and group.is_initialized() else (0, 1)
-
-
 def total(values, device):
     """Sums of floats over the processes of a run, the same for all of them; all wait for the last."""
-    if process()[1] > 1:
+    if RANKS > 1:
         torch.distributed.all_reduce(values := torch.tensor(values, dtype=torch.float64, device=device))
         values = values.tolist()
     return values
@@ -1688,11 +1593,9 @@ def total(values, device):
 
 def batches(data, step, n, seed, device):
     """This process's rows of the batches number step, step + 1, .., on the device; a thread prepares the next one."""
-    rank, ranks = process()
-
     def make(step):
         with current(device):
-            x = data.batch(step, n, seed)[rank::ranks]
+            x = data.batch(step, n, seed)[RANK::RANKS]
             return upload(x.contiguous(memory_format=torch.channels_last), device)
 
     with multiprocessing.pool.ThreadPool(1) as pool:
@@ -1740,8 +1643,7 @@ def update(loss, optimizer, average, decay, *batch):
     return value.detach()
 
 
-def train_factor(model, k, data, out, device, resume=False, caught=(), compile=False, save_every=120.0, first=0,
-                 initialise=True):
+def train_factor(model, k, data, out, device, resume=False, caught=(), compile=False, save_every=120.0, first=0):
     """Train factor k of model on data, or go on where its checkpoint stands; the model then has the averaged weights.
 
     Writes out/factor-k.pt every save_every seconds and at the end, out/best-k.pt when the test images cost less than
@@ -1749,15 +1651,13 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
     the same weights as one that is not: batches and dropout are functions of the step. Of several processes (torchrun)
     each takes its rows of every batch, and the first one writes.
     """
-    from tqdm import tqdm
-
-    config, seed, (rank, ranks) = model.config, (model.config.seed, k), process()
+    config, seed = model.config, (model.config.seed, k)
     path, metrics, steps = out / f"factor-{k}.pt", out / "metrics.jsonl", training_steps(config, k, data)
     budget = 60 * (config.budget[k] if isinstance(config.budget, tuple) else config.budget)  # seconds; 0: steps count
     saved = read_checkpoint(path) if resume and path.exists() else None
     average = model.train().factors[k]  # of the weights in training: what is tested, shown and kept
     torch.manual_seed(hash(seed))
-    if not saved and initialise:
+    if not saved and not config.start:
         model.initialise(data.batch(0, max(config.batch_size, 32), seed).to(device), [k])
     factor = copy.deepcopy(average)
     model.eval()
@@ -1772,7 +1672,7 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
             step, elapsed, best = training["step"], training["seconds"], training["best"]
         except (KeyError, RuntimeError, ValueError):
             raise Problem(f"{path}: training as in {out / 'config.json'} cannot go on from this") from None
-    if metrics.exists() and rank == 0:  # a resumed run repeats what came after its checkpoint
+    if metrics.exists() and RANK == 0:  # a resumed run repeats what came after its checkpoint
         keep = [line for line in read_metrics(out) if line["factor"] != k or line["step"] <= step]
         write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in keep).encode())
 
@@ -1781,33 +1681,33 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
     quarter, test = int(4 * share()), to_tensor(data.test[:128])
     loss = Loss(factor, config, model.dims, device)
     if compile and quarter < 4:
-        loss = compiled(loss, *levels(data.batch(0, config.batch_size // ranks, seed).to(device)))
-    if ranks > 1:
+        loss = compiled(loss, *levels(data.batch(0, config.batch_size // RANKS, seed).to(device)))
+    if RANKS > 1:
         loss = nn.parallel.DistributedDataParallel(loss, [device] if device.type == "cuda" else None)
     pace, losses = budget, []  # pace: seconds a step, at first the longest possible
     stream, looked = batches(data, step, config.batch_size, seed, device), time.monotonic()
     started, written = looked - elapsed, looked
-    with tqdm(total=1, initial=share(), desc=f"factor {k}", disable=rank > 0,
+    with bar_of(total=1, delay=0, initial=share(), desc=f"factor {k}", disable=RANK > 0,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while quarter < 4:
             lr = config.lr * config.lr_decay**step * (1 - share() if config.anneal else 1)
             optimizer.param_groups[0]["lr"] = lr
-            torch.manual_seed(hash((*seed, rank, step)))  # of the dropout
+            torch.manual_seed(hash((*seed, RANK, step)))  # of the dropout
             losses.append(update(loss, optimizer, average, config.ema if step else 0.0, *levels(next(stream))))
             step += 1
             bar.update(share() - bar.n)
             every = max(1, min(20, int(0.01 * (budget / pace if budget else steps))))
-            if step % every and share() < 1 and (ranks > 1 or not caught):
+            if step % every and share() < 1 and (RANKS > 1 or not caught):
                 continue
             # only here the host waits for the device and the processes agree: on losses, the first one's clock, signals
-            values, now, mine = torch.stack(losses).tolist(), time.monotonic(), rank == 0
-            *values, elapsed, pace, stop = total([*(v / ranks for v in values), mine * (now - started),
+            values, now, mine = torch.stack(losses).tolist(), time.monotonic(), RANK == 0
+            *values, elapsed, pace, stop = total([*(v / RANKS for v in values), mine * (now - started),
                                                   mine * (now - looked) / len(losses), len(caught)], device)
             if bad := [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]:
                 good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
                 raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad[0]}; {good}")
             losses, before, quarter = [], quarter, int(4 * share())
-            if rank == 0:
+            if RANK == 0:
                 mean, speed = sum(values) / len(values), config.batch_size / pace
                 record = dict(factor=k, step=step, bits_per_dim=mean, lr=lr, seconds=round(elapsed, 3),
                               images_per_second=round(speed, 1))
@@ -1831,7 +1731,8 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
                 if before < quarter < 4:
                     show_progress(model, k, first, test, out)
             if stop and quarter < 4:
-                raise SystemExit(130) if rank else Stop(f"stopped at step {step}; --resume goes on from {path}")
+                message = f"stopped at step {step}; --resume goes on from {path}"
+                raise SystemExit(130) if RANK else KeyboardInterrupt(message)
             looked = time.monotonic()
 
 
@@ -1842,22 +1743,18 @@ def show_progress(model, k, first, test, out):
     save_curves(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Evaluation and pictures -----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def evaluate(model, images, batch_size=None):
     """Log-probabilities of all images, uint8 (N, H, W, 3), from the same forward passes: (bound, tight), each float64
     (factors, N), nats per image, coarsest factor first."""
-    from tqdm import tqdm
-
     model.eval()
     room = 2**30 if model.device.type == "cpu" else None
     batches = to_tensor(images).split(batch_size or min(factor.at_once(room) for factor in model.factors))
     results = [[] for _ in range(2 * len(model.factors))]
-    for x in tqdm(batches, "evaluation", unit="batch", delay=0.3):
+    for x in bar_of(batches, "batch", desc="evaluation"):
         levels, ways = model.levels_of(x.to(model.device)), iter(results)
         for factor, level, level_hat in zip(model.factors, levels, [None, *levels]):
             head = factor.head(level, level_hat)
@@ -1956,9 +1853,7 @@ def save_curves(out):
     write_atomically(out / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Command line ----------------------------------------------------------------------------------------------------
 
 
 def run_to_train(args, out):
@@ -1977,7 +1872,12 @@ def run_to_train(args, out):
     if not args.resume and not settings.exists():
         data, chosen["size"] = load_data(args.data or "shapes", args.data_dir or "data", args.size)
         return make_config(**chosen), data
-    config = read_config(settings)
+    try:
+        config = make_config(**json.loads(settings.read_text()))
+    except FileNotFoundError:
+        raise Problem(f"--resume: {out} holds no run") from None
+    except (ValueError, TypeError) as error:
+        raise Problem(f"{settings}: not a configuration of pixelaux ({error})") from None
     for key in chosen.keys() - {"budget", "anneal", "data_dir"}:
         if (old := getattr(config, key)) != chosen[key]:
             raise Problem(f"--{key.replace('_', '-')}: {out} was begun with {old}, not {chosen[key]}; leave this flag "
@@ -1995,10 +1895,10 @@ def hardware(device):
 
 def command_train(args):
     device = args.device
-    if "LOCAL_RANK" not in os.environ:  # torchrun sets it
+    if RANKS == 1:
         return train(args, device)
     if device.type == "cuda":
-        torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+        torch.cuda.set_device(device := torch.device("cuda", LOCAL_RANK))
     patience = datetime.timedelta(hours=3)  # while one process downloads or decodes the data
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
@@ -2006,16 +1906,16 @@ def command_train(args):
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        message = f"pixelaux: process {process()[0]} lost another one; --resume goes on from the last checkpoint"
+        message = f"pixelaux: process {RANK} lost another one; --resume goes on from the last checkpoint"
         raise SystemExit(message) from None  # which prints it, with status 1
     torch.distributed.destroy_process_group()
 
 
 def train(args, device):
     name = f"{args.model or 'pyramid'}-{pathlib.Path((args.data or 'shapes').split(':')[0]).stem}"
-    out, (rank, ranks) = pathlib.Path(args.out or f"runs/{name}"), process()
+    out = pathlib.Path(args.out or f"runs/{name}")
     for first in (True, False):  # process of a machine: it prepares the data; nobody writes before all have looked
-        if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
+        if first == (LOCAL_RANK == 0):
             config, data = run_to_train(args, out)
         total([0.0], device)
     model, k = PixelAux(config), args.factor
@@ -2031,27 +1931,31 @@ def train(args, device):
         raise Problem(f"--factor {k}: the model has factors 0..{len(model.factors) - 1}")
     if isinstance(config.budget, tuple) and len(config.budget) != len(model.factors):
         raise Problem(f"--budget: {len(config.budget)} numbers, the model has {len(model.factors)} factors")
-    if config.batch_size % ranks:
-        raise Problem(f"--batch-size {config.batch_size} cannot be divided among {ranks} processes")
+    if config.batch_size % RANKS:
+        raise Problem(f"--batch-size {config.batch_size} cannot be divided among {RANKS} processes")
     model = model.to(device, memory_format=torch.channels_last)
     data.keep_on(device)
-    if rank == 0:
+    if RANK == 0:
         if len(data.test) < 32:
             print(f"pixelaux: warning: {len(data.test)} test images only: bits/dim. will be rough", file=sys.stderr)
         for part in out.glob("part-*" if k is None else f"part-*-{k}.pt"):  # of a run that was killed while it wrote
             part.unlink()
         write_atomically(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
-        made = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *sys.argv[1:]]), processes=ranks,
+        made = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *sys.argv[1:]]), processes=RANKS,
                     hardware=hardware(device), torch=torch.__version__)
         with open(out / "commands.jsonl", "a") as file:
             file.write(json.dumps(made) + "\n")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     compile = device.type == "cuda" if args.compile is None else args.compile
-    with stop_signals() as caught:
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)  # only noted, so that a step is never cut in two
+    before = [signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers]
+    try:
         for j in range(len(model.factors)) if k is None else [k]:
-            train_factor(model, j, data, out, device, args.resume, caught, compile, args.save_every, k or 0,
-                         not config.start)
-    if rank:
+            train_factor(model, j, data, out, device, args.resume, caught, compile, args.save_every, k or 0)
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+    if RANK:
         return
     save_curves(out)
     if k is not None:
@@ -2064,39 +1968,17 @@ def train(args, device):
           f"next: python pixelaux.py eval {out}   python pixelaux.py sample {out}{' --tight' * config.tight}")
 
 
-def read_config(path):
-    try:
-        return make_config(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise Problem(f"--resume: {path.parent} holds no run") from None
-    except (ValueError, TypeError) as error:
-        raise Problem(f"{path}: not a configuration of pixelaux ({error})") from None
-
-
 def run_data(args, model):
     """The data that a run was trained on, or what --data and --data-dir say."""
     config = model.config
-    try:
-        return load_data(args.data or config.data, args.data_dir or config.data_dir, config.size)[0]
-    except Problem as error:  # the size is the model's here, not the user's
-        this = f"the model is for {'x'.join(map(str, config.size))} images"
-        raise Problem(re.sub("^--size[^:]*", this, str(error))) from None
+    return load_data(args.data or config.data, args.data_dir or config.data_dir, config.size)[0]
 
 
-def run_folder(args):
-    return args.run if args.run.is_dir() else args.run.parent
-
-
-def own_name(args):
-    """Part of a file's name that tells results of other weights or data than a run's own."""
-    words = ["best"] * args.best + [path.stem for path in [args.run] if path.is_file()]
-    return "".join(f"-{word}" for word in words + ([pathlib.Path(args.data).stem] if args.data else []))
-
-
-def bar_of(total, unit, name=None):
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=unit, unit_scale=unit == "pixel", desc=name, delay=0.3)
+def result_path(args, kind, more):
+    """Path of a result, without its ending; the name tells other weights, data and flags than the run's own."""
+    own = ["best"] * args.best if args.run.is_dir() else [args.run.stem]
+    words = [kind, *own, *([pathlib.Path(args.data).stem] if args.data else []), *(word for word in more if word)]
+    return (args.run if args.run.is_dir() else args.run.parent) / "-".join(words)
 
 
 def command_eval(args):
@@ -2112,20 +1994,14 @@ def command_eval(args):
         more, result["coded"] = coded(model, images[: args.coded], tight.sum(0)[: args.coded])
         text += "\n" + more
     print(text)
-    name = "eval" + own_name(args) + f"-{args.n}" * bool(args.n)  # eval.json: the last weights, all images
-    write_atomically(run_folder(args) / f"{name}.json", json.dumps(result, indent=1).encode())
-
-
-def image_bits(images, **how):
-    """Bits of a file of Pillow's that holds images, uint8 (N, H, W, 3): each by itself, and all as one mosaic."""
-    single = sum(len(image_file(image[None], **how)) for image in images)
-    return 8 * single, 8 * len(image_file(images, math.ceil(math.sqrt(len(images))), **how))
+    path = result_path(args, "eval", [args.n and str(args.n)])  # eval.json: the last weights, all images
+    write_atomically(f"{path}.json", json.dumps(result, indent=1).encode())
 
 
 def coded(model, images, nats, tight=True):
     """Code and restore images, uint8 (N, H, W, 3): bits/dim beside -log2 p (nats: (N,)), PNG and WebP; text, dict."""
     n, bits, chunk = len(images), 0, min(64, *(factor.at_once() for factor in model.factors))
-    with bar_of(2 * n * sum(h * w for _, h, w in model.shapes), "pixel", "coding") as bar:
+    with bar_of(total=2 * n * sum(h * w for _, h, w in model.shapes), desc="coding") as bar:
         for start, x in zip(range(0, n, chunk), to_tensor(images).split(chunk)):
             words = compress(model, x, tight, bar.update)
             if not torch.equal(decompress(model, words, tight, bar.update).cpu(), x):
@@ -2137,7 +2013,9 @@ def coded(model, images, nats, tight=True):
              f"({100 * (rate / ideal - 1):+.3f}%, {(rate - ideal) * model.dims:.1f} bits an image)"]
     for name, how in (("PNG", dict(format="PNG", optimize=True)),
                       ("lossless WebP", dict(format="WEBP", lossless=True, quality=100, method=6))):
-        single, together = result[name] = [value / (n * model.dims) for value in image_bits(images, **how)]
+        single = sum(len(image_file(image[None], **how)) for image in images)
+        together = len(image_file(images, math.ceil(math.sqrt(n)), **how))
+        single, together = result[name] = [8 * size / (n * model.dims) for size in (single, together)]
         lines.append(f"{name}: {single:.4f} bits/dim, as one mosaic of all {together:.4f}")
     return "\n".join(lines), result
 
@@ -2153,7 +2031,7 @@ def command_codec(args):
                 raise Problem("expected a .pxa file")
             if target.exists():
                 raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
-            with bar_of(None, "pixel", path.name) as bar:
+            with bar_of(desc=path.name) as bar:
                 if packing:
                     file = pack(resized(model, tuple(x.shape[1:])), x, args.tight, bar.update)
                 else:
@@ -2199,11 +2077,10 @@ def command_sample(args):
     given = given_images(args, model) if args.given else None
     n, shape = (args.n, None) if given is None else (len(given), tuple(given.shape[1:]))
     sampled = itertools.takewhile(lambda level: level != shape, model.shapes)
-    with bar_of(n * sum(h * w for _, h, w in sampled), "pixel") as bar:
+    with bar_of(total=n * sum(h * w for _, h, w in sampled)) as bar:
         levels = model.sample(n, seed, args.mode, args.shift, tight, given, not args.naive, bar.update)
-    name = (f"sample-{args.mode}-{seed}" + own_name(args) + f"-shift{args.shift:g}" * bool(args.shift)
-            + "-given" * bool(args.given) + "-tight" * tight)
-    out = str(args.out or run_folder(args) / name)
+    more = [args.shift and f"shift{args.shift:g}", args.given and "given", tight and "tight"]
+    out = str(args.out or result_path(args, f"sample-{args.mode}-{seed}", more))
     save_grid(levels, f"{out}.png")
     arrays = {f"level{i}": to_array(level) for i, level in enumerate(levels[::-1])}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
@@ -2363,7 +2240,7 @@ def parser():
                      "minutes above 0, such as 10 or 6,14,40", lambda every: 0 < np.min(every) <= np.max(every) < 1e9)
     seed = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
     device = checked(torch.device, "cpu or cuda, as available here", lambda value: torch.ones(1, device=value).item())
-    best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # LOCAL_RANK: torchrun's
+    best = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     flag, yes_no = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
 
     add("eval sample compress decompress export", "run", "output folder of train, or a checkpoint file", metavar="RUN",
@@ -2416,14 +2293,14 @@ def main(argv=None):
     try:
         args.function(args)
         return 0
-    except (Problem, ArithmeticError, Stop, OSError, ImportError, KeyboardInterrupt) as error:
+    except (Problem, ArithmeticError, OSError, ImportError, KeyboardInterrupt) as error:
         message = str(error) or "interrupted"
         if isinstance(error, ImportError):
             message = f"{error.name} is not installed: pip install -r requirements.txt"
         elif isinstance(error, OSError):
             message = f"{error.filename or 'output'}: {error.strerror or error}"
         print(f"pixelaux: {message}", file=sys.stderr)
-        return 130 if isinstance(error, (Stop, KeyboardInterrupt)) else 1 if isinstance(error, ArithmeticError) else 2
+        return 130 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, ArithmeticError) else 2
 
 
 if __name__ == "__main__":

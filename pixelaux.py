@@ -800,7 +800,8 @@ class Schedule:
 
     indices: [(slots of a buffer, the step of each position, (H W + 1, taps): what is read; padding last)].
     parts: {layer's node: in order, (index of its slots, of its positions if embedded, [(source, its taps, index)])}.
-    steps: (layout, indices) each, layout = ((index, how many), ..) of those that have any.
+    steps: (layout, indices, runs) each, layout = ((index, how many), ..) of those that have any, runs = {index: first}
+    of those that are in a row: views in place of copies. (Not on CUDA, where a step is captured for all its like.)
     """
 
     def __init__(self, net, size, multiple, fast, device):
@@ -843,9 +844,16 @@ class Schedule:
 
         self.input, self.drawn = own(0, step[0]), own(0, step[0], len(self.places[0]))
         embedded = {i for i, layer in enumerate(net.layers, first) if {*layer.sources} & {*net.embeddings}}
+        views = device.type == "cpu" and multiple == 1
+
+        def reads(i, when, taps):
+            for j, some in taps.items():
+                each = [(tap,) for tap in some] if views and np.bincount(when[:-1]).max() == 1 else [some]
+                for some in each:  # of a position alone each tap is a view
+                    yield j, some, gather(i, when, self.reads[i][j][0], self.reads[i][j][1][:, some])
+
         self.parts = {i: [(own(i, when), own(i, when, len(self.places[i])) if i in embedded else None,
-                           [(j, some, gather(i, when, self.reads[i][j][0], self.reads[i][j][1][:, some]))
-                            for j, some in taps.items()]) for when, taps in part] for i, part in parts.items()}
+                           [*reads(i, when, taps)]) for when, taps in part] for i, part in parts.items()}
         found = []
         for _, when, table in self.indices:
             count = np.bincount(when, minlength=1 + max(map(np.max, step)))
@@ -856,7 +864,9 @@ class Schedule:
             found.append([table[np.pad(part, (0, n * multiple - len(part)), constant_values=len(when))].ravel()
                           for part, n in zip(each, groups)])
         self.steps = [(tuple((number, len(part)) for number, part in enumerate(parts) if len(part)),
-                       torch.from_numpy(np.concatenate(parts)).to(device)) for parts in zip(*found)]
+                       torch.from_numpy(np.concatenate(parts)).to(device),
+                       {number: part[0] for number, part in enumerate(parts)
+                        if len(part) and (np.diff(part) == 1).all()}) for parts in zip(*found)]
 
     def earliest(self, lag, latest=None):
         """The first step at which each position of each node is known ("outside", last, at 0), or the next multiple of
@@ -918,11 +928,11 @@ class Draw:
     """Source of symbols: sampling from given noise, uniform (N, H W, 2 C) in (0, 1)."""
 
     def __init__(self, noise, mode="random"):
-        self.noise, self.mode = F.pad(noise, (0, 0, 0, 2), value=0.5), mode
+        self.noise, self.mode = F.pad(noise.transpose(0, 1), (0, 0, 0, 0, 0, 2), value=0.5), mode
 
     def __call__(self, head, positions, limits):
-        """head: of N P pixels as (N P, .., 1, 1), image by image; positions: (P,) -> levels, int64 (N P, C, 1, 1)."""
-        noise = self.noise.index_select(1, positions).flatten(0, 1)[:, :, None, None]
+        """head: of P N pixels, (P N, .., 1, 1), positions first; positions: (P,) -> levels, int64 (P N, C, 1, 1)."""
+        noise = self.noise.index_select(0, positions).flatten(0, 1)[:, :, None, None]
         return head.sample(noise, self.mode, limits)
 
 
@@ -932,23 +942,24 @@ PACKS = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
          and hasattr(MKLDNN, "_linear_pointwise") and hasattr(MKLDNN, "_reorder_linear_weight"))
 
 
-def product(weight, bias):
-    """The function x -> x weight^T + bias of rows x. weight: (C_out, C_in).
+def product(weight):
+    """The function (rows x, added) -> x weight^T + added, a bias or rows. weight: (C_out, C_in).
 
     MKL packs a weight at each call, oneDNN keeps it packed; but its calls cost more, so that it pays for large ones.
     """
     if PACKS and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 150_000:
-        weight = MKLDNN._reorder_linear_weight(weight, None)
-        return lambda x: MKLDNN._linear_pointwise(x, weight, bias, "none", [], "")
+        weight, linear = MKLDNN._reorder_linear_weight(weight, None), MKLDNN._linear_pointwise
+        return lambda x, added: (linear(x, weight, added, "none", [], "") if added.dim() == 1 else
+                                 linear.binary(x, added, weight, None, "add"))
     weight = weight.t().contiguous()
-    return lambda x: torch.addmm(bias, x, weight)
+    return lambda x, added: torch.addmm(added, x, weight)
 
 
 class Decoder:
     """Runs a factor's causal network over n images in an order in which everything is known when it is needed, and
     asks `symbol(head, positions, limits)` for the levels of each set of pixels.
 
-    Every activation is computed once and kept in a buffer (n, ring + 2, C) while it is needed; a part of a layer at a
+    Every activation is computed once and kept in a buffer (ring + 2, n, C) while it is needed; a part of a layer at a
     set of positions is a gather of what its taps read and one matrix product. The embedding's 1x1 projections do not
     depend on x and are computed once, for all positions. fast=False: the same by a full pass for every pixel.
     On CUDA a step is captured as a graph, one for each layout that recurs, and replayed.
@@ -967,7 +978,7 @@ class Decoder:
         outputs = [{} for _ in net.channels]  # of each node: activation that is read -> its buffer, if it needs one
 
         def buffer(node, channels):
-            return torch.zeros(n * schedule.indices[own[node]][0], channels, dtype=factor.dtype, device=self.device)
+            return torch.zeros(schedule.indices[own[node]][0] * n, channels, dtype=factor.dtype, device=self.device)
 
         def read(node, activation, index):
             """(what is read, its buffer, where in it); no buffer if it is there from the same step."""
@@ -979,12 +990,12 @@ class Decoder:
         # records: of each part: its slots, reads, product, what is added to it, layer, residual, node, outputs
         self.records, embedded = [], dict(zip(net.embeddings, map(concat_elu, factor.embeddings(x_hat))))
         for i, layer in enumerate(net.layers, first):
-            added, weights, inputs = None, {}, list(enumerate(zip(layer.sources, layer.convs)))
-            bias = sum(conv.b for _, (node, conv) in inputs if node not in embedded)
+            weights, inputs = {}, list(enumerate(zip(layer.sources, layer.convs)))
+            added = sum(conv.b for _, (node, conv) in inputs if node not in embedded)  # bias, or where rows lie
             for j, (node, conv) in inputs:
                 if node in embedded:  # one at most
-                    projection = conv(embedded[node], net.size(i, (h, w))).flatten(2).transpose(1, 2)
-                    added = None, F.pad(projection, (0, 0, 0, 2)).flatten(0, 1), schedule.parts[i][0][1]
+                    projection = conv(embedded[node], net.size(i, (h, w))).flatten(2).permute(2, 0, 1)
+                    added = None, F.pad(projection + added, (0, 0, 0, 0, 0, 2)).flatten(0, 1), schedule.parts[i][0][1]
                 else:
                     weights[j] = conv.weight().permute(0, 2, 3, 1).flatten(1, 2)  # (C_out, kh kw, C_in), as gathered
             for part, (slots, _, reads) in enumerate(schedule.parts[i], 1):
@@ -992,25 +1003,24 @@ class Decoder:
                 reads = [read(layer.sources[j], layer.convs[j].activation, index) for j, _, index in reads]
                 if part < len(schedule.parts[i]):  # the early part is a sum for the other one to go on with
                     early = buffer(i, len(weight))
-                    self.records.append((slots, reads, product(weight, bias), added, None, None, i, {"none": early}))
-                    added, bias = (None, early, own[i]), torch.zeros_like(bias)
+                    self.records.append((slots, reads, product(weight), added, None, None, i, {"none": early}))
+                    added = None, early, own[i]
                 else:
                     residual = None if layer.residual is None else read(layer.residual, "none", slots)
-                    self.records.append((slots, reads, product(weight, bias), added, layer, residual, i, outputs[i]))
-        self.input, images = outputs[0]["none"], torch.arange(n, device=self.device).unsqueeze(1)
-        self.offsets = [images * slots for slots, _, _ in schedule.indices]
-        self.canvas = torch.zeros(n, h * w + 2, c, dtype=torch.long, device=self.device)
+                    self.records.append((slots, reads, product(weight), added, layer, residual, i, outputs[i]))
+        self.input, self.images = outputs[0]["none"], torch.arange(n, device=self.device).unsqueeze(1)
+        self.canvas = torch.zeros(h * w + 2, n, c, dtype=torch.long, device=self.device)
 
     def limits(self, positions):
-        """Function (x, c) -> inclusive interval of channel c at these positions; x: (N P, C, 1, 1), so far."""
+        """Function (x, c) -> inclusive interval of channel c at these positions; x: (P N, C, 1, 1), so far."""
         psi, (_, h, w), side = self.factor.psi, self.factor.shape, self.factor.psi.cell
         r, col, within = positions // w, positions % w, torch.arange(side, device=self.device)
         corner = (r - r % side) * w + col - col % side
         cells = (corner[:, None] + (within[:, None] * w + within).flatten()).clamp(max=h * w)  # padding: anywhere
         coarse = (r // side * (w // side) + col // side).clamp(max=h * w // side**2 - 1)
-        blocks = self.canvas[:, cells].flatten(0, 1)  # (N P, side^2, C)
-        x_hat = self.x_hat.flatten(2)[:, :, coarse].transpose(1, 2).flatten(0, 1)[:, :, None, None]
-        place = (r % side * side + col % side).repeat(self.n)[:, None, None]  # (N P, 1, 1)
+        blocks = self.canvas[cells].transpose(1, 2).flatten(0, 1)  # (P N, side^2, C)
+        x_hat = self.x_hat.flatten(2)[:, :, coarse].permute(2, 0, 1).flatten(0, 1)[:, :, None, None]
+        place = (r % side * side + col % side).repeat_interleave(self.n)[:, None, None]  # (P N, 1, 1)
 
         def interval(x, c):
             filled = blocks.scatter(1, place.expand(-1, -1, x.shape[1]), x.flatten(1).unsqueeze(1))
@@ -1019,42 +1029,51 @@ class Decoder:
 
         return interval
 
-    def step(self, layout, indices, symbol, only=None):
-        """Evaluate what `layout` names, then draw. only: draw this position alone (the full pass)."""
+    def step(self, layout, indices, runs, symbol, only=None):
+        """Evaluate what `layout` names, then draw. runs: see Schedule; only: draw this position alone (full pass)."""
         n, length = self.n, dict(layout)
         index = dict(zip(length, indices.split(list(length.values()))))
         positions, slots = index.get(self.schedule.drawn), index.get(self.schedule.input)  # of the pixels to draw
-        if n > 1:  # the images' buffers lie one after the other
-            index = {number: (part + self.offsets[number]).view(-1) for number, part in index.items()}
+        for number, part in index.items():  # a slot has a row for each image
+            taps = self.schedule.indices[number][2].shape[1]
+            if number in runs and taps == 1:
+                index[number] = slice(runs[number] * n, (runs[number] + len(part)) * n)
+            elif n > 1:
+                index[number] = (part.view(-1, 1, taps) * n + self.images).view(-1)
         now, rows = {}, 0
 
         def rows_of(read, buffer, number):
-            return now[read] if buffer is None else buffer.index_select(0, index[number]).view(rows, -1)
+            if buffer is None:
+                return now[read]
+            at = index[number]
+            return (buffer[at] if isinstance(at, slice) else buffer.index_select(0, at)).view(rows, -1)
 
         for own, reads, product, added, layer, residual, node, outputs in self.records:
             if own not in index:
                 continue
             rows = n * length[own]
             taps = [rows_of(*read) for read in reads]
-            y = product(torch.cat(taps, 1) if len(taps) > 1 else taps[0])
-            if added:
-                y += rows_of(*added)
+            y = product(torch.cat(taps, 1) if len(taps) > 1 else taps[0],
+                        rows_of(*added) if isinstance(added, tuple) else added)
             if residual:
                 y = layer.finish(y, rows_of(*residual))
             for activation, buffer in outputs.items():
                 now[node, activation] = value = ACTIVATIONS[activation](y)
                 if buffer is not None:
-                    buffer.index_copy_(0, index[own], value)
+                    if isinstance(index[own], slice):
+                        buffer[index[own]] = value
+                    else:
+                        buffer.index_copy_(0, index[own], value)
         if positions is None:
             return
         if only is not None:
-            y = y.view(n, len(positions), -1)[:, only]
+            y = y.view(len(positions), n, -1)[only]
             positions, slots = positions[only : only + 1], slots[only : only + 1]
         head = self.factor.Head(y.double()[:, :, None, None], self.factor.levels, self.shift)
-        x = symbol(head, positions, self.limits(positions) if self.tight else None).view(n, len(positions), -1)
-        self.canvas.index_copy_(1, positions, x)
+        x = symbol(head, positions, self.limits(positions) if self.tight else None).view(len(positions), n, -1)
+        self.canvas.index_copy_(0, positions, x)
         unit = F.pad(to_unit(x, self.factor.levels, self.factor.dtype), (0, 1), value=1.0)
-        self.input.view(n, -1, unit.shape[2]).index_copy_(1, slots, unit)
+        self.input.view(-1, n, unit.shape[2]).index_copy_(0, slots, unit)
 
     def run(self, symbol, progress=None):
         """-> uint8 (n, C, H, W); progress is called with the number of pixels done, at each step."""
@@ -1063,25 +1082,25 @@ class Decoder:
             self.symbol, self.graphs, self.pool = symbol, {}, None
         steps = list(itertools.product([None] if self.fast else range(h * w), self.schedule.steps))
         with torch.inference_mode(), current(self.device):
-            for i, (only, (layout, indices)) in enumerate(steps):
+            for i, (only, (layout, indices, runs)) in enumerate(steps):
                 if self.captures and self.fast and isinstance(symbol, Draw):
                     self.replay(layout, indices, symbol)
                 else:
-                    self.step(layout, indices, symbol, only)
+                    self.step(layout, indices, runs, symbol, only)
                 if progress:
                     progress(self.n * h * w * (i + 1) // len(steps) - self.n * h * w * i // len(steps))
-        return self.canvas[:, : h * w].transpose(1, 2).reshape(self.n, c, h, w).to(torch.uint8)
+        return self.canvas[: h * w].permute(1, 2, 0).reshape(self.n, c, h, w).to(torch.uint8)
 
     def replay(self, layout, indices, symbol):
         """A layout's first step runs eagerly, the second is captured, and from then on the graph is replayed."""
         if layout not in self.graphs:
             self.graphs[layout] = None
-            return self.step(layout, indices, symbol)
+            return self.step(layout, indices, {}, symbol)
         if self.graphs[layout] is None:
             graph, static = torch.cuda.CUDAGraph(), indices.clone()
             stream = torch.cuda.Stream(self.device)  # torch's own for this is of the device that captured first
             with torch.cuda.graph(graph, self.pool, stream=stream, capture_error_mode="thread_local"):
-                self.step(layout, static, symbol)
+                self.step(layout, static, {}, symbol)
             self.graphs[layout], self.pool = (graph, static), graph.pool()  # results are in buffers: one pool for all
         graph, static = self.graphs[layout]
         static.copy_(indices)
@@ -1108,18 +1127,18 @@ def code(model, x=None, words=None, tight=True, progress=None):
 
         def symbol(head, positions, limits):
             """The levels at these positions, written or read; a source of symbols for Decoder, as Draw is."""
-            levels = torch.zeros(len(coders), len(positions), c, dtype=torch.long, device=positions.device)
+            levels = torch.zeros(len(positions), len(coders), c, dtype=torch.long, device=positions.device)
             real = positions[positions < h * w].cpu().numpy()  # padding comes after them and is not coded
             for channel in range(c):
                 pmf = head.pmf(channel, levels.flatten(0, 1)[:, :, None, None], limits)
-                pmf = pmf.view(len(coders), len(positions), -1)[:, : len(real)].cpu().numpy()
+                pmf = pmf.view(len(positions), len(coders), -1)[: len(real)].transpose(0, 1).contiguous().cpu().numpy()
                 symbols = np.empty((len(coders), len(real)), np.int32) if known is None else known[:, channel, real]
                 for coder, table, row in zip(coders, pmf, symbols):
                     if known is None:
                         row[:] = coder.decode(tables, table)
                     else:
                         coder.encode(row, tables, table)
-                levels[:, : len(real), channel] = torch.from_numpy(symbols).to(levels)
+                levels[: len(real), :, channel] = torch.from_numpy(symbols.T).to(levels)
             return levels
 
         x = Decoder(factor, len(coders), x if k else None, tight=tight).run(symbol, progress)

@@ -624,7 +624,7 @@ def test_every_activation_is_computed_once():
         h, w = net.size(i, (8, 12))
         for own, _, _ in parts:
             slots = [dict(zip([k for k, _ in layout], indices.split([m for _, m in layout]))).get(own)
-                     for layout, indices in schedule.steps]
+                     for layout, indices, _ in schedule.steps]
             slots, ring = [s.numpy() for s in slots if s is not None], schedule.indices[own][0] - 2
             assert sorted(s for s in np.concatenate(slots) if s < ring) == sorted(p % ring for p in range(h * w))
             assert ring <= 3 * w  # the rows above are forgotten
@@ -664,7 +664,7 @@ def test_a_replayed_step_is_the_step_that_was_captured(monkeypatch):
     decoder = Decoder(model.factors[1], 2, x_hat, tight=True)
     decoder.captures = True
     assert torch.equal(decoder.run(draws[0]), expected[0])
-    layouts = [layout for layout, _ in decoder.schedule.steps]
+    layouts = [layout for layout, _, _ in decoder.schedule.steps]
     assert len(captured) == sum(layouts.count(layout) > 1 for layout in set(layouts)) > 1
     assert len(replays) == len(layouts) - len(set(layouts))
     assert torch.equal(decoder.run(draws[1]), expected[1])  # other noise, so other graphs
@@ -732,8 +732,10 @@ def test_images_come_back_from_as_many_bits_as_their_probability_says(name, tigh
         ideal = -model.double().log_prob(x, tight) / math.log(2)
     for part, bits in zip(words, ideal.tolist()):
         assert 32 * len(part) <= 1.001 * bits + 64
-    changed = [words[1], *words[1:]]  # control: other bits, another image
-    assert not torch.equal(pixelaux.decompress(model.float(), changed, tight), x)
+    other = torch.zeros(0)
+    with contextlib.suppress(AssertionError):  # constriction's, of bits that no encoder writes
+        other = pixelaux.decompress(model.float(), [words[1], *words[1:]], tight)
+    assert not torch.equal(other, x)  # control: other bits, another image or none
 
 
 def test_impossible_images_are_coded_all_the_same():

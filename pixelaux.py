@@ -861,7 +861,7 @@ class Schedule:
             if device.type == "cuda":
                 groups[count > 0] = [1 << int(n - 1).bit_length() for n in groups[count > 0]]
             each = np.split(when.argsort(kind="stable"), count.cumsum()[:-1])
-            found.append([table[np.pad(part, (0, n * multiple - len(part)), constant_values=len(when))].ravel()
+            found.append([table[np.concatenate([part, np.full(n * multiple - len(part), len(when))])].ravel()
                           for part, n in zip(each, groups)])
         self.steps = [(tuple((number, len(part)) for number, part in enumerate(parts) if len(part)),
                        torch.from_numpy(np.concatenate(parts)).to(device),

@@ -47,6 +47,7 @@ import signal
 import struct
 import sys
 import tarfile
+import threading
 import time
 import timeit
 import urllib.request
@@ -60,8 +61,9 @@ from torch import nn
 from torch.utils.data import Subset
 
 VERSION = 1  # of the checkpoint format
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of this process, by torchrun
-RANKS = int(os.environ.get("WORLD_SIZE", 1))  # how many processes
+# number of this process among all, among those of this machine, how many there are: torchrun's, if it started us
+RANK, LOCAL_RANK, RANKS = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 class Problem(ValueError):
@@ -227,6 +229,8 @@ class LogisticMixture:
     """
 
     def __init__(self, params, levels=256, shift=0.0):
+        if params.shape[1] % 10:
+            raise Problem(f"a logistic mixture takes 10 K channels of parameters, got {params.shape[1]}")
         k, params = params.shape[1] // 10, at_least_float32(params).contiguous()
         rest = params[:, k:].unflatten(1, (3, 3 * k))  # (N, 3, 3 K, H, W)
         self.levels = levels
@@ -559,6 +563,8 @@ class Network(nn.Module):
             self.outputs = [self.add([(streams[-1], head)], channels=c_out)]
         else:
             self.outputs = [last[scale] for scale in sorted(last)]
+        self.last_use = {node: i for i, layer in enumerate(self.layers, self.nodes_given)
+                         for node in (*layer.sources, layer.residual)}
 
     def add(self, inputs, residual=None, channels=None, scale=None):
         """Append a layer over [(node, convolution's arguments)]; returns its node."""
@@ -592,6 +598,11 @@ class Network(nn.Module):
                 parts.append(conv(read[node, conv.activation], self.size(i, x.shape[2:])))
             y, parts = functools.reduce(torch.add, parts), []
             nodes.append(y if layer.residual is None else layer.finish(y, nodes[layer.residual]))
+            if not torch.is_grad_enabled():  # what nobody reads any more need not be kept
+                for node in {*layer.sources, layer.residual} - {None, *self.outputs}:
+                    if self.last_use[node] == i:
+                        nodes[node] = None
+                        read = {key: value for key, value in read.items() if key[0] != node}
         return [nodes[i] for i in self.outputs]
 
 
@@ -615,8 +626,9 @@ class Factor(nn.Module):
             self.embed = Network((psi.channels or c) + 1, 0, config.embedding if light else full, config.nr_filters,
                                  causal=False, dropout=config.dropout)
         layout = (config.nr_light,) if light else full
+        depth = max(itertools.accumulate({"down": 1, "up": -1}.get(stage, 0) for stage in layout))  # times halved
         self.net = Network(c + 1, config.nr_logistic_mix * 10 if c == 3 else levels, layout, config.nr_filters, True,
-                           1 + layout.count("down") if psi else 0, config.dropout, config.look_right or not light)
+                           1 + depth if psi else 0, config.dropout, config.look_right or not light)
         # H and W of x must be multiples of this: for the resampling of the causal network and of f_w
         self.multiple = max(2 ** max(self.net.scale), psi.cell * 2 ** max(self.embed.scale) if psi else 1)
 
@@ -1770,7 +1782,7 @@ def evaluate(model, images, batch_size=None):
     """Log-probabilities of all images, uint8 (N, H, W, 3), from the same forward passes: (bound, tight), each float64
     (factors, N), nats per image, coarsest factor first."""
     model.eval()
-    room = 2**30 if model.device.type == "cpu" else None
+    room = 2**30 if model.device.type == "cpu" else 2**33
     batches = to_tensor(images).split(batch_size or min(factor.at_once(room) for factor in model.factors))
     results = [[] for _ in range(2 * len(model.factors))]
     for x in bar_of(batches, "batch", desc="evaluation"):
@@ -1944,8 +1956,9 @@ def train(args, device):
             model.load_state_dict(start.state_dict())
         except RuntimeError:
             keys = itertools.takewhile(lambda key: key != "dropout", vars(config))  # what shapes the networks
-            differ = [f"{key} {old}" for key in keys if (old := getattr(start.config, key)) != getattr(config, key)]
-            raise Problem(f"--start: {config.start} is of another model: {', '.join(differ)}") from None
+            both = [(key, getattr(start.config, key), getattr(config, key)) for key in keys if key != "preset"]
+            differ = [f"{key} {old}, not {new}" for key, old, new in both if old != new]
+            raise Problem(f"--start: {config.start} is of another model: {'; '.join(differ)}") from None
     if k is not None and not 0 <= k < len(model.factors):
         raise Problem(f"--factor {k}: the model has factors 0..{len(model.factors) - 1}")
     if isinstance(config.budget, tuple) and len(config.budget) != len(model.factors):
@@ -1966,14 +1979,16 @@ def train(args, device):
             file.write(json.dumps(made) + "\n")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     compile = device.type == "cuda" if args.compile is None else args.compile
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)  # only noted, so that a step is never cut in two
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may set signals
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM) if main_thread else ()
     before = [signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers]
-    try:
+    try:  # signals are only noted, so that a step is never cut in two
         for j in range(len(model.factors)) if k is None else [k]:
             train_factor(model, j, data, out, device, args.resume, caught, compile, args.save_every, k or 0)
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if RANK:
         return
     save_curves(out)
@@ -2046,7 +2061,7 @@ def command_codec(args):
         target = pathlib.Path(args.out or path.parent) / f"{path.stem}.{'pxa' if packing else 'png'}"
         x = to_tensor(read_image(path, exact=True)[None])[0] if packing else None
         try:
-            if not packing and path.suffix != ".pxa":
+            if not packing and path.suffix.lower() != ".pxa":
                 raise Problem("expected a .pxa file")
             if target.exists():
                 raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
@@ -2065,8 +2080,8 @@ def command_codec(args):
 
 def command_export(args):
     model = load(args.run, best=args.best)
-    if os.path.exists(args.file):
-        read_checkpoint(args.file)  # nothing else is overwritten
+    if os.path.exists(args.file) and "training" in read_checkpoint(args.file):  # Problem if it is something else
+        raise Problem(f"{args.file}: a checkpoint of training, which is not overwritten; choose another name")
     factors = {k: {name: weight.bfloat16() for name, weight in factor.state_dict().items()}
                for k, factor in enumerate(model.factors)}
     write_checkpoint(args.file, model.config, factors)
@@ -2158,8 +2173,8 @@ def bench_train(args, device):
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     peak = 2 * side**3 / seconds(lambda: a @ a, device)
     print(f"training steps (gradient and Adam) of a batch of {n}, model {config.model}, preset {config.preset}; plain: "
-          f"float32, NCHW, padding by copy, stock weight\nnorm. Peak: a product of two {side}x{side} matrices in "
-          f"{'bfloat16' if bfloat16 else 'float32'}, {peak / 1e12:.3g} TFLOP/s. Memory: the largest so far\n"
+          f"float32 (on CUDA TF32), NCHW,\npadding by copy, stock weight norm. Peak: a product of two {side}x{side} matrices "
+          f"in {'bfloat16' if bfloat16 else 'float32'}, {peak / 1e12:.3g} TFLOP/s. Memory: the largest so far\n"
           "factor    images/s: ours     plain    ratio    GFLOP/image    TFLOP/s    of peak    GiB")
 
     def timed(loss, factor, **options):

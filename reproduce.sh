@@ -24,7 +24,7 @@
 #   bash reproduce.sh cifar10-pyramid --budget 6,14,40       minutes a factor, coarsest first
 #   NPROC=8 bash reproduce.sh celeba-pyramid --batch-size 64 on 8 GPUs, by torchrun
 set -euo pipefail
-trap 'exit 143' TERM  # bash waits with it until the program has saved
+trap 'exit 143' TERM  # sent to all, as timeout does: bash waits until the program has saved
 DATA_DIR=${DATA_DIR:-data}
 RUNS=${RUNS:-runs}
 PYTHON=${PYTHON:-$(command -v python || echo python3)}
@@ -94,9 +94,10 @@ benchmarks() {  # benchmarks TARGET
   bench "$RUNS/$name/bench-sample.txt" sample --model $model --preset "$preset" --size "$size"
 }
 
-bench() {  # bench FILE arguments... makes FILE, once
-  if ! [ -s "$1" ]; then
-    "$PYTHON" pixelaux.py bench "${@:2}" | tee "$1.part"
+bench() {  # bench FILE arguments... makes FILE, headed by the arguments, once
+  if [ "$(head -n 1 "$1" 2> /dev/null)" != "bench ${*:2}" ]; then
+    echo "bench ${*:2}" > "$1.part"
+    "$PYTHON" pixelaux.py bench "${@:2}" | tee -a "$1.part"
     mv "$1.part" "$1"
   fi
 }

@@ -2173,8 +2173,8 @@ def bench_train(args, device):
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     peak = 2 * side**3 / seconds(lambda: a @ a, device)
     print(f"training steps (gradient and Adam) of a batch of {n}, model {config.model}, preset {config.preset}; plain: "
-          f"float32 (TF32 on CUDA), NCHW,\npadding by copy, stock weight norm. Peak: product of two "
-          f"{side}x{side} matrices in {'bfloat16' if bfloat16 else 'float32'}, {peak / 1e12:.3g} TFLOP/s. Memory: the largest so far\n"
+          "float32 (TF32 on CUDA), NCHW,\npadding by copy, stock weight norm. Peak: a product of two matrices of "
+          f"{side}x{side} in {'bfloat16' if bfloat16 else 'float32'}, {peak / 1e12:.3g} TFLOP/s.\nMemory: largest so far\n"
           "factor    images/s: ours     plain    ratio    GFLOP/image    TFLOP/s    of peak    GiB")
 
     def timed(loss, factor, **options):

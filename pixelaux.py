@@ -2174,7 +2174,7 @@ def bench_train(args, device):
     peak = 2 * side**3 / seconds(lambda: a @ a, device)
     print(f"training steps (gradient and Adam) of a batch of {n}, model {config.model}, preset {config.preset}; plain: "
           "float32 (TF32 on CUDA), NCHW,\npadding by copy, stock weight norm. Peak: a product of two matrices of "
-          f"{side}x{side} in {'bfloat16' if bfloat16 else 'float32'}, {peak / 1e12:.3g} TFLOP/s.\nMemory: largest so far\n"
+          f"{side}x{side} in {a.dtype}, {peak / 1e12:.3g} TFLOP/s.\nMemory: the largest so far\n"
           "factor    images/s: ours     plain    ratio    GFLOP/image    TFLOP/s    of peak    GiB")
 
     def timed(loss, factor, **options):

@@ -1615,7 +1615,7 @@ def test_importing_needs_torch_and_numpy_alone():
 
 def readme_commands():
     blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].replace("$RUN", "runs/pyramid-cifar10").strip()
+    lines = [line.split("#")[0].replace("$WEIGHTS", "runs/pyramid-cifar10").strip()
              for block in blocks for line in block.splitlines()]
     return [line for line in lines if "python pixelaux.py" in line]
 

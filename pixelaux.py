@@ -875,10 +875,11 @@ class Schedule:
             each = np.split(when.argsort(kind="stable"), count.cumsum()[:-1])
             found.append([table[np.concatenate([part, np.full(n * multiple - len(part), len(when))])].ravel()
                           for part, n in zip(each, groups)])
+        single = {number for number, (_, _, table) in enumerate(self.indices) if table.shape[1] == 1}
         self.steps = [(tuple((number, len(part)) for number, part in enumerate(parts) if len(part)),
                        torch.from_numpy(np.concatenate(parts)).to(device),
                        {number: part[0] for number, part in enumerate(parts)
-                        if len(part) and (np.diff(part) == 1).all()}) for parts in zip(*found)]
+                        if number in single and len(part) and (np.diff(part) == 1).all()}) for parts in zip(*found)]
 
     def earliest(self, lag, latest=None):
         """The first step at which each position of each node is known ("outside", last, at 0), or the next multiple of
@@ -1047,11 +1048,10 @@ class Decoder:
         index = dict(zip(length, indices.split(list(length.values()))))
         positions, slots = index.get(self.schedule.drawn), index.get(self.schedule.input)  # of the pixels to draw
         for number, part in index.items():  # a slot has a row for each image
-            taps = self.schedule.indices[number][2].shape[1]
-            if number in runs and taps == 1:
+            if number in runs:
                 index[number] = slice(runs[number] * n, (runs[number] + len(part)) * n)
             elif n > 1:
-                index[number] = (part.view(-1, 1, taps) * n + self.images).view(-1)
+                index[number] = (part.view(-1, 1, self.schedule.indices[number][2].shape[1]) * n + self.images).view(-1)
         now, rows = {}, 0
 
         def rows_of(read, buffer, number):
@@ -1784,14 +1784,15 @@ def evaluate(model, images, batch_size=None):
     model.eval()
     room = 2**30 if model.device.type == "cpu" else 2**33
     batches = to_tensor(images).split(batch_size or min(factor.at_once(room) for factor in model.factors))
-    results = [[] for _ in range(2 * len(model.factors))]
+    results = []
     for x in bar_of(batches, "batch", desc="evaluation"):
-        levels, ways = model.levels_of(x.to(model.device)), iter(results)
+        levels, nats = model.levels_of(x.to(model.device)), []
         for factor, level, level_hat in zip(model.factors, levels, [None, *levels]):
             head = factor.head(level, level_hat)
-            for bounds in (None, factor.psi and factor.psi.bounds(level, level_hat)):
-                next(ways).append(head.log_prob(level, bounds).flatten(1).sum(1).double().cpu())
-    results = np.stack([torch.cat(parts).numpy() for parts in results])
+            limits = factor.psi and factor.psi.bounds(level, level_hat)
+            nats += [head.log_prob(level, bounds).flatten(1).sum(1) for bounds in (None, limits)]
+        results.append(torch.stack(nats).double().cpu())  # (2 factors, n)
+    results = torch.cat(results, 1).numpy()
     return results[::2], results[1::2]
 
 

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import threading
 import time
+import weakref
 import zipfile
 import zlib
 
@@ -1219,6 +1220,34 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     assert sorted(set(embed)) == [0, 0.5]
 
 
+def test_inference_lets_go_of_activations_that_training_keeps(monkeypatch):
+    net, seen, most = build("pyramid", 16, **dict(SMALL, nr_light=6)).factors[0].net, [], []
+    finish = pixelaux.Layer.finish
+
+    def finished(layer, y, residual):
+        node = finish(layer, y, residual)
+        seen.append(weakref.ref(node))
+        most.append(sum(one() is not None for one in seen))
+        return node
+
+    monkeypatch.setattr(pixelaux.Layer, "finish", finished)
+    for grad, least, at_most in ((False, 1, 4), (True, 12, 12)):
+        seen.clear()
+        most.clear()
+        with torch.set_grad_enabled(grad):
+            net(torch.ones(1, 4, 8, 8))
+        assert len(seen) == 12 and least <= max(most) <= at_most
+
+
+def test_training_runs_in_any_thread_and_restores_the_signals(tmp_path):
+    before, done = signal.getsignal(signal.SIGINT), []
+    line = f"train --model pyramid --steps 1 --batch-size 2 --factor 0 --device cpu --out {tmp_path}"
+    thread = threading.Thread(target=lambda: done.append(main(line.split())))
+    thread.start()
+    thread.join()
+    assert done == [0] and main([*line.split(), "--resume"]) == 0 and signal.getsignal(signal.SIGINT) is before
+
+
 def test_factors_trained_apart_are_joined(run, tmp_path):
     parts = [tmp_path / "a", tmp_path / "b"]
     for k in (0, 1):
@@ -1497,6 +1526,7 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         (f"eval {run}/best-0.pt --best", "--best"), ("eval weights --best", "best-0.pt"),
         ("train --data folder:", "folder"), (f"export {run} bad.npy", "bad.npy: not a pixelaux checkpoint"),
         ("bench sample --precision bfloat16", "--precision"),
+        (f"export {run} {run}/factor-0.pt", "factor-0.pt: a checkpoint of training"),
         ("train --start foreign.pt --steps 1", "foreign.pt"),
         (f"eval {run} --data cifar10", "CIFAR-10 images are 32x32 (height x width), not 16x16"),
         (f"eval {run} --data good.npy", "the images of good.npy are 8x8 (height x width), not 16x16"),
@@ -1611,6 +1641,16 @@ def test_importing_needs_torch_and_numpy_alone():
             "import pixelaux; print(pixelaux.build('pyramid', 16).dims)")
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert result.stdout.strip() == "768", result.stderr
+
+
+def test_what_is_not_torchruns_environment_is_ignored():
+    """Control: what torchrun sets is taken."""
+    code = "import pixelaux; print(pixelaux.RANK, pixelaux.LOCAL_RANK, pixelaux.RANKS)"
+    torchruns = {"RANK": "2", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}
+    for environment, expected in (({"RANK": "gold", "WORLD_SIZE": "4"}, "0 0 1"), (torchruns, "2 1 4")):
+        result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                                env={**os.environ, **environment})
+        assert result.stdout.strip() == expected, result.stderr
 
 
 def readme_commands():

@@ -794,19 +794,22 @@ class Schedule:
     """Where each layer of a causal network is evaluated at each sequential step.
 
     Pixel (r, c) is drawn at step c + lag r, with the smallest lag at which everything that it needs is drawn before;
-    lag = W is the raster order. A position of a layer is evaluated at the first step at which all that its taps read
-    is there, or at the next multiple of lag, a row together, where no reader has to wait for it. So the light network
-    comes out as a diagonal wavefront (lag 8), and a network with resampling row by row, its vertical stream once a row
-    and its horizontal one once a pixel, without either being written down anywhere.
+    lag = W is the raster order. A layer is evaluated at the next multiple of lag after all that a position's taps read
+    is there, a row together, if no reader has to wait for it; or else as many steps before or after the pixel at the
+    same place is drawn as readers allow. So the light network comes out as a diagonal wavefront (lag 8), and a network
+    with resampling row by row, its vertical stream once a row and its horizontal one once a pixel, without either being
+    written down anywhere.
 
     With few images the time goes into reading the weights, once a step. So a layer has up to two parts: the taps that
     are there `lag` steps early (in the raster order those of the row above) are summed for lag steps together, a row,
     and the others when the position's time comes.
 
-    Of each layer the last few rows are kept, those that are still to be read: position p lies in slot p mod `ring` of
-    its buffer. Slot ring stands for "outside" and holds 0; slot ring + 1 takes what is computed for padding: positions
-    come in multiples of `multiple`, because we promise equal images and a product's rows may depend on how many there
-    are (see `ROWS`). On CUDA it is padded to powers of two of them: few different shapes, each captured as one graph.
+    Positions are numbered in the order in which their pixels are drawn, so that those of a step are neighbours in
+    memory. Of each layer the last ones are kept, those that are still to be read: position p lies in slot p mod `ring`
+    of its buffer. Slot ring stands for "outside" and holds 0; slot ring + 1 takes what is computed for padding:
+    positions come in multiples of `multiple`, because we promise equal images and a product's rows may depend on how
+    many there are (see `ROWS`). On CUDA it is padded to powers of two of them: few different shapes, each captured as
+    one graph.
 
     fast=False: one step that evaluates everything everywhere, the full pass.
 
@@ -817,7 +820,7 @@ class Schedule:
     """
 
     def __init__(self, net, size, multiple, fast, device):
-        self.sizes, first = [net.size(i, size) for i in range(len(net.channels))], net.nodes_given
+        self.sizes, first, (h, w) = [net.size(i, size) for i in range(len(net.channels))], net.nodes_given, size
         self.places = [np.arange(h * w)[:, None] for h, w in self.sizes]
         # reads: of each layer, {which source, or "residual": (node, its positions that are read, (H W, taps))}
         self.reads = {i: {j: (node, Conv.taps(conv.geometry, self.sizes[node], self.sizes[i]))
@@ -829,8 +832,15 @@ class Schedule:
         self.lag = 1 + bisect.bisect_left(range(1, size[1]), True, key=self.causal)
         if not self.causal(self.lag):
             raise AssertionError("the network is not causal")
-        drawn = np.append(self.earliest(self.lag)[0][:-1] - 1, 0)
-        step = self.earliest(self.lag, self.latest(drawn))  # of each position of each node, "outside" last
+        # the raster positions of each resolution in the order in which they are numbered from here on, "outside" last
+        order = {each: np.append(self.wave(self.lag, each).argsort(kind="stable"), math.prod(each))
+                 for each in self.sizes}
+        self.order = {each: torch.from_numpy(positions).to(device) for each, positions in order.items()}
+        new = {each: positions.argsort() for each, positions in order.items()}
+        self.reads = {i: {j: (node, new[self.sizes[node]][table[order[self.sizes[i]][:-1]]])
+                          for j, (node, table) in read.items()} for i, read in self.reads.items()}
+        drawn = np.append(np.sort(self.wave(self.lag, size)), 0)
+        step = self.earliest(drawn, self.latest(drawn))  # of each position of each node, "outside" last
         step[0] = step[-1] = drawn
         parts = {i: self.split(i, step) for i in self.reads}
         if not fast:  # the same parts, all at once
@@ -844,8 +854,8 @@ class Schedule:
             self.indices += [(ring + 2, when[:-1], table)] * (number == len(self.indices))
             return number
 
-        def own(i, when, ring=None):
-            ring = ring or rings[self.sizes[i]]
+        def own(i, when):
+            ring = rings[self.sizes[i]]
             return index(ring, when, self.places[i] % ring, ring + 1)
 
         def gather(i, when, node, table):
@@ -854,7 +864,7 @@ class Schedule:
             ring = rings[self.sizes[node]]
             return index(ring, when, np.where(table < len(self.places[node]), table % ring, ring), ring)
 
-        self.input, self.drawn = own(0, step[0]), own(0, step[0], len(self.places[0]))
+        self.input, self.drawn = own(0, step[0]), index(h * w, step[0], order[size][:-1, None], h * w)
         embedded = {i for i, layer in enumerate(net.layers, first) if {*layer.sources} & {*net.embeddings}}
         views = device.type == "cpu" and multiple == 1
 
@@ -864,8 +874,9 @@ class Schedule:
                 for some in each:  # of a position alone each tap is a view
                     yield j, some, gather(i, when, self.reads[i][j][0], self.reads[i][j][1][:, some])
 
-        self.parts = {i: [(own(i, when), own(i, when, len(self.places[i])) if i in embedded else None,
-                           [*reads(i, when, taps)]) for when, taps in part] for i, part in parts.items()}
+        self.parts = {i: [(own(i, when), index(len(all), when, all, len(all)) if i in embedded else None,
+                           [*reads(i, when, taps)]) for when, taps in part]
+                      for (i, part), all in zip(parts.items(), self.places[first:])}
         found = []
         for _, when, table in self.indices:
             count = np.bincount(when, minlength=1 + max(map(np.max, step)))
@@ -881,21 +892,28 @@ class Schedule:
                        {number: part[0] for number, part in enumerate(parts)
                         if number in single and len(part) and (np.diff(part) == 1).all()}) for parts in zip(*found)]
 
-    def earliest(self, lag, latest=None):
-        """The first step at which each position of each node is known ("outside", last, at 0), or the next multiple of
-        lag where that is early enough."""
-        (h, w), step = self.sizes[0], [np.zeros(len(place) + 1, int) for place in self.places]
-        step[0][:-1] = np.add.outer(lag * np.arange(h), np.arange(w)).ravel() + 1
+    def wave(self, lag, size):
+        """The step at which each pixel is drawn, raster order; the order of the steps for a coarser resolution."""
+        return np.add.outer(lag * np.arange(size[0]), np.arange(size[1])).ravel()
+
+    def earliest(self, drawn, latest=None):
+        """The first step at which each position of each node is known ("outside", last, at 0); given the latest, the
+        next multiple of lag if that is early enough, or else as many steps from the wave as is early enough for all."""
+        step = [drawn + 1, *(np.zeros(len(place) + 1, int) for place in self.places[1:])]
+        step[0][-1] = 0
         for i, read in self.reads.items():
             step[i][:-1] = np.max([step[node][table].max(1) for node, table in read.values()], 0)
-            row = -(-step[i] // lag) * lag
-            step[i] = row if latest and (row <= latest[i]).all() else step[i]
+            if latest:
+                row = -(-step[i] // self.lag) * self.lag
+                wave = np.sort(self.wave(self.lag, self.sizes[i])) * (self.sizes[0][0] // self.sizes[i][0])
+                wave = np.append(wave + (latest[i][:-1] - wave).min(), 0)
+                step[i] = row if (row <= latest[i]).all() else np.maximum(step[i], wave)
         return step
 
     def causal(self, lag):
         """Whether all that a pixel needs is known when it is drawn."""
-        step = self.earliest(lag)
-        return bool((step[-1] < step[0])[:-1].all())
+        drawn = np.append(self.wave(lag, self.sizes[0]), 0)
+        return bool((self.earliest(drawn)[-1] <= drawn)[:-1].all())
 
     def latest(self, drawn):
         """The last step at which each position of each node serves its purpose."""
@@ -917,7 +935,7 @@ class Schedule:
         return [(when, taps) for when, taps in ((row if late else step[i], early), (step[i], late)) if taps]
 
     def rings(self, step, parts):
-        """Of each resolution, how many positions, in whole rows, hold all that is still to be read."""
+        """Of each resolution, how many positions, a multiple of its width, hold all that is still to be read."""
         lives = {i: [step[i], step[i].copy()] for i in (0, *self.reads)}  # written, last read
         for i, part in parts.items():
             for when, taps in [*part, (step[i], {"residual": (0,)} if "residual" in self.reads[i] else {})]:
@@ -941,7 +959,7 @@ class Draw:
     """Source of symbols: sampling from given noise, uniform (N, H W, 2 C) in (0, 1)."""
 
     def __init__(self, noise, mode="random"):
-        self.noise, self.mode = F.pad(noise.transpose(0, 1), (0, 0, 0, 0, 0, 2), value=0.5), mode
+        self.noise, self.mode = F.pad(noise.transpose(0, 1), (0, 0, 0, 0, 0, 1), value=0.5), mode
 
     def __call__(self, head, positions, limits):
         """head: of P N pixels, (P N, .., 1, 1), positions first; positions: (P,) -> levels, int64 (P N, C, 1, 1)."""
@@ -987,6 +1005,7 @@ class Decoder:
         if key not in cache:
             cache[key] = Schedule(net, *key)
         self.schedule = schedule = cache[key]
+        sizes = schedule.sizes
         own = {0: schedule.input} | {i: parts[-1][0] for i, parts in schedule.parts.items()}
         outputs = [{} for _ in net.channels]  # of each node: activation that is read -> its buffer, if it needs one
 
@@ -1007,8 +1026,9 @@ class Decoder:
             added = sum(conv.b for _, (node, conv) in inputs if node not in embedded)  # bias, or where rows lie
             for j, (node, conv) in inputs:
                 if node in embedded:  # one at most
-                    projection = conv(embedded[node], net.size(i, (h, w))).flatten(2).permute(2, 0, 1)
-                    added = None, F.pad(projection + added, (0, 0, 0, 0, 0, 2)).flatten(0, 1), schedule.parts[i][0][1]
+                    projection = conv(embedded[node], sizes[i]).flatten(2).permute(2, 0, 1)
+                    projection = F.pad(projection, (0, 0, 0, 0, 0, 1)).index_select(0, schedule.order[sizes[i]])
+                    added = None, projection.add_(added).flatten(0, 1), schedule.parts[i][0][1]
                 else:
                     weights[j] = conv.weight().permute(0, 2, 3, 1).flatten(1, 2)  # (C_out, kh kw, C_in), as gathered
             for part, (slots, _, reads) in enumerate(schedule.parts[i], 1):
@@ -1022,7 +1042,7 @@ class Decoder:
                     residual = None if layer.residual is None else read(layer.residual, "none", slots)
                     self.records.append((slots, reads, product(weight), added, layer, residual, i, outputs[i]))
         self.input, self.images = outputs[0]["none"], torch.arange(n, device=self.device).unsqueeze(1)
-        self.canvas = torch.zeros(h * w + 2, n, c, dtype=torch.long, device=self.device)
+        self.canvas = torch.zeros(h * w + 1, n, c, dtype=torch.long, device=self.device)
 
     def limits(self, positions):
         """Function (x, c) -> inclusive interval of channel c at these positions; x: (P N, C, 1, 1), so far."""

@@ -616,7 +616,15 @@ def test_fast_equals_naive_integer_for_integer(name, size, n, dtype):
 def test_the_light_networks_wavefront(look_right, lag):
     model = small("pyramid", (16, 32), scales=0, nr_light=3, look_right=look_right)
     decoder = Decoder(model.factors[0], 1)
-    assert decoder.schedule.lag == lag and len(decoder.schedule.steps) == 31 + lag * 15 + 1
+    schedule = decoder.schedule
+    assert schedule.lag == lag and len(schedule.steps) == 31 + lag * 15 + 1
+    layers = {parts[-1][0] for parts in schedule.parts.values()}
+    for layout, indices, _ in schedule.steps[1:]:
+        for index, slots in zip([index for index, _ in layout], indices.split([count for _, count in layout])):
+            if index in layers:  # a diagonal, neighbours in memory; the diagonals before are forgotten
+                ring = schedule.indices[index][0] - 2
+                slots = slots[slots < ring].numpy()
+                assert (np.diff(slots) % ring == 1).all() and len(slots) <= 32 // lag and ring <= 96
     assert same(model.sample(1), model.sample(1, fast=False))
 
 

@@ -694,6 +694,8 @@ class PixelAux(nn.Module):
             raise Problem(f"size {'x'.join(map(str, config.size))} does not fit model {config.model}: "
                           f"height and width must be multiples of {need}")
         self.dims = 3 * config.size[0] * config.size[1]
+        names = [f"{'gray ' * (c == 1)}{h}x{w}" for c, h, w in self.shapes]
+        self.names = [" | ".join(names[k : k + 2]) for k in reversed(range(len(names)))]  # of the factors
 
     @property
     def device(self):
@@ -1791,7 +1793,7 @@ def show_progress(model, k, first, test, out):
     """Pictures during training: samples of factors first..k, which start from test images unless first is 0."""
     given = model.levels_of(test[:8].to(model.device))[first - 1] if first else None
     save_grid(model.sample(8, given=given, until=k + 1), out / "samples.png")
-    save_curves(out)
+    save_curves(out, model.names)
 
 
 # --- Evaluation and pictures -----------------------------------------------------------------------------------------
@@ -1832,9 +1834,8 @@ def report(model, bound, tight, shapes=None, images=None, samples=None):
     """
     both, n = np.stack([bound, tight]), bound.shape[1]  # (2, factors, N)
     lines, result, pair = [REPORT.format(n, model.dims)], dict(images=n, factors=[]), "{:20}{:12.4f}{:12.4f}"
-    names = [f"{'gray ' * (c == 1)}{h}x{w}" for c, h, w in (factor.shape for factor in model.factors)]
     for k, factor in enumerate(model.factors):
-        row, dims = dict(factor=" | ".join(names[k::-1][:2])), math.prod(factor.shape)
+        row, dims = dict(factor=model.names[k]), math.prod(factor.shape)
         for of, first, per in (("of_x", k, model.dims), ("own", k, dims), ("cumulative", 0, dims)):
             row[f"bound_{of}"], row[f"exact_{of}"] = bits_per_dim(both[:, first : k + 1].sum(1).mean(1), per).tolist()
         lines.append((pair + 4 * "{:12.4f}").format(*row.values()))
@@ -1885,8 +1886,8 @@ def save_grid(levels, path, columns=8, tile=64):
     write_atomically(path, image_file(images, min(columns, len(images)), 255))
 
 
-def save_curves(out):
-    """OUT/curves.png: bits/dim of X by time, a panel for each factor, from OUT/metrics.jsonl."""
+def save_curves(out, names):
+    """OUT/curves.png: bits/dim of X by time, a panel for each factor, from OUT/metrics.jsonl. names: of the factors."""
     from matplotlib.figure import Figure
 
     lines = read_metrics(out)
@@ -1899,7 +1900,7 @@ def save_curves(out):
                                   ("test_bits_per_dim", "o-", "test images, averaged weights")):
             points = [(line["seconds"] / 60, line[key]) for line in shown if key in line]
             axis.plot(*np.array(points).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
-        axis.set(title=f"factor {k}", xlabel=f"minutes ({mine[-1]['step']:,} steps)", ylabel="bits/dim of X")
+        axis.set(title=f"factor {k}: {names[k]}", xlabel=f"minutes ({mine[-1]['step']:,} steps)", ylabel="bits/dim of X")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     write_atomically(out / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
@@ -1922,6 +1923,9 @@ def run_to_train(args, out):
     if not args.resume and (there or (args.factor is None and settings.exists())):
         raise Problem(f"--out: {out} already holds {what}; --resume goes on with it, another folder begins anew")
     if not args.resume and not settings.exists():
+        if args.size:  # one that does not fit is refused before images are decoded for it
+            with torch.device("meta"):
+                PixelAux(make_config(**chosen))
         data, chosen["size"] = load_data(args.data or "shapes", args.data_dir or "data", args.size)
         return make_config(**chosen), data
     try:
@@ -2012,7 +2016,7 @@ def train(args, device):
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if RANK:
         return
-    save_curves(out)
+    save_curves(out, model.names)
     if k is not None:
         return print(f"factor {k} is in {out / f'factor-{k}.pt'}")
     few = data.test[:256]

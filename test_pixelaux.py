@@ -1334,10 +1334,11 @@ def test_pictures_show_every_image_and_every_test_point(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     seen, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self.axes[0]), savefig(self, *a, **k)))
-    pixelaux.save_curves(tmp_path)
+    pixelaux.save_curves(tmp_path, ["8x8"])
     low, high = seen[0].get_ylim()
     assert low < 2 and high > 30 and (tmp_path / "curves.png").stat().st_size > 1000
     assert 2 <= seen[0].get_xlim()[1] < 2.2 and "minutes" in seen[0].get_xlabel()
+    assert seen[0].get_title() == "factor 0: 8x8"
 
 
 def test_evaluation_covers_every_image_and_prints_the_table(run, capsys):
@@ -1511,7 +1512,8 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         ("train --budget 1,2,3", "2 factors"),
         ("train --budget 1,-2", "--budget"), ("train --precision int8", "int8"),
         ("train --save-every 0", "--save-every"), (f"train --resume --out {run} --precision bfloat16", "precision"),
-        ("train --size 18", "multiples of"), ("train --size 4", "--size"), ("train --data cifar10 --size 16", "32x32"),
+        ("train --size 18", "multiples of"), ("train --size 18 --data folder:nothing", "multiples of"),
+        ("train --size 4", "--size"), ("train --data cifar10 --size 16", "32x32"),
         ("train --data folder:none", "none: No such file"), ("train --data folder:nothing", "no image files"),
         ("train --data folder:half.zip", "half.zip: File is not a zip file"),
         ("train --data celeba --data-dir nothing", "img_align_celeba.zip"), ("train --data float.npy", "float64"),

@@ -2082,19 +2082,23 @@ def coded(model, images, nats, tight=True):
 def command_codec(args):
     """compress: IMAGE -> NAME.pxa; decompress: NAME.pxa -> NAME.png. Nothing is overwritten."""
     model, packing = load(args.run, args.device, args.best), args.command == "compress"
-    for path in map(pathlib.Path, args.files):
+    for check, path in itertools.product((True, False), map(pathlib.Path, args.files)):  # all, before one is written
         target = pathlib.Path(args.out or path.parent) / f"{path.stem}.{'pxa' if packing else 'png'}"
-        x = to_tensor(read_image(path, exact=True)[None])[0] if packing else None
+        content = to_tensor(read_image(path, exact=True)[None])[0] if packing else path.read_bytes()
         try:
             if not packing and path.suffix.lower() != ".pxa":
                 raise Problem("expected a .pxa file")
             if target.exists():
                 raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
-            with bar_of(desc=path.name) as bar:
+            fitting = resized(model, content.shape[1:]) if packing else model
+            if check:
+                continue
+            total = sum(h * w for _, h, w in fitting.shapes) if packing else None
+            with bar_of(desc=path.name, total=total) as bar:
                 if packing:
-                    file = pack(resized(model, tuple(x.shape[1:])), x, args.tight, bar.update)
+                    x, file = content, pack(fitting, content, args.tight, bar.update)
                 else:
-                    x = unpack(model, path.read_bytes(), bar.update)
+                    x = unpack(model, content, bar.update)
                     file = image_file(to_array(x[None]))
         except Problem as error:
             raise Problem(f"{path}: {error}") from None

@@ -743,8 +743,9 @@ class PixelAux(nn.Module):
         sample consistent, psi(sample) = x_hat. given: uint8 images of one level, (n, C, h, w), told by its shape;
         coarser levels are computed from them, finer ones sampled. The images are a function of the weights and the
         seed; `fast` (every activation once) and not fast (a full pass for every pixel, the oracle) give the same.
-        progress: called with the number of pixels done. until: sample that many levels only. Memory: f_w and the
-        buffers of one factor, for chunks of images that keep it under about 4 GiB (on CUDA: half of what is free).
+        progress: called with the number of pixels done. until: sample that many levels only. Memory: f_w, its
+        projections and the buffers of one factor, for chunks of images that keep it under about 4 GiB (on CUDA: half of
+        what is free).
         """
         if n < 1:
             raise Problem(f"expected 1 image or more, got {n}")
@@ -796,9 +797,9 @@ class Schedule:
     """Where each layer of a causal network is evaluated at each sequential step.
 
     Pixel (r, c) is drawn at step c + lag r, with the smallest lag at which everything that it needs is drawn before;
-    lag = W is the raster order. A layer is evaluated at the next multiple of lag after all that a position's taps read
-    is there, a row together, if no reader has to wait for it; or else as many steps before or after the pixel at the
-    same place is drawn as readers allow. So the light network comes out as a diagonal wavefront (lag 8), and a network
+    lag = W is the raster order. A position of a layer is evaluated when all that its taps read is there: at the next
+    multiple of lag, a row together, if no reader has to wait for it; or else with its diagonal, as long before or after
+    the pixels there as all readers allow. So the light network comes out as a diagonal wavefront (lag 8), and a network
     with resampling row by row, its vertical stream once a row and its horizontal one once a pixel, without either being
     written down anywhere.
 
@@ -837,7 +838,6 @@ class Schedule:
         # the raster positions of each resolution in the order in which they are numbered from here on, "outside" last
         order = {each: np.append(self.wave(self.lag, each).argsort(kind="stable"), math.prod(each))
                  for each in self.sizes}
-        self.order = {each: torch.from_numpy(positions).to(device) for each, positions in order.items()}
         new = {each: positions.argsort() for each, positions in order.items()}
         self.reads = {i: {j: (node, new[self.sizes[node]][table[order[self.sizes[i]][:-1]]])
                           for j, (node, table) in read.items()} for i, read in self.reads.items()}
@@ -893,6 +893,8 @@ class Schedule:
                        torch.from_numpy(np.concatenate(parts)).to(device),
                        {number: part[0] for number, part in enumerate(parts)
                         if number in single and len(part) and (np.diff(part) == 1).all()}) for parts in zip(*found)]
+        self.order = {each: torch.from_numpy(raster % math.prod(each)).to(device) for each, raster in order.items()}
+        del self.reads, self.places  # large, and schedules are kept
 
     def wave(self, lag, size):
         """The step at which each pixel is drawn, raster order; the order of the steps for a coarser resolution."""
@@ -1029,8 +1031,8 @@ class Decoder:
             for j, (node, conv) in inputs:
                 if node in embedded:  # one at most
                     projection = conv(embedded[node], sizes[i]).flatten(2).permute(2, 0, 1)
-                    projection = F.pad(projection, (0, 0, 0, 0, 0, 1)).index_select(0, schedule.order[sizes[i]])
-                    added = None, projection.add_(added).flatten(0, 1), schedule.parts[i][0][1]
+                    projection = projection.index_select(0, schedule.order[sizes[i]]).add_(added)
+                    added = None, projection.flatten(0, 1), schedule.parts[i][0][1]
                 else:
                     weights[j] = conv.weight().permute(0, 2, 3, 1).flatten(1, 2)  # (C_out, kh kw, C_in), as gathered
             for part, (slots, _, reads) in enumerate(schedule.parts[i], 1):
@@ -1900,7 +1902,8 @@ def save_curves(out, names):
                                   ("test_bits_per_dim", "o-", "test images, averaged weights")):
             points = [(line["seconds"] / 60, line[key]) for line in shown if key in line]
             axis.plot(*np.array(points).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
-        axis.set(title=f"factor {k}: {names[k]}", xlabel=f"minutes ({mine[-1]['step']:,} steps)", ylabel="bits/dim of X")
+        minutes = f"minutes ({mine[-1]['step']:,} steps)"
+        axis.set(title=f"factor {k}: {names[k]}", xlabel=minutes, ylabel="bits/dim of X")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     write_atomically(out / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))

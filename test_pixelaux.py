@@ -643,6 +643,10 @@ def test_every_activation_is_computed_once():
             if layer.convs[0].kernel == (2, 3):
                 assert len(slots) <= h  # the vertical stream: once a row
     assert any(len(parts) == 2 for parts in schedule.parts.values())
+    schedule = Decoder(small("pixelcnn", (8, 64)).factors[0], 4).schedule  # so wide that several rows are on their way
+    assert schedule.lag == 36
+    for i, parts in schedule.parts.items():
+        assert schedule.indices[parts[-1][0]][0] - 2 == 2 * schedule.sizes[i][1]
 
 
 def test_a_replayed_step_is_the_step_that_was_captured(monkeypatch):

@@ -1746,6 +1746,8 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while quarter < 4:
             lr = config.lr * config.lr_decay**step * (1 - share() if config.anneal else 1)
+            if config.start:  # Adam's second moments begin at 0, and at full rate its first steps ruin trained weights
+                lr *= min(1.0, (step + 1) * (1 - config.betas[1]) / 2)
             optimizer.param_groups[0]["lr"] = lr
             torch.manual_seed(hash((*seed, RANK, step)))  # of the dropout
             losses.append(update(loss, optimizer, average, config.ema if step else 0.0, *levels(next(stream))))

@@ -1431,6 +1431,18 @@ def test_training_starts_from_exported_weights(run, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_training_that_starts_with_weights_does_not_ruin_them(tmp_path):
+    """Control: from random weights it costs more."""
+    line = f"train --model pyramid --size 12 --device cpu --out {tmp_path}/"
+    costs = []
+    for more in ("first --steps 150", f"second --steps 12 --start {tmp_path}/first", "third --steps 12"):
+        assert main((line + more).split()) == 0
+        records = pixelaux.read_metrics(tmp_path / more.split()[0])
+        costs.append([r[key] for r in records for key in ("bits_per_dim", "test_bits_per_dim") if key in r])
+    first, second, third = costs
+    assert max(second) < second[0] + 0.2 and second[-1] < first[-1] + 0.02 and third[-1] > first[-1] + 0.2
+
+
 def test_compress_and_decompress_commands(run, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(256, size=(16, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")

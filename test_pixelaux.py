@@ -1347,6 +1347,8 @@ def test_pictures_show_every_image_and_every_test_point(tmp_path, monkeypatch):
 
 def test_evaluation_covers_every_image_and_prints_the_table(run, capsys):
     model = pixelaux.load(run)
+    assert model.names == ["8x8", "16x16 | 8x8"]
+    assert small("grayscale-pyramid", (16, 16)).names == ["gray 8x8", "gray 16x16 | gray 8x8", "16x16 | gray 16x16"]
     x = Shapes((16, 16)).sample(7, [9])
     bound, tight = pixelaux.evaluate(model, x, batch_size=3)
     with torch.no_grad():
@@ -1439,11 +1441,14 @@ def test_training_that_starts_with_weights_does_not_ruin_them(tmp_path):
         assert main((line + more).split()) == 0
         records = pixelaux.read_metrics(tmp_path / more.split()[0])
         costs.append([r[key] for r in records for key in ("bits_per_dim", "test_bits_per_dim") if key in r])
+    records = pixelaux.read_metrics(tmp_path / "second")
+    rates = [0.01 * (1 - step / 12) * (step + 1) / 200 for step in range(12)]  # annealed, and 200 steps of warm-up
+    assert np.allclose([record["lr"] for record in records], rates)
     first, second, third = costs
     assert max(second) < second[0] + 0.2 and second[-1] < first[-1] + 0.02 and third[-1] > first[-1] + 0.2
 
 
-def test_compress_and_decompress_commands(run, tmp_path, capsys):
+def test_compress_and_decompress_commands(run, tmp_path, monkeypatch, capsys):
     pixels = np.random.default_rng(0).integers(256, size=(16, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels[:, :16, 0]).save(tmp_path / "b.png")
@@ -1460,7 +1465,10 @@ def test_compress_and_decompress_commands(run, tmp_path, capsys):
     frames = [Image.fromarray(pixels), Image.fromarray(pixels[::-1])]
     frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
     files, out, back = [str(tmp_path / n) for n in ("a.png", "b.png")], tmp_path / "out", tmp_path / "back"
+    bars, bar_of = [], pixelaux.bar_of
+    monkeypatch.setattr(pixelaux, "bar_of", lambda **options: bars.append(bar_of(**options)) or bars[-1])
     assert main(["compress", str(run), *files, "--out", str(out)]) == 0
+    assert [(bar.n, bar.total) for bar in bars] == [(640, 640), (320, 320)]
     assert main(["decompress", str(run), str(out / "a.pxa"), str(out / "b.pxa"), "--out", str(back)]) == 0
     assert np.array_equal(np.array(Image.open(back / "a.png")), pixels)
     assert np.array_equal(np.array(Image.open(back / "b.png")), np.repeat(pixels[:, :16, :1], 3, 2))

@@ -31,9 +31,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import commands
 import pixelaux
-from pixelaux import (Categorical, Conv, Decoder, Gray, Half, LogisticMixture, Problem, Shapes, bits_per_dim, build,
-                      main)
+from commands import main
+from pixelaux import Categorical, Conv, Decoder, Gray, Half, LogisticMixture, Problem, Shapes, bits_per_dim, build
 
 HERE = pathlib.Path(__file__).resolve().parent
 SMALL = dict(nr_filters=6, nr_logistic_mix=2, nr_resnet=1, nr_resnet_cond=1, nr_light=2)
@@ -374,10 +375,10 @@ def test_networks_and_those_of_the_bench_equal_the_plain_implementation(name):
         planes, embed = factor.planes(x, factor.levels), factor.embed
         e = plain_network(embed, factor.planes(x_hat, factor.psi.levels_out)) if embed else ()
         params, = plain_network(factor.net, planes, e)
-        for one in (factor, pixelaux.plain(factor)):
+        for one in (factor, commands.plain(factor)):
             assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(one.embeddings(x_hat), e, strict=True))
             assert torch.allclose(one.net(planes, e)[0], params, atol=1e-10)
-    assert pixelaux.plain(factor).net.layers[0].convs[0](planes, planes.shape[2:]).is_contiguous()  # NCHW
+    assert commands.plain(factor).net.layers[0].convs[0](planes, planes.shape[2:]).is_contiguous()  # NCHW
 
 
 def shifted(x, down, right):
@@ -742,15 +743,15 @@ def test_images_come_back_from_as_many_bits_as_their_probability_says(name, tigh
     model = small(name, dtype=torch.float32)
     shape = model.shapes[0]
     x = torch.cat([images(2, shape), images(1, shape, levels=2), 255 * images(1, shape, levels=2)])
-    words = pixelaux.compress(model, x, tight)
-    assert torch.equal(pixelaux.decompress(model, words, tight), x)
+    words = commands.compress(model, x, tight)
+    assert torch.equal(commands.decompress(model, words, tight), x)
     with torch.no_grad():
         ideal = -model.double().log_prob(x, tight) / math.log(2)
     for part, bits in zip(words, ideal.tolist()):
         assert 32 * len(part) <= 1.001 * bits + 64
     other = torch.zeros(0)
     try:
-        other = pixelaux.decompress(model.float(), [words[1], *words[1:]], tight)
+        other = commands.decompress(model.float(), [words[1], *words[1:]], tight)
     except AssertionError as error:
         assert "invalid for the employed entropy model" in str(error)  # constriction's
     assert not torch.equal(other, x)  # control: other bits, another image or none
@@ -761,8 +762,8 @@ def test_impossible_images_are_coded_all_the_same():
     x = images(2, model.shapes[0])
     with torch.no_grad():
         assert model.double().log_prob(x, tight=True).min() < -30 * model.dims * math.log(2)
-    words = pixelaux.compress(model.float(), x)
-    assert torch.equal(pixelaux.decompress(model, words), x)
+    words = commands.compress(model.float(), x)
+    assert torch.equal(commands.decompress(model, words), x)
     assert max(map(len, words)) <= model.dims  # 24 bits a sub-pixel at most, and 32 for a carry
 
 
@@ -770,7 +771,7 @@ def test_impossible_images_are_coded_all_the_same():
 def packed():
     model = small("pyramid", (16, 16), dtype=torch.float32)
     x = images(1, (3, 24, 16))[0]  # another size than the model was built for
-    return model, x, pixelaux.pack(pixelaux.resized(model, (24, 16)), x)
+    return model, x, commands.pack(commands.resized(model, (24, 16)), x)
 
 
 @given(st.data())
@@ -785,23 +786,23 @@ def test_a_damaged_file_is_refused(packed, data):
     else:
         damaged = file[: data.draw(st.integers(0, len(file) - 1))] if how == "cut" else file + b"\0"
     with pytest.raises(Problem, match="not a .pxa file|truncated or altered"):
-        pixelaux.unpack(model, bytes(damaged))
+        commands.unpack(model, bytes(damaged))
 
 
 def test_a_whole_file_comes_back_from_its_own_model_alone(packed):
     model, x, file = packed
-    assert torch.equal(pixelaux.unpack(model, file), x)
+    assert torch.equal(commands.unpack(model, file), x)
     with pytest.raises(Problem, match="another model"):
-        pixelaux.unpack(small("pyramid", (16, 16), dtype=torch.float32, seed=1), file)
-    header = pixelaux.HEADER.unpack_from(file)
-    wrong = [pixelaux.HEADER.pack(*header[:2], header[2] ^ 1, *header[3:]) + file[pixelaux.HEADER.size : -4]]
-    for byte in range(pixelaux.HEADER.size, pixelaux.HEADER.size + 48):  # what other probabilities would come to
+        commands.unpack(small("pyramid", (16, 16), dtype=torch.float32, seed=1), file)
+    header = commands.HEADER.unpack_from(file)
+    wrong = [commands.HEADER.pack(*header[:2], header[2] ^ 1, *header[3:]) + file[commands.HEADER.size : -4]]
+    for byte in range(commands.HEADER.size, commands.HEADER.size + 48):  # what other probabilities would come to
         wrong.append(file[:byte] + bytes([file[byte] ^ 129]) + file[byte + 1 : -4])
     for content in wrong:
         with pytest.raises(Problem, match="rounds otherwise"):
-            pixelaux.unpack(model, content + zlib.crc32(content).to_bytes(4, "little"))
+            commands.unpack(model, content + zlib.crc32(content).to_bytes(4, "little"))
     with pytest.raises(Problem, match="multiples of"):
-        pixelaux.resized(model, (17, 16))
+        commands.resized(model, (17, 16))
 
 
 # --------------------------------------------------------------------------- data
@@ -874,7 +875,7 @@ def test_folders_take_every_kind_of_image_and_skip_what_is_broken(tmp_path, monk
     (folder / "cut.png").write_bytes((folder / "RGB.png").read_bytes()[:1000])
     (folder / "notes.txt").write_text("no image")
     png(folder / "small.png", "RGB", (31, 60))
-    data, size = pixelaux.load_data(f"folder:{tmp_path / 'images'}", "data", (32, 32))
+    data, size = commands.load_data(f"folder:{tmp_path / 'images'}", "data", (32, 32))
     error = capfd.readouterr().err
     assert len(data.train) + len(data.test) == 8 and size == (32, 32)
     for name, reason in {"broken.jpg": "not an image that", "empty.png": "not an image that", "cut.png": "truncated",
@@ -885,12 +886,12 @@ def test_folders_take_every_kind_of_image_and_skip_what_is_broken(tmp_path, monk
     deep = gray[..., 0]  # 16-bit: 257 times the value is the value
     assert (everything == deep[..., None]).all((1, 2, 3)).sum() == 1
     Image.new("RGBA", (1, 1), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert np.array_equal(pixelaux.read_image(tmp_path / "clear.png"), [[[255] * 3]])
+    assert np.array_equal(commands.read_image(tmp_path / "clear.png"), [[[255] * 3]])
     turned = Image.Exif()
     turned[274] = 6  # the camera was held upright
     Image.fromarray(gray).convert("RGB").save(tmp_path / "turned.png", exif=turned)
-    assert np.array_equal(pixelaux.read_image(tmp_path / "turned.png"), np.rot90(gray[..., :3], -1))
-    again, _ = pixelaux.load_data(f"folder:{tmp_path / 'images'}", "data", (32, 32))  # from the cache
+    assert np.array_equal(commands.read_image(tmp_path / "turned.png"), np.rot90(gray[..., :3], -1))
+    again, _ = commands.load_data(f"folder:{tmp_path / 'images'}", "data", (32, 32))  # from the cache
     assert np.array_equal(again.train[np.arange(7)], data.train[np.arange(7)])
 
 
@@ -903,20 +904,20 @@ def test_celeba_is_cropped_as_in_the_paper_and_split_by_a_fixed_seed(tmp_path, m
         with zipfile.ZipFile(tmp_path / f"part{part}.zip", "w") as archive:
             for i in range(part, 40, 2):
                 archive.writestr(f"img_align_celeba/{i:06}.jpg", stream.getvalue())
-    data, size = pixelaux.load_data("celeba", tmp_path)
+    data, size = commands.load_data("celeba", tmp_path)
     assert size == (128, 128) and (len(data.train), len(data.test)) == (38, 2)
     assert np.array_equal(data.test[np.arange(1)][0, :, :, 0], values[50:178, 25:153])
     turned, damaged = tmp_path / "turned", bytearray(stream.getvalue())
     turned.mkdir()
     Image.fromarray(values.T).save(turned / "a.png")
     with pytest.raises(Problem, match=re.escape("a.png: 178x218 (height x width), expected CelebA's aligned 218x178")):
-        pixelaux.load_data("celeba", turned)
+        commands.load_data("celeba", turned)
     damaged[len(damaged) // 2] ^= 255
     with zipfile.ZipFile(tmp_path / "one.zip", "w") as archive:
         archive.writestr("damaged.png", bytes(stream.getvalue()))
     (tmp_path / "one.zip").write_bytes((tmp_path / "one.zip").read_bytes().replace(stream.getvalue(), damaged))
     with pytest.raises(Problem, match=re.escape(f"{tmp_path / 'one.zip'}/damaged.png: ")):
-        pixelaux.load_data(f"folder:{tmp_path / 'one.zip'}", "data")
+        commands.load_data(f"folder:{tmp_path / 'one.zip'}", "data")
 
 
 def cifar_archive(path, images_per_file=10000):
@@ -953,41 +954,41 @@ def test_cifar10_is_downloaded_resumed_checked_and_read(tmp_path, monkeypatch):
     url = f"http://127.0.0.1:{server.server_address[1]}/cifar.tar.gz"
     folder = tmp_path / "data"
     try:
-        monkeypatch.setattr(pixelaux, "CIFAR10", dict(url=url, md5=hashlib.md5(content).hexdigest()))
+        monkeypatch.setattr(commands, "CIFAR10", dict(url=url, md5=hashlib.md5(content).hexdigest()))
         with pytest.raises(Problem, match="broke off|incomplete|IncompleteRead"):
-            pixelaux.load_data("cifar10", folder)
+            commands.load_data("cifar10", folder)
         assert not (folder / "cifar-10-binary.tar.gz").exists()
-        data, _ = pixelaux.load_data("cifar10", folder)
+        data, _ = commands.load_data("cifar10", folder)
         assert ranges[0] == 0 and 0 < ranges[1] <= len(content) // 2 and len(ranges) == 2
         assert data.train.shape == (50000, 32, 32, 3) and data.test.shape == (10000, 32, 32, 3)
         assert data.train[0, 0, 1, 2] == (2 * 1024 + 1) % 251 and data.flip
-        monkeypatch.setattr(pixelaux, "CIFAR10", dict(url=url, md5="0" * 32))
+        monkeypatch.setattr(commands, "CIFAR10", dict(url=url, md5="0" * 32))
         with pytest.raises(Problem, match="MD5"):
-            pixelaux.load_data("cifar10", tmp_path / "other")
+            commands.load_data("cifar10", tmp_path / "other")
         assert not list((tmp_path / "other").iterdir())
         monkeypatch.setattr(Handler, "do_GET", lambda self: self.wfile.write(b"not HTTP\r\n\r\n"))
         with pytest.raises(Problem, match="run again"):
-            pixelaux.load_data("cifar10", tmp_path / "other")
+            commands.load_data("cifar10", tmp_path / "other")
     finally:
         server.shutdown()
     with tarfile.open(folder / "cifar-10-binary.tar.gz") as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     for place in (folder / "cifar-10-binary.tar.gz", tmp_path / "unpacked", tmp_path / "unpacked/cifar-10-batches-bin"):
-        found, _ = pixelaux.load_data("cifar10", place)
+        found, _ = commands.load_data("cifar10", place)
         assert np.array_equal(found.train[:2], data.train[:2]) and found.test.shape == data.test.shape
     (folder / "cifar-10-binary.tar.gz").write_bytes(content[:5000])
     (place / "test_batch.bin").write_bytes(b"short")
     for place in (folder, tmp_path / "unpacked"):
         with pytest.raises(Problem, match="not the CIFAR-10"):
-            pixelaux.load_data("cifar10", place)
+            commands.load_data("cifar10", place)
 
 
 def test_npy_files_of_either_layout(tmp_path):
     array = np.random.default_rng(0).integers(256, size=(40, 8, 12, 3), dtype=np.uint8)
     np.save(tmp_path / "a.npy", array)
     np.save(tmp_path / "b.npy", array.transpose(0, 3, 1, 2))
-    a, size = pixelaux.load_data(str(tmp_path / "a.npy"), "data")
-    b, _ = pixelaux.load_data(str(tmp_path / "b.npy"), "data")
+    a, size = commands.load_data(str(tmp_path / "a.npy"), "data")
+    b, _ = commands.load_data(str(tmp_path / "b.npy"), "data")
     assert size == (8, 12) and np.array_equal(a.test[np.arange(2)], b.test[np.arange(2)])
 
 
@@ -1073,14 +1074,14 @@ def test_kills_at_random_moments_cost_nothing(run, tmp_path):
     out.mkdir()
     (out / "config.json").write_bytes((run / "config.json").read_bytes())
     code = """if True:
-        import os, pathlib, sys, time, pixelaux
+        import commands, os, pathlib, sys, time
         metrics = pathlib.Path(sys.argv[1], "metrics.jsonl")
         written = lambda: metrics.exists() and metrics.stat().st_mtime_ns
         for moment in sys.argv[2:]:
             before = written()
             if not (child := os.fork()):
-                os._exit(pixelaux.main(f"train --resume --device cpu --save-every 0.001 --out {sys.argv[1]}".split()))
-            while written() == before:
+                os._exit(commands.main(f"train --resume --device cpu --save-every 0.001 --out {sys.argv[1]}".split()))
+            while written() == before and not os.waitpid(child, os.WNOHANG)[0]:
                 time.sleep(0.002)
             time.sleep(float(moment))
             os.kill(child, 9)
@@ -1193,7 +1194,7 @@ def test_bfloat16_keeps_float32_weights_and_costs_little(run, tmp_path):
 
 def test_a_budget_ends_the_run_annealed_and_can_be_extended(tmp_path, monkeypatch):
     out = tmp_path / "budget"
-    monkeypatch.setattr(pixelaux, "show_progress", lambda *_: None)  # on a busy machine pictures take longer than that
+    monkeypatch.setattr(commands, "show_progress", lambda *_: None)  # on a busy machine pictures take longer than that
     monkeypatch.setitem(pixelaux.PRESETS, "tiny", {**pixelaux.PRESETS["tiny"], "anneal": False})
     arguments = f"train --model pixelcnn --size 12 --batch-size 2 --device cpu --out {out}".split()
     assert main([*arguments, "--steps", "3"]) == 0 and not json.loads((out / "config.json").read_text())["anneal"]
@@ -1320,14 +1321,14 @@ def test_training_learns(tmp_path):
 
 def test_pictures_show_every_image_and_every_test_point(tmp_path, monkeypatch):
     levels = [images(3, (1, 4, 6), levels=16), images(3, (3, 8, 12)), images(3, (3, 16, 24))]
-    pixelaux.save_grid(levels, tmp_path / "few.png", tile=32)
+    commands.save_grid(levels, tmp_path / "few.png", tile=32)
     grid = np.array(Image.open(tmp_path / "few.png"))
     assert grid.shape == (3 * 36, 3 * 52, 3)  # a row for each level, as wide as there are images
     assert (grid[:, [0, 1, 50, 51, -1]] == 255).all() and (grid[[0, 1, 34, 35, -1]] == 255).all()
     for k, level in enumerate(levels):
         tile = grid[36 * k + 2 : 36 * k + 34, 54:102][:: 32 // level.shape[2], :: 32 // level.shape[2]]
         assert np.array_equal(tile, (level[1] * (17 if level.shape[1] == 1 else 1)).permute(1, 2, 0).expand(-1, -1, 3))
-    pixelaux.save_grid(levels, tmp_path / "more.png", columns=2, tile=32)
+    commands.save_grid(levels, tmp_path / "more.png", columns=2, tile=32)
     more = np.array(Image.open(tmp_path / "more.png"))
     assert more.shape == (6 * 36, 2 * 52, 3) and np.array_equal(more[:108], grid[:, :104])
     assert np.array_equal(more[108:, :52], grid[:, 104:]) and (more[108:, 52:] == 255).all()
@@ -1338,7 +1339,7 @@ def test_pictures_show_every_image_and_every_test_point(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     seen, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self.axes[0]), savefig(self, *a, **k)))
-    pixelaux.save_curves(tmp_path, ["8x8"])
+    commands.save_curves(tmp_path, ["8x8"])
     low, high = seen[0].get_ylim()
     assert low < 2 and high > 30 and (tmp_path / "curves.png").stat().st_size > 1000
     assert 2 <= seen[0].get_xlim()[1] < 2.2 and "minutes" in seen[0].get_xlabel()
@@ -1460,13 +1461,13 @@ def test_compress_and_decompress_commands(run, tmp_path, monkeypatch, capsys):
     chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(bytes(13)), b"IEND"]
     (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in chunks))
-    assert pixelaux.read_image(tmp_path / "deep.png").shape == (1, 2, 3)  # 16-bit RGB, which Pillow cuts to 8
+    assert commands.read_image(tmp_path / "deep.png").shape == (1, 2, 3)  # 16-bit RGB, which Pillow cuts to 8
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
     frames = [Image.fromarray(pixels), Image.fromarray(pixels[::-1])]
     frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
     files, out, back = [str(tmp_path / n) for n in ("a.png", "b.png")], tmp_path / "out", tmp_path / "back"
-    bars, bar_of = [], pixelaux.bar_of
-    monkeypatch.setattr(pixelaux, "bar_of", lambda **options: bars.append(bar_of(**options)) or bars[-1])
+    bars, bar_of = [], commands.bar_of
+    monkeypatch.setattr(commands, "bar_of", lambda **options: bars.append(bar_of(**options)) or bars[-1])
     assert main(["compress", str(run), *files, "--out", str(out)]) == 0
     assert [(bar.n, bar.total) for bar in bars] == [(640, 640), (320, 320)]
     assert main(["decompress", str(run), str(out / "a.pxa"), str(out / "b.pxa"), "--out", str(back)]) == 0
@@ -1500,7 +1501,7 @@ def test_coded_evaluation_counts_real_bits(run, capsys):
     assert "4 images coded and restored" in text and "PNG" in text and "WebP" in text
     assert result["ideal"] < result["coded"] <= 1.001 * result["ideal"] + 64 / 768
     one = np.zeros((5, 8, 8, 3), np.uint8)
-    single, mosaic = len(pixelaux.image_file(one[:1])), len(pixelaux.image_file(one, 3))
+    single, mosaic = len(commands.image_file(one[:1])), len(commands.image_file(one, 3))
     Image.fromarray(one[0]).save(buffer := io.BytesIO(), "PNG")
     assert single == buffer.tell() < mosaic < 5 * single
     for x in Shapes((16, 16)).sample(512, [0, 20170806])[:4]:  # the test images
@@ -1678,6 +1679,28 @@ def test_importing_needs_torch_and_numpy_alone():
     assert result.stdout.strip() == "768", result.stderr
 
 
+def test_the_method_needs_no_other_file(tmp_path):
+    """Train, sample and evaluate with pixelaux.py alone in a folder; its command line then says what is missing."""
+    shutil.copy(HERE / "pixelaux.py", tmp_path)
+    code = """if True:
+        import dataclasses, pathlib, torch
+        from pixelaux import Dataset, Shapes, PixelAux, build, evaluate, load, train_factor, to_tensor
+        shapes, out, device = Shapes((16, 16)), pathlib.Path("run"), torch.device("cpu")
+        data = Dataset(None, shapes.sample(4, 1), shapes=shapes)
+        model = build("pyramid", 16, nr_filters=4, batch_size=2, steps=(2, 2))
+        for k in range(2):
+            train_factor(model, k, data, out, device)
+        bound, tight = evaluate(load(out), data.test)
+        assert bound.shape == (2, 4) and (tight >= bound).all()
+        assert [len(level) for level in load(out).sample(2)] == [2, 2]
+        """
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    result = subprocess.run([sys.executable, "pixelaux.py", "train"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("pixelaux: ") and "commands.py" in result.stderr
+    assert result.stderr.count("\n") == 1 and not result.stdout
+
+
 def test_what_is_not_torchruns_environment_is_ignored():
     """Control: what torchrun sets is taken."""
     code = "import pixelaux; print(pixelaux.RANK, pixelaux.LOCAL_RANK, pixelaux.RANKS)"
@@ -1698,18 +1721,18 @@ def readme_commands():
 def test_the_commands_of_the_readme_run(run, tmp_path, monkeypatch):
     """Each, with its sizes and steps made small; data sets replaced by a few made images of their size."""
     monkeypatch.chdir(tmp_path)
-    commands, made = readme_commands(), np.random.default_rng(0).integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
-    assert len(commands) >= 8
+    lines, made = readme_commands(), np.random.default_rng(0).integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
+    assert len(lines) >= 8
     shutil.copytree(HERE / "results", "results")
-    load_data = pixelaux.load_data
+    load_data = commands.load_data
 
     def replaced(spec, folder, size=None):
         if spec in ("cifar10", "celeba") or spec.startswith("folder:"):
             return pixelaux.Dataset(made, made[:4], flip=True), (32, 32)
         return load_data(spec, folder, size)
 
-    monkeypatch.setattr(pixelaux, "load_data", replaced)
-    for line in commands:
+    monkeypatch.setattr(commands, "load_data", replaced)
+    for line in lines:
         arguments = shlex.split(line[line.index("pixelaux.py") :])[1:]
         if arguments[0] == "train":
             small_run = [] if "--resume" in arguments else ["--steps", "2", "--batch-size", "2", "--preset", "tiny"]

@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 
 from pixelaux import (ACTIVATIONS, LOCAL_RANK, MODELS, PRESETS, RANK, RANKS, Config, Conv, Dataset, Decoder, Draw, Half,
-                      Loss, PixelAux, Problem, Shapes, bar_of, bits_per_dim, build, compiled, evaluate, load, make_config,
-                      permutation, read_checkpoint, read_metrics, to_tensor, total, train_factor, update,
+                      Loss, PixelAux, Problem, Shapes, bar_of, bits_per_dim, build, compiled, evaluate, load,
+                      make_config, permutation, read_checkpoint, read_metrics, to_tensor, total, train_factor, update,
                       write_atomically, write_checkpoint)
 
 # --- Image files: data in, pictures out ------------------------------------------------------------------------------
@@ -186,8 +186,10 @@ def read_npy(path, channels=(1, 3)):
     """uint8 (N, H, W, C) of a .npy file that holds it, or (N, C, H, W)."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise Problem(f"{path}: {error}") from None
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror or error}") from None
+    except (ValueError, EOFError):  # numpy's text is of pickles
+        raise Problem(f"{path}: not a .npy file of numbers, or a damaged one") from None
     if images.ndim == 4 and images.shape[1] in channels and images.shape[3] not in channels:
         images = images.transpose(0, 2, 3, 1)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in channels or not len(images):
@@ -326,6 +328,8 @@ def compress(model, x, tight=True, progress=None):
 def decompress(model, words, tight=True, progress=None):
     """What `compress` returned -> uint8 (N, 3, H, W)."""
     return code(model, None, words, tight, progress)[0]
+
+
 HEADER = struct.Struct("<4s8sIHHHH")  # magic, fingerprint, CRC of the image, height, width, threads, tight
 
 
@@ -380,13 +384,13 @@ def unpack(model, file, progress=None):
     return x
 
 
-def coded(model, images, nats, tight=True):
+def coded(model, images, nats):
     """Code and restore images, uint8 (N, H, W, 3): bits/dim beside -log2 p (nats: (N,)), PNG and WebP; text, dict."""
     n, bits, chunk = len(images), 0, min(64, *(factor.at_once() for factor in model.factors))
     with bar_of(total=2 * n * sum(h * w for _, h, w in model.shapes), desc="coding") as bar:
         for start, x in zip(range(0, n, chunk), to_tensor(images).split(chunk)):
-            words = compress(model, x, tight, bar.update)
-            if not torch.equal(decompress(model, words, tight, bar.update).cpu(), x):
+            words = compress(model, x, progress=bar.update)
+            if not torch.equal(decompress(model, words, progress=bar.update).cpu(), x):
                 raise Problem(f"images {start}..{start + len(x) - 1} were not restored: no two runs here round alike")
             bits += 32 * sum(map(len, words))
     rate, ideal = bits / (n * model.dims), float(bits_per_dim(nats.mean(), model.dims))
@@ -703,13 +707,13 @@ def command_eval(args):
         more, result["coded"] = coded(model, images[: args.coded], tight.sum(0)[: args.coded])
         text += "\n" + more
     print(text)
-    path = result_path(args, "eval", [args.n and str(args.n)])  # eval.json: the last weights, all images
+    path = result_path(args, "eval", [len(images) < len(data.test) and str(len(images))])  # eval.json: all images
     write_atomically(f"{path}.json", json.dumps(result, indent=1).encode())
 
 
 def command_codec(args):
     """compress: IMAGE -> NAME.pxa; decompress: NAME.pxa -> NAME.png. Nothing is overwritten."""
-    model, packing = load(args.run, args.device, args.best), args.command == "compress"
+    model, packing, targets = load(args.run, args.device, args.best), args.command == "compress", set()
     for check, path in itertools.product((True, False), map(pathlib.Path, args.files)):  # all, before one is written
         target = pathlib.Path(args.out or path.parent) / f"{path.stem}.{'pxa' if packing else 'png'}"
         content = to_tensor(read_image(path, exact=True)[None])[0] if packing else path.read_bytes()
@@ -720,6 +724,11 @@ def command_codec(args):
                 raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
             fitting = resized(model, content.shape[1:]) if packing else model
             if check:
+                if target in targets:
+                    raise Problem(f"another of the files would go to {target}, too; rename one")
+                if target.parent.is_file():
+                    raise Problem(f"--out {target.parent} is a file, expected a folder")
+                targets.add(target)
                 continue
             total = sum(h * w for _, h, w in fitting.shapes) if packing else None
             with bar_of(desc=path.name, total=total) as bar:
@@ -753,25 +762,32 @@ def given_images(args, model):
         x = read_npy(args.given)
     else:
         x = read_image(pathlib.Path(args.given))[None].repeat(args.n, 0)
-    x = to_tensor(x[: args.n])
+    x, level = to_tensor(x[: args.n]), args.level or 1
+    if tuple(x.shape[1:]) not in model.shapes:
+        fitting = " or ".join("x".join(map(str, (h, w, c))) for c, h, w in model.shapes)
+        raise Problem(f"--given {args.given}: {x.shape[2]}x{x.shape[3]}x{x.shape[1]}, expected {fitting} "
+                      "(height x width x channels)")
     if tuple(x.shape[1:]) == model.shapes[0]:
-        if not 1 <= args.level <= len(model.chain):
-            raise Problem(f"--level {args.level}: the model has {len(model.chain)} levels below X")
-        x = model.levels_of(x)[len(model.chain) - args.level]
+        if not 1 <= level <= len(model.chain):
+            raise Problem(f"--level {level}: the model has {len(model.chain)} levels below X")
+        x = model.levels_of(x)[len(model.chain) - level]
     return x
 
 
 def command_sample(args):
     if args.shift and args.mode == "map":
         raise Problem("--shift: --mode map draws no values, so there is no variance to change; leave one of them out")
+    if args.level and not args.given:
+        raise Problem("--level: goes with --given, the images that are reduced to it")
     model, seed, tight = load(args.run, args.device, args.best), args.seed or 0, bool(args.tight)
     given = given_images(args, model) if args.given else None
     n, shape = (args.n, None) if given is None else (len(given), tuple(given.shape[1:]))
     sampled = itertools.takewhile(lambda level: level != shape, model.shapes)
     with bar_of(total=n * sum(h * w for _, h, w in sampled)) as bar:
         levels = model.sample(n, seed, args.mode, args.shift, tight, given, not args.naive, bar.update)
-    more = [args.shift and f"shift{args.shift:g}", args.given and "given", tight and "tight"]
-    out = str(args.out or result_path(args, f"sample-{args.mode}-{seed}", more))
+    more = [args.shift and f"shift{args.shift:g}", args.given and f"given-{pathlib.Path(args.given).stem}",
+            args.level and f"level{args.level}", tight and "tight"]
+    out = re.sub(r"\.(png|npz)$", "", str(args.out or result_path(args, f"sample-{args.mode}-{seed}", more)))
     save_grid(levels, f"{out}.png")
     arrays = {f"level{i}": to_array(level) for i, level in enumerate(levels[::-1])}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
@@ -838,7 +854,8 @@ def parser():
         type=pathlib.Path)
     add("eval sample compress decompress export", "--best", "of a folder, best-K.pt in place of factor-K.pt",
         action="store_true")
-    add("compress decompress", "files", "images, or .pxa files", nargs="+", metavar="FILE")
+    add("compress", "files", "images of 8-bit RGB or gray", nargs="+", metavar="FILE")
+    add("decompress", "files", ".pxa files", nargs="+", metavar="FILE")
     add("export", "file", "to write", metavar="FILE")
     add("bench", "what", choices=("train", "sample"))
     add("train bench", "--model", "default pyramid", choices=MODELS)
@@ -847,7 +864,8 @@ def parser():
     add("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH, FILE.npy (default: shapes, or the run's)")
     add("train eval sample", "--data-dir", "where cifar10 or celeba lie or go (default: data)", metavar="FOLDER")
     add("train bench", "--size", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)", type=size)
-    add("train eval bench", "--batch-size", type=count)
+    add("train eval bench", "--batch-size", "images at once (default: the preset's; bench sample: 1, 16, 64)",
+        type=count)
     add("train", "--out", "folder of the run (default: runs/MODEL-DATA)", metavar="RUN")
     add("train", "--resume", "go on with the run in --out", **flag)
     add("train", "--start", "begin with the weights of this run or checkpoint", metavar="RUN",
@@ -871,7 +889,7 @@ def parser():
     add("sample", "--shift", "added to the log-scales; below 0: less variance (map has none)", default=0.0,
         type=checked(float, "a finite number", math.isfinite))
     add("sample", "--given", "start from these, of a level's size or X's: test, an image file or a .npy file")
-    add("sample", "--level", "that --given of X's size are reduced to: 1 (default) is next to X", type=int, default=1)
+    add("sample", "--level", "that --given of X's size are reduced to: 1 (default) is next to X", type=int)
     add("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", **flag)
     add("sample", "--out", "writes NAME.png and NAME.npz (default: in the run's folder)", metavar="NAME")
     add("compress decompress", "--out", "for the results (default: beside the files)", metavar="FOLDER")
@@ -890,6 +908,6 @@ def main(argv=None):
         if isinstance(error, ImportError):
             message = f"{error.name} is not installed: pip install -r requirements.txt"
         elif isinstance(error, OSError):
-            message = f"{error.filename or 'output'}: {error.strerror or error}"
+            message = re.sub(r"\bpart-\d+-", "", f"{error.filename or 'output'}: {error.strerror or error}")
         print(f"pixelaux: {message}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, ArithmeticError) else 2

@@ -42,7 +42,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Subset
 
 VERSION = 1  # of the checkpoint format
 # number of this process among all, among those of this machine, how many there are: torchrun's, if it started us
@@ -215,7 +214,7 @@ class LogisticMixture:
     def __init__(self, params, levels=256, shift=0.0):
         if params.shape[1] % 10:
             raise Problem(f"a logistic mixture takes 10 K channels of parameters, got {params.shape[1]}")
-        k, params = params.shape[1] // 10, at_least_float32(params).contiguous()
+        k, params = params.shape[1] // 10, params.to(torch.promote_types(params.dtype, torch.float32)).contiguous()
         rest = params[:, k:].unflatten(1, (3, 3 * k))  # (N, 3, 3 K, H, W)
         self.levels = levels
         self.logit_probs = params[:, :k]  # (N, K, H, W)
@@ -333,12 +332,14 @@ class LogisticMixture:
         symbols = torch.arange(self.levels, device=x.device).view(1, -1, 1, 1, 1)
         means, log_scales = self.means_given(c, units).unsqueeze(1), self.log_scales[:, c].unsqueeze(1)
         logits = (weights.unsqueeze(1) + self.log_mass(means, log_scales, symbols, symbols)).logsumexp(2)
-        return masked(logits, *limits(x, c)).softmax(1) if limits else logits.softmax(1)
+        return masked(logits, limits and limits(x, c)).softmax(1)
 
 
-def masked(logits, lo, hi):
-    """Logits (N, L, H, W) with -inf outside lo..hi, each (N, H, W)."""
-    symbols = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+def masked(logits, interval):
+    """Logits (N, L, H, W) with -inf outside interval = (lo, hi), each (N, H, W); None: as they are."""
+    if interval is None:
+        return logits
+    symbols, (lo, hi) = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1), interval
     return logits.masked_fill((symbols < lo.unsqueeze(1)) | (symbols > hi.unsqueeze(1)), -math.inf)
 
 
@@ -348,32 +349,24 @@ class Categorical:
     shift, the reduction of variance, acts as on a log-scale: the logits are divided by exp(shift).
     """
 
-    @staticmethod
-    def start(bias):
-        """Nothing to set: zero logits are uniform."""
+    start = staticmethod(lambda bias: None)  # nothing to set: zero logits are uniform
 
     def __init__(self, params, levels=None, shift=0.0):
-        self.logits = at_least_float32(params) * math.exp(-shift)
+        self.logits = params.to(torch.promote_types(params.dtype, torch.float32)) * math.exp(-shift)
 
     def log_prob(self, x, bounds=None):
         """x: uint8 (N, 1, H, W) -> nats (N, H, W); bounds = (lo, hi), each (N, 1, H, W), masks the logits."""
-        logits = masked(self.logits, bounds[0][:, 0], bounds[1][:, 0]) if bounds else self.logits
+        logits = masked(self.logits, bounds and [bound.squeeze(1) for bound in bounds])
         return logits.log_softmax(1).gather(1, x.long()).squeeze(1)
 
     def sample(self, noise, mode="random", limits=None):
         """noise: uniform (N, 2, H, W), of which the first is used. "map" takes the mode. Returns int64 (N, 1, H, W)."""
-        logits = self.logits
-        if limits:
-            logits = masked(logits, *limits(torch.zeros_like(noise[:, :1], dtype=torch.long), 0))
+        logits = masked(self.logits, limits and limits(torch.zeros_like(noise[:, :1], dtype=torch.long), 0))
         return logits.argmax(1, keepdim=True) if mode == "map" else pick(logits, noise[:, 0])
 
     def pmf(self, c, x, limits=None):
         """Probabilities (N, L, H, W)."""
-        return (masked(self.logits, *limits(x, c)) if limits else self.logits).softmax(1)
-
-
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return masked(self.logits, limits and limits(x, c)).softmax(1)
 
 
 def to_unit(x, levels, dtype):
@@ -458,17 +451,11 @@ class Conv(nn.Module):
         self.g.copy_(scale)
         self.b.copy_(-mean * scale)
 
-    @property
-    def geometry(self):
-        return self.kernel, self.offset, self.stride, self.up
-
-    @staticmethod
-    @functools.lru_cache(100)
-    def taps(geometry, source, target):
+    def taps(self, source, target):
         """Flat positions in the source (int64, (H_t W_t, kh kw)) that each target position reads; H_s W_s: outside."""
-        (h, w), ((kh, kw), (oy, ox), stride, up) = source, geometry
+        (h, w), (kh, kw), (oy, ox), up = source, self.kernel, self.offset, self.up
         r, c, ky, kx = np.ogrid[: target[0], : target[1], :kh, :kw]
-        r, c = (r + oy - ky, c + ox - kx) if up else (stride * r + ky - oy, stride * c + kx - ox)
+        r, c = (r + oy - ky, c + ox - kx) if up else (self.stride * r + ky - oy, self.stride * c + kx - ox)
         whole = (r % 2 == 0) & (c % 2 == 0) if up else True
         r, c = (r // 2, c // 2) if up else (r, c)
         inside = whole & (r >= 0) & (r < h) & (c >= 0) & (c < w)
@@ -548,8 +535,9 @@ class Network(nn.Module):
             self.outputs = [self.add([(streams[-1], head)], channels=c_out)]
         else:
             self.outputs = [last[scale] for scale in sorted(last)]
-        self.last_use = {node: i for i, layer in enumerate(self.layers, self.nodes_given)
-                         for node in (*layer.sources, layer.residual)}
+        last_use = {node: i for i, layer in enumerate(self.layers, self.nodes_given)
+                    for node in (*layer.sources, layer.residual) if node not in (None, *self.outputs)}
+        self.done = {i: {node for node in last_use if last_use[node] == i} for i in last_use.values()}
 
     def add(self, inputs, residual=None, channels=None, scale=None):
         """Append a layer over [(node, convolution's arguments)]; returns its node."""
@@ -583,11 +571,9 @@ class Network(nn.Module):
                 parts.append(conv(read[node, conv.activation], self.size(i, x.shape[2:])))
             y, parts = functools.reduce(torch.add, parts), []
             nodes.append(y if layer.residual is None else layer.finish(y, nodes[layer.residual]))
-            if not torch.is_grad_enabled():  # what nobody reads any more need not be kept
-                for node in {*layer.sources, layer.residual} - {None, *self.outputs}:
-                    if self.last_use[node] == i:
-                        nodes[node] = None
-                        read = {key: value for key, value in read.items() if key[0] != node}
+            for node in () if torch.is_grad_enabled() else self.done.get(i, ()):  # nobody reads it any more
+                nodes[node] = None
+                read = {key: value for key, value in read.items() if key[0] != node}
         return [nodes[i] for i in self.outputs]
 
 
@@ -617,13 +603,8 @@ class Factor(nn.Module):
         # H and W of x must be multiples of this: for the resampling of the causal network and of f_w
         self.multiple = max(2 ** max(self.net.scale), psi.cell * 2 ** max(self.embed.scale) if psi else 1)
 
-    @property
-    def dtype(self):
-        return self.net.layers[0].convs[0].v.dtype
-
-    @property
-    def device(self):
-        return self.net.layers[0].convs[0].v.device
+    dtype = property(lambda self: self.net.layers[0].convs[0].v.dtype)
+    device = property(lambda self: self.net.layers[0].convs[0].v.device)
 
     def at_once(self, room=None):
         """How many images a forward pass, or f_w and the sampler's buffers, fit into `room` bytes; default: 4 GiB, on
@@ -682,9 +663,7 @@ class PixelAux(nn.Module):
         names = [f"{'gray ' * (c == 1)}{h}x{w}" for c, h, w in self.shapes]
         self.names = [" | ".join(names[k : k + 2]) for k in reversed(range(len(names)))]  # of the factors
 
-    @property
-    def device(self):
-        return next(self.parameters()).device
+    device = property(lambda self: self.factors[0].device)
 
     def levels_of(self, x):
         """[X_K, .., X_1, X], coarsest first, of x: uint8 (N, 3, H, W)."""
@@ -724,17 +703,16 @@ class PixelAux(nn.Module):
         mode: "random" (ancestral) or "map" (Sec. 4.2); shift is added to the log-scales; tight=True keeps every
         sample consistent, psi(sample) = x_hat. given: uint8 images of one level, (n, C, h, w), told by its shape;
         coarser levels are computed from them, finer ones sampled. The images are a function of the weights and the
-        seed; `fast` (every activation once) and not fast (a full pass for every pixel, the oracle) give the same.
-        progress: called with the number of pixels done. until: sample that many levels only. Memory: f_w, its
-        projections and the buffers of one factor, for chunks of images that keep it under about 4 GiB (on CUDA: half of
-        what is free).
+        seed. Not fast: for each pixel p in raster order, x[p] = (factor.head(x, x_hat) at p).sample(noise[p]), the
+        oracle; `fast` computes every activation once and gives the same. progress: called with the number of pixels
+        done. until: sample that many levels only. Memory: f_w, its projections and the buffers of one factor, for
+        chunks of images that keep it under about 4 GiB (on CUDA: half of what is free).
         """
         if n < 1:
             raise Problem(f"expected 1 image or more, got {n}")
         if mode not in ("random", "map"):
             raise Problem(f"unknown mode {mode!r}: expected random or map")
-        training, done = self.training, []
-        shapes = self.shapes[::-1]
+        training, shapes, done = self.training, self.shapes[::-1], []
         if given is not None:
             if given.dtype != torch.uint8 or tuple(given.shape[1:]) not in shapes or len(given) != n:
                 raise Problem(f"given: expected {n} uint8 images of a level's shape, one of {shapes}, "
@@ -845,10 +823,11 @@ class Shapes:
 
 @dataclasses.dataclass
 class Dataset:
-    """train, test: uint8 (N, H, W, 3); train is None where images are made on the fly, from `shapes`."""
+    """train, test: uint8 (N, H, W, 3), arrays or torch's Subsets of one; train: also a tensor, or None where images are
+    made on the fly, from `shapes`."""
 
-    train: np.ndarray | Subset | torch.Tensor | None
-    test: np.ndarray | Subset
+    train: object
+    test: object
     flip: bool = False
     shapes: Shapes | None = None
 
@@ -866,11 +845,10 @@ class Dataset:
 
     def keep_on(self, device, share=0.25):
         """Move the training images to the GPU if they take no more than this share of the memory that is free."""
-        if device.type == "cuda" and self.train is not None:
-            size = len(self.train) * self.train[[0]].nbytes
-            if size < share * torch.cuda.mem_get_info(device)[0]:
-                chunks = np.array_split(np.arange(len(self.train)), 1 + size // 2**26)
-                self.train = torch.cat([torch.from_numpy(self.train[rows]).to(device) for rows in chunks])
+        size = 0 if self.train is None else len(self.train) * self.train[[0]].nbytes
+        if size and device.type == "cuda" and size < share * torch.cuda.mem_get_info(device)[0]:
+            chunks = np.array_split(np.arange(len(self.train)), 1 + size // 2**26)
+            self.train = torch.cat([torch.from_numpy(self.train[rows]).to(device) for rows in chunks])
 
 
 @functools.lru_cache(2)
@@ -1045,9 +1023,9 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
     """Train factor k of model on data, or go on where its checkpoint stands; the model then has the averaged weights.
 
     Writes out/factor-k.pt every save_every seconds and at the end, out/best-k.pt when the test images cost less than
-    ever, and lines of out/metrics.jsonl; calls `show` at each quarter of the way. A run that is stopped and resumed gives
-    the same weights as one that is not: batches and dropout are functions of the step. Of several processes (torchrun)
-    each takes its rows of every batch, and the first one writes.
+    ever, and lines of out/metrics.jsonl; calls `show` at each quarter of the way. A run that is stopped and resumed
+    gives the same weights as one that is not: batches and dropout are functions of the step. Of several processes
+    (torchrun) each takes its rows of every batch, and the first one writes.
     """
     config, seed = model.config, (model.config.seed, k)
     path, metrics, steps = out / f"factor-{k}.pt", out / "metrics.jsonl", training_steps(config, k, data)
@@ -1191,7 +1169,7 @@ class Schedule:
         self.sizes, first, (h, w) = [net.size(i, size) for i in range(len(net.channels))], net.nodes_given, size
         self.places = [np.arange(h * w)[:, None] for h, w in self.sizes]
         # reads: of each layer, {which source, or "residual": (node, its positions that are read, (H W, taps))}
-        self.reads = {i: {j: (node, Conv.taps(conv.geometry, self.sizes[node], self.sizes[i]))
+        self.reads = {i: {j: (node, conv.taps(self.sizes[node], self.sizes[i]))
                           for j, (node, conv) in enumerate(zip(layer.sources, layer.convs))
                           if node not in net.embeddings} for i, layer in enumerate(net.layers, first)}
         for i, layer in enumerate(net.layers, first):

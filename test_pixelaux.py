@@ -1178,7 +1178,7 @@ def test_the_best_is_kept_and_survives_a_resume(run, tmp_path, monkeypatch):
 
 def test_images_on_the_device_give_the_same_batches():
     array = np.random.default_rng(0).integers(256, size=(7, 4, 6, 3), dtype=np.uint8)
-    data, other = (pixelaux.Dataset(pixelaux.Subset(array, np.array([1, 2, 5, 6])), array[:1], flip=True) for _ in "ab")
+    data, other = (pixelaux.Dataset(commands.Subset(array, np.array([1, 2, 5, 6])), array[:1], flip=True) for _ in "ab")
     there = dataclasses.replace(other, train=torch.from_numpy(data.train[[0, 1, 2, 3]]))  # as keep_on leaves it
     stream = pixelaux.batches(there, 3, 5, (0, 1), torch.device("cpu"))
     for step in range(3, 9):
@@ -1403,13 +1403,16 @@ def test_results_of_other_weights_and_data_have_names_of_their_own(run, tmp_path
     (tmp_path / "eval.json").write_text("the run's own")
     np.save(tmp_path / "mine.npy", np.zeros((40, 16, 16, 3), np.uint8))
     cpu = ["--device", "cpu"]
-    for arguments, name in ((["--best"], "eval-best.json"), (["--n", "2"], "eval-2.json"),
+    for arguments, name in ((["--best", "--n", "9999"], "eval-best.json"), (["--n", "2"], "eval-2.json"),
                             (["--data", str(tmp_path / "mine.npy")], "eval-mine.json")):
         assert main(["eval", str(tmp_path), *arguments, *cpu]) == 0
         assert json.loads((tmp_path / name).read_text())["images"] > 0
     assert main(["eval", str(tmp_path / "best-0.pt"), *cpu]) == 0 and (tmp_path / "eval-best-0.json").exists()
     assert main(["sample", str(tmp_path), "--best", "--n", "1", *cpu]) == 0
-    assert (tmp_path / "sample-random-0-best.npz").exists() and not (tmp_path / "sample-random-0.npz").exists()
+    assert main(["sample", str(tmp_path), "--given", "test", "--level", "1", "--n", "1", *cpu]) == 0
+    assert main(["sample", str(tmp_path), "--out", str(tmp_path / "mine.png"), "--n", "1", *cpu]) == 0
+    assert {path.name for path in tmp_path.glob("*.npz")} == {
+        "sample-random-0-best.npz", "sample-random-0-given-test-level1.npz", "mine.npz"}
     assert (tmp_path / "eval.json").read_text() == "the run's own"
 
 
@@ -1484,6 +1487,8 @@ def test_compress_and_decompress_commands(run, tmp_path, monkeypatch, capsys):
         (["compress", str(run), str(tmp_path / "deep.png")], "expected a single one, of 8-bit"),
         (["compress", str(run), str(tmp_path / "moving.png")], "expected a single one"),
         (["compress", str(run), files[0], str(tmp_path / "alpha.png")], "RGBA"),  # before the first is written
+        (["compress", str(run), files[0], files[0]], "another of the files"),
+        (["compress", str(run), files[0], "--out", files[1]], "is a file, expected a folder"),
         (["decompress", str(run), files[0]], "expected a .pxa file"),
         (["decompress", str(run), str(tmp_path / "foreign.pxa")], "not a .pxa file"),
         (["decompress", str(run), str(tmp_path / "gone.pxa")], "gone.pxa"),
@@ -1528,6 +1533,7 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
     torch.save({**torch.load(run / "factor-0.pt", weights_only=True), "version": 999}, "version.pt")
     np.save("float.npy", np.zeros((9, 8, 8, 3)))
     np.save("good.npy", np.zeros((9, 8, 8, 3), np.uint8))
+    np.save("tall.npy", np.zeros((9, 9, 8, 3), np.uint8))
     for line, expected in [
         ("train --model nonsense", "nonsense"), ("train --preset huge", "huge"), ("train --nonsense", "--nonsense"),
         ("nonsense", "nonsense"), ("", "required"), ("train --data nonsense", "nonsense"),
@@ -1554,7 +1560,9 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         ("eval gone", "gone"), ("eval nothing", "no checkpoint"), ("eval cut.pt", "cut.pt"),
         ("eval foreign.pt", "foreign.pt"), ("eval other.pt", "other.pt"), ("eval version.pt", "999"),
         ("eval mixed", "another model"), (f"sample {run} --given gone.png", "gone.png: No such file"),
-        (f"sample {run} --given bad.npy --device cpu", "bad.npy"), (f"sample {run} --given file", "file: not an image"),
+        (f"sample {run} --given bad.npy --device cpu", "bad.npy: not a .npy file"),
+        (f"sample {run} --given file", "file: not an image"), (f"sample {run} --level 1", "--level: goes with --given"),
+        (f"sample {run} --given tall.npy", "--given tall.npy: 9x8x3, expected 16x16x3 or 8x8x3 (height x width x"),
         (f"sample {run} --given test --level 9", "--level"), (f"sample {run} --mode best", "best"),
         (f"sample {run} --n -1", "--n"), (f"sample {run} --mode map --shift -1", "--shift"),
         (f"compress {run} a.png --seed 1", "--seed"), ("eval shape.pt", "shape.pt"), ("eval part.pt", "part.pt"),

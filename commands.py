@@ -1,11 +1,11 @@
 """What stands around the method of pixelaux.py: `python pixelaux.py COMMAND`.
 
 Image files and data sets, pictures, lossless compression, benchmarks, and the command line. Nothing here is needed to
-read, import or train the models; everything here uses them by their public names.
+read, import or train the models; everything here uses them.
 """
 import argparse
-import copy
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -38,9 +38,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
-from pixelaux import (ACTIVATIONS, LOCAL_RANK, MODELS, PRESETS, RANK, RANKS, Config, Conv, Dataset, Decoder, Draw, Half,
-                      Loss, PixelAux, Problem, Shapes, bar_of, bits_per_dim, build, compiled, evaluate, load,
-                      make_config, permutation, read_checkpoint, read_metrics, to_tensor, total, train_factor, update,
+from pixelaux import (ACTIVATIONS, LOCAL_RANK, MODELS, PRESETS, RANK, RANKS, Config, Conv, Dataset, Decoder, Draw,
+                      Half, Loss, PixelAux, Problem, Shapes, bar_of, bits_per_dim, build, compiled, evaluate, load,
+                      make_config, permutation, read_checkpoint, read_metrics, summed, to_tensor, train_factor, update,
                       write_atomically, write_checkpoint)
 
 # --- Image files: data in, pictures out ------------------------------------------------------------------------------
@@ -53,12 +53,12 @@ def download(url, path, md5):
     """Fetch url to path: progress bar, taken up again where it broke off, checked, moved into place in one step."""
     from tqdm import tqdm
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as reply:
+            path.parent.mkdir(parents=True, exist_ok=True)
             have = have if reply.status == 206 else 0  # 206: the server goes on where we stopped
             total = have + int(reply.headers.get("Content-Length", 0))
             bar = tqdm.wrapattr(reply, "read", total or None, initial=have, desc=path.name)
@@ -108,7 +108,7 @@ def read_image(file, size=None, celeba=False, exact=False):
             deep = ";16" in str(image.tile)  # 16-bit RGB, which Pillow opens as 8-bit RGB
             other = deep or image.mode not in ("RGB", "L") or image.has_transparency_data
             if exact and (other or getattr(image, "n_frames", 1) > 1):
-                raise Problem(f"{image.mode} image, expected a single one, of 8-bit RGB or gray without transparency")
+                raise Problem(f"of mode {image.mode}, expected one image of 8-bit RGB or gray without transparency")
             image = ImageOps.exif_transpose(image)
         if celeba:
             if image.size != (178, 218):
@@ -185,15 +185,16 @@ def read_images(kind, sources, size):
 def read_npy(path, channels=(1, 3)):
     """uint8 (N, H, W, C) of a .npy file that holds it, or (N, C, H, W)."""
     try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        images = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise Problem(f"{path}: {error.strerror or error}") from None
-    except (ValueError, EOFError):  # numpy's text is of pickles
+    except ValueError:
         raise Problem(f"{path}: not a .npy file of numbers, or a damaged one") from None
     if images.ndim == 4 and images.shape[1] in channels and images.shape[3] not in channels:
         images = images.transpose(0, 2, 3, 1)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in channels or not len(images):
-        raise Problem(f"{path}: {images.dtype} {images.shape}, expected uint8 (N, H, W, C), C in {channels}")
+        raise Problem(f"{path}: {images.dtype} {images.shape}, expected uint8 (N, H, W, C) or (N, C, H, W), "
+                      f"C {' or '.join(map(str, channels))}")
     return images
 
 
@@ -449,7 +450,7 @@ def bench_train(args, device):
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     x = torch.randint(256, (n, *model.shapes[0]), dtype=torch.uint8, device=device)
     model.initialise(x)
-    levels, bfloat16 = model.levels_of(x), Loss(None, config, 1, device).bfloat16
+    pairs, bfloat16 = model.pairs(x), Loss(None, config, 1, device).bfloat16
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     peak = 2 * side**3 / seconds(lambda: a @ a, device)
     print(f"training steps (gradient and Adam) of a batch of {n}, model {config.model}, preset {config.preset}; plain: "
@@ -462,7 +463,7 @@ def bench_train(args, device):
         return seconds(lambda: [update(loss, adam, average, 0.9, *batch) for _ in range(many)], device) / many
 
     for k, factor in enumerate(model.factors):
-        loss, batch = Loss(factor, config, model.dims, device), (levels[k], levels[k - 1] if k else None)
+        loss, batch = Loss(factor, config, model.dims, device), pairs[k]
         with FlopCounterMode(display=False) as counter:
             loss(*batch).backward()
         if args.compile or (args.compile is None and cuda):
@@ -595,6 +596,14 @@ def hardware(device):
     return f"{torch.get_num_threads()} threads of {name}"
 
 
+def keep_on(device, data, share=0.25):
+    """Move the training images to the GPU if they take no more than this share of the memory that is free."""
+    size = 0 if data.train is None or device.type != "cuda" else len(data.train) * data.train[[0]].nbytes
+    if size and size < share * torch.cuda.mem_get_info(device)[0]:
+        chunks = np.array_split(np.arange(len(data.train)), 1 + size // 2**26)
+        data.train = torch.cat([torch.from_numpy(data.train[rows]).to(device) for rows in chunks])
+
+
 def command_train(args):
     device = args.device
     if RANKS == 1:
@@ -619,7 +628,7 @@ def train(args, device):
     for first in (True, False):  # process of a machine: it prepares the data; nobody writes before all have looked
         if first == (LOCAL_RANK == 0):
             config, data = run_to_train(args, out)
-        total([0.0], device)
+        summed([0.0], device)
     model, k = PixelAux(config), args.factor
     if config.start:
         start = load(config.start)
@@ -637,7 +646,7 @@ def train(args, device):
     if config.batch_size % RANKS:
         raise Problem(f"--batch-size {config.batch_size} cannot be divided among {RANKS} processes")
     model = model.to(device, memory_format=torch.channels_last)
-    data.keep_on(device)
+    keep_on(device, data)
     if RANK == 0:
         if len(data.test) < 32:
             print(f"pixelaux: warning: {len(data.test)} test images only: bits/dim. will be rough", file=sys.stderr)
@@ -648,19 +657,18 @@ def train(args, device):
                     hardware=hardware(device), torch=torch.__version__)
         with open(out / "commands.jsonl", "a") as file:
             file.write(json.dumps(made) + "\n")
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
-    compile = device.type == "cuda" if args.compile is None else args.compile
+    compile, caught = device.type == "cuda" if args.compile is None else args.compile, []
     main_thread = threading.current_thread() is threading.main_thread()  # no other may set signals
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-    before = [signal.signal(number, lambda number, frame: caught.append(number)) for number in numbers]
-    try:  # signals are only noted, so that a step is never cut in two
+    with contextlib.ExitStack() as restored:
+        for flag, value in (("benchmark", True), ("deterministic", False)):
+            setattr(torch.backends.cudnn, flag, value)
+            restored.callback(setattr, torch.backends.cudnn, flag, not value)
+        for number in (signal.SIGINT, signal.SIGTERM) if main_thread else ():  # only noted: no step is cut in two
+            handler = signal.signal(number, lambda number, frame: caught.append(number))
+            restored.callback(signal.signal, number, handler)
         for j in range(len(model.factors)) if k is None else [k]:
             show = functools.partial(show_progress, model, j, k or 0, data.test, out)
             train_factor(model, j, data, out, device, args.resume, caught, compile, args.save_every, show)
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if RANK:
         return
     save_curves(out, model.names)
@@ -724,11 +732,11 @@ def command_codec(args):
                 raise Problem(f"{target} exists already; --out FOLDER writes elsewhere")
             fitting = resized(model, content.shape[1:]) if packing else model
             if check:
-                if target in targets:
+                if target.resolve() in targets:
                     raise Problem(f"another of the files would go to {target}, too; rename one")
                 if target.parent.is_file():
                     raise Problem(f"--out {target.parent} is a file, expected a folder")
-                targets.add(target)
+                targets.add(target.resolve())
                 continue
             total = sum(h * w for _, h, w in fitting.shapes) if packing else None
             with bar_of(desc=path.name, total=total) as bar:
@@ -767,11 +775,11 @@ def given_images(args, model):
         fitting = " or ".join("x".join(map(str, (h, w, c))) for c, h, w in model.shapes)
         raise Problem(f"--given {args.given}: {x.shape[2]}x{x.shape[3]}x{x.shape[1]}, expected {fitting} "
                       "(height x width x channels)")
-    if tuple(x.shape[1:]) == model.shapes[0]:
-        if not 1 <= level <= len(model.chain):
-            raise Problem(f"--level {level}: the model has {len(model.chain)} levels below X")
-        x = model.levels_of(x)[len(model.chain) - level]
-    return x
+    if tuple(x.shape[1:]) != model.shapes[0] and args.level:
+        raise Problem(f"--level: {args.given} is not of X's size, so it is a level already")
+    if not 1 <= level <= len(model.chain):
+        raise Problem(f"--level {level}: the model has {len(model.chain)} levels below X")
+    return model.levels_of(x)[len(model.chain) - level] if tuple(x.shape[1:]) == model.shapes[0] else x
 
 
 def command_sample(args):
@@ -833,7 +841,8 @@ def parser():
                                  ("decompress", command_codec, ".pxa files into PNG files"),
                                  ("export", command_export, "all factors in one small file, weights in bfloat16"),
                                  ("bench", command_bench, "speed, beside plain implementations in one process")):
-        commands.add_parser(name, help=text, description=text).set_defaults(function=function)
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(function=function, parser=command)
 
     def add(names, flag, text=None, **options):
         for name in names.split():
@@ -857,15 +866,15 @@ def parser():
     add("compress", "files", "images of 8-bit RGB or gray", nargs="+", metavar="FILE")
     add("decompress", "files", ".pxa files", nargs="+", metavar="FILE")
     add("export", "file", "to write", metavar="FILE")
-    add("bench", "what", choices=("train", "sample"))
+    add("bench", "what", choices=("train", "sample"), metavar="{train,sample}")
     add("train bench", "--model", "default pyramid", choices=MODELS)
     add("train bench", "--preset", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: the paper's",
         choices=PRESETS)
     add("train eval sample", "--data", "shapes, cifar10, celeba, folder:PATH, FILE.npy (default: shapes, or the run's)")
     add("train eval sample", "--data-dir", "where cifar10 or celeba lie or go (default: data)", metavar="FOLDER")
     add("train bench", "--size", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)", type=size)
-    add("train eval bench", "--batch-size", "images at once (default: the preset's; bench sample: 1, 16, 64)",
-        type=count)
+    add("train bench", "--batch-size", "images a step (default: the preset's; bench sample: 1, 16, 64)", type=count)
+    add("eval", "--batch-size", "images at once (default: as many as fit into 1 GiB, on CUDA 8)", type=count)
     add("train", "--out", "folder of the run (default: runs/MODEL-DATA)", metavar="RUN")
     add("train", "--resume", "go on with the run in --out", **flag)
     add("train", "--start", "begin with the weights of this run or checkpoint", metavar="RUN",
@@ -879,7 +888,8 @@ def parser():
     add("train bench", "--compile", "torch.compile (default: on CUDA)", **yes_no)
     add("train", "--lr", "learning rate of Adam (default: the preset's)", type=number)
     add("train", "--tight", "train the exact likelihood in place of the bound", **flag)
-    add("eval sample", "--tight", "samples from the model conditioned on psi(x) = x_hat", **flag)
+    add("sample", "--tight", "from the model conditioned on psi(x) = x_hat: all levels are consistent", **flag)
+    add("eval", "--tight", "for the samples of shapes that are decoded; bits/dim are always both", **flag)
     add("compress", "--tight", "with the exact likelihood (default), or the paper's", default=True, **yes_no)
     add("train", "--look-right", "no: pyramid networks see up and left only, a third of the steps to sample", **yes_no)
     add("eval", "--n", "the first N test images only (default: all)", type=count)
@@ -889,9 +899,9 @@ def parser():
     add("sample", "--shift", "added to the log-scales; below 0: less variance (map has none)", default=0.0,
         type=checked(float, "a finite number", math.isfinite))
     add("sample", "--given", "start from these, of a level's size or X's: test, an image file or a .npy file")
-    add("sample", "--level", "that --given of X's size are reduced to: 1 (default) is next to X", type=int)
+    add("sample", "--level", "that --given of X's size are reduced to: 1 (default) is next to X", type=count)
     add("sample", "--naive", "the plain sampler, a full pass for every pixel: the oracle", **flag)
-    add("sample", "--out", "writes NAME.png and NAME.npz (default: in the run's folder)", metavar="NAME")
+    add("sample", "--out", "writes NAME.png and NAME.npz (default: in RUN, or beside it)", metavar="NAME")
     add("compress decompress", "--out", "for the results (default: beside the files)", metavar="FOLDER")
     add("train eval sample bench", "--seed", "of everything random, 0..2^31 (default 0)", type=seed)
     add(" ".join(commands.choices), "--device", "cpu, cuda, cuda:1 (default: cuda, if any)", type=device, default=best)
@@ -899,7 +909,9 @@ def parser():
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    args, unknown = parser().parse_known_args(argv)
+    if unknown:  # said by the command, whose --help lists what there is
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         args.function(args)
         return 0

@@ -11,7 +11,7 @@ A model is its list of psi; a factor is a causal network, a head and, if it is c
 
     Eq. 1      raster-order factorisation                        Conv, Network
     Eq. 2, 3   p(X, X^) = p(X^) p(X | X^)                        PixelAux.log_prob_factors, PixelAux.sample
-    Eq. 4, 5   the bound; factors train apart                    PixelAux.log_prob, train
+    Eq. 4, 5   the bound; factors train apart                    PixelAux.log_prob, train_factor
     Sec. 3.1   4-bit gray as X^                                  Gray, Categorical
     Sec. 3.2   half resolution as X^, recursively                Half
     Sec. 3.3   embedding f_w(X^)                                 Network(causal=False), Factor
@@ -91,7 +91,7 @@ class Config:
     seed: int = 0
     data: str = "shapes"
     data_dir: str = "data"
-    start: str = ""  # run or checkpoint whose weights training begins with
+    start: str = ""  # run or checkpoint whose weights training begins with (the command loads them)
 
 
 PRESETS = {
@@ -672,14 +672,17 @@ class PixelAux(nn.Module):
                           f"got {x.dtype} {tuple(x.shape)}")
         return list(itertools.accumulate(self.chain, lambda level, psi: psi(level), initial=x))[::-1]
 
+    def pairs(self, x):
+        """[(X_K, None), (X_{K-1}, X_K), .., (X, X_1)] of x: of each factor, what it models and what it is given."""
+        levels = self.levels_of(x)
+        return list(zip(levels, [None, *levels]))
+
     def log_prob_factors(self, x, tight=False):
         """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], coarsest first, nats per image, each (N,).
 
         tight=True: every factor is conditioned on what x_hat leaves possible; the sum is then log p(X) itself.
         """
-        levels = self.levels_of(x)
-        return [factor.log_prob(level, level_hat, tight)
-                for factor, level, level_hat in zip(self.factors, levels, [None, *levels])]
+        return [factor.log_prob(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
 
     def log_prob(self, x, tight=False):
         """x: uint8 (N, 3, H, W) -> log p(X, psi(X), ..), a lower bound on log p(X) (tight: equal), nats, (N,)."""
@@ -688,11 +691,12 @@ class PixelAux(nn.Module):
     @torch.no_grad()
     def initialise(self, x, factors=None):
         """Data-dependent initialisation of all factors (or those numbered) on a batch x: uint8 (N, 3, H, W)."""
-        levels = self.levels_of(x)
+        pairs = self.pairs(x)
         for k in range(len(self.factors)) if factors is None else factors:
             for module in self.factors[k].modules():
-                module.initialise = True  # a Conv does it in the next pass
-            self.factors[k].log_prob(levels[k], levels[k - 1] if k else None)
+                if isinstance(module, Conv):
+                    module.initialise = True  # in the next pass
+            self.factors[k].log_prob(*pairs[k])
             self.factors[k].Head.start(self.factors[k].net.layers[-1].convs[0].b)
 
     @torch.no_grad()
@@ -731,7 +735,7 @@ class PixelAux(nn.Module):
                 noise = torch.rand(n, h * w, 2 * c, generator=generator, dtype=torch.float64).clamp_(1e-16)
                 x_hat, images = done[-1] if done else None, []
                 for part in torch.arange(n).split(factor.at_once()):
-                    draw = Draw(noise[part].to(self.device), mode)
+                    draw = Draw(noise[part].to(self.device), mode)  # both in the last section
                     decoder = Decoder(factor, len(part), None if x_hat is None else x_hat[part], shift, tight, fast)
                     images.append(decoder.run(draw, progress))
                 done.append(torch.cat(images))
@@ -843,18 +847,16 @@ class Dataset:
         images = to_tensor(self.train[index])
         return torch.where(torch.as_tensor(flips)[:, None, None, None], images.flip(3), images)
 
-    def keep_on(self, device, share=0.25):
-        """Move the training images to the GPU if they take no more than this share of the memory that is free."""
-        size = 0 if self.train is None else len(self.train) * self.train[[0]].nbytes
-        if size and device.type == "cuda" and size < share * torch.cuda.mem_get_info(device)[0]:
-            chunks = np.array_split(np.arange(len(self.train)), 1 + size // 2**26)
-            self.train = torch.cat([torch.from_numpy(self.train[rows]).to(device) for rows in chunks])
-
 
 @functools.lru_cache(2)
 def permutation(seed, n):
     """Of 0..n-1, a function of the seed."""
     return np.random.default_rng(seed).permutation(n)
+
+
+def current(device):
+    """A context in which the device is the current one of its kind: kernels, graphs and pinned memory belong to it."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def upload(x, device):
@@ -876,7 +878,7 @@ def bar_of(iterable=None, unit="pixel", delay=0.3, **options):
     return tqdm(iterable, unit=unit, unit_scale=unit == "pixel", delay=delay, **options)
 
 
-# --- Training: a folder with config.json, metrics.jsonl, a checkpoint for each factor --------------------------------
+# --- Training and evaluation -----------------------------------------------------------------------------------------
 
 
 def write_atomically(path, content):
@@ -911,7 +913,9 @@ def read_checkpoint(path):
         if state["format"] != "pixelaux" or not all(isinstance(part, dict) for part in parts):
             raise ValueError
     except FileNotFoundError:
-        raise Problem(f"{path}: no checkpoint; `train` writes it") from None
+        raise Problem(f"{path}: no such checkpoint; `train` writes it in its folder") from None
+    except IsADirectoryError:
+        raise Problem(f"{path}: a folder, expected a checkpoint file") from None
     except Exception as error:  # torch raises many kinds; weights_only keeps foreign files from running code
         raise Problem(f"{path}: not a pixelaux checkpoint, or a damaged one ({type(error).__name__})") from None
     if not known:
@@ -958,7 +962,7 @@ def training_steps(config, k, data):
     return config.steps[min(k, 1)] or math.ceil(config.epochs[min(k, 1)] * images / config.batch_size)
 
 
-def total(values, device):
+def summed(values, device):
     """Sums of floats over the processes of a run, the same for all of them; all wait for the last."""
     if RANKS > 1:
         torch.distributed.all_reduce(values := torch.tensor(values, dtype=torch.float64, device=device))
@@ -1023,9 +1027,9 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
     """Train factor k of model on data, or go on where its checkpoint stands; the model then has the averaged weights.
 
     Writes out/factor-k.pt every save_every seconds and at the end, out/best-k.pt when the test images cost less than
-    ever, and lines of out/metrics.jsonl; calls `show` at each quarter of the way. A run that is stopped and resumed
-    gives the same weights as one that is not: batches and dropout are functions of the step. Of several processes
-    (torchrun) each takes its rows of every batch, and the first one writes.
+    ever, and lines of out/metrics.jsonl; calls `show` after each quarter but the last. A run that is stopped and
+    resumed gives the same weights as one that is not: batches and dropout are functions of the step. Of several
+    processes (torchrun) each takes its rows of every batch, and the first one writes.
     """
     config, seed = model.config, (model.config.seed, k)
     path, metrics, steps = out / f"factor-{k}.pt", out / "metrics.jsonl", training_steps(config, k, data)
@@ -1052,12 +1056,12 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
         keep = [line for line in read_metrics(out) if line["factor"] != k or line["step"] <= step]
         write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in keep).encode())
 
-    levels = lambda x: [None, *model.levels_of(x)][k : k + 2][::-1]  # of factor k: [x, x_hat]
+    pair = lambda x: model.pairs(x)[k]
     share = lambda: min(1.0, elapsed / budget if budget else step / steps)  # of the training, done
     quarter, test = int(4 * share()), to_tensor(data.test[:128])
     loss = Loss(factor, config, model.dims, device)
     if compile and quarter < 4:
-        loss = compiled(loss, *levels(data.batch(0, config.batch_size // RANKS, seed).to(device)))
+        loss = compiled(loss, *pair(data.batch(0, config.batch_size // RANKS, seed).to(device)))
     if RANKS > 1:
         loss = nn.parallel.DistributedDataParallel(loss, [device] if device.type == "cuda" else None)
     pace, losses = budget, []  # pace: seconds a step, at first the longest possible
@@ -1071,7 +1075,7 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
                 lr *= min(1.0, (step + 1) * (1 - config.betas[1]) / 2)
             optimizer.param_groups[0]["lr"] = lr
             torch.manual_seed(hash((*seed, RANK, step)))  # of the dropout
-            losses.append(update(loss, optimizer, average, config.ema if step else 0.0, *levels(next(stream))))
+            losses.append(update(loss, optimizer, average, config.ema if step else 0.0, *pair(next(stream))))
             step += 1
             bar.update(share() - bar.n)
             every = max(1, min(20, int(0.01 * (budget / pace if budget else steps))))
@@ -1079,11 +1083,11 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
                 continue
             # only here the host waits for the device and the processes agree: on losses, the first one's clock, signals
             values, now, mine = torch.stack(losses).tolist(), time.monotonic(), RANK == 0
-            *values, elapsed, pace, stop = total([*(v / RANKS for v in values), mine * (now - started),
-                                                  mine * (now - looked) / len(losses), len(caught)], device)
+            *values, elapsed, pace, stop = summed([*(v / RANKS for v in values), mine * (now - started),
+                                                   mine * (now - looked) / len(losses), len(caught)], device)
             if bad := [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]:
-                good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-                raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad[0]}; {good}")
+                good = f"the last good checkpoint is {path}" if path.exists() else "it has no checkpoint yet"
+                raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad[0]} (--lr too high?); {good}")
             losses, before, quarter = [], quarter, int(4 * share())
             if RANK == 0:
                 mean, speed = sum(values) / len(values), config.batch_size / pace
@@ -1091,7 +1095,7 @@ def train_factor(model, k, data, out, device, resume=False, caught=(), compile=F
                               images_per_second=round(speed, 1))
                 if quarter > before:
                     with torch.inference_mode():
-                        nats = torch.cat([average.log_prob(*levels(x.to(device)), config.tight)
+                        nats = torch.cat([average.log_prob(*pair(x.to(device)), config.tight)
                                           for x in test.split(config.batch_size)])
                     record["test_bits_per_dim"] = cost = float(bits_per_dim(nats.mean(), model.dims))
                     if cost < best:
@@ -1123,8 +1127,8 @@ def evaluate(model, images, batch_size=None):
     batches = to_tensor(images).split(batch_size or min(factor.at_once(room) for factor in model.factors))
     results = []
     for x in bar_of(batches, "batch", desc="evaluation"):
-        levels, nats = model.levels_of(x.to(model.device)), []
-        for factor, level, level_hat in zip(model.factors, levels, [None, *levels]):
+        nats = []
+        for factor, (level, level_hat) in zip(model.factors, model.pairs(x.to(model.device))):
             head = factor.head(level, level_hat)
             limits = factor.psi and factor.psi.bounds(level, level_hat)
             nats += [head.log_prob(level, bounds).flatten(1).sum(1) for bounds in (None, limits)]
@@ -1295,11 +1299,6 @@ class Schedule:
                        for i, begin, end in lives if self.sizes[i] == size)
 
         return {(h, w): next(n * w for n in range(1, h + 1) if enough((h, w), n * w)) for h, w in set(self.sizes)}
-
-
-def current(device):
-    """A context in which the device is the current one of its kind: kernels, graphs and pinned memory belong to it."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Draw:
@@ -1487,11 +1486,12 @@ class Decoder:
 
 
 if __name__ == "__main__":
-    try:
-        from commands import main  # which imports this module by its name: that copy is the one at work
-    except ModuleNotFoundError as error:
-        if error.name != "commands":
-            raise
+    here = pathlib.Path(__file__).resolve().parent
+    if not (here / "commands.py").exists():
         print("pixelaux: commands.py, the command line, is not here: expected it beside pixelaux.py", file=sys.stderr)
         sys.exit(2)
+    sys.path.insert(0, str(here))
+    sys.modules["pixelaux"] = sys.modules["__main__"]  # commands.py works with this very module
+    from commands import main
+
     sys.exit(main())

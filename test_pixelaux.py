@@ -1,4 +1,5 @@
 """Properties of pixelaux, each beside an oracle that shares no code with what it checks, and a positive control."""
+import argparse
 import contextlib
 import dataclasses
 import decimal
@@ -223,6 +224,20 @@ def test_conditioning_far_in_a_tail_is_finite_in_float32_with_finite_gradients()
         torch.rand(500, 6, 1, 1, dtype=torch.float64), "random", lambda x, c: tuple(v[:, c].expand(500, 1, 1)
                                                                                  for v in bounds))
     assert ((draws >= bounds[0]) & (draws <= bounds[1])).all()
+
+
+@given(st.integers(0, 10**6), st.integers(0, 15), st.integers(0, 15))
+def test_categorical_given_an_interval_is_the_part_of_the_pmf_there(seed, a, b):
+    logits = torch.randn(1, 16, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    lo, hi = (torch.full((1, 1, 1, 1), v) for v in sorted((a, b)))
+    weights = np.exp(logits.numpy().ravel())
+    inside = np.arange(int(lo), int(hi) + 1)
+    for x in inside:
+        log_prob = Categorical(logits).log_prob(torch.full((1, 1, 1, 1), x, dtype=torch.uint8), (lo, hi))
+        assert float(log_prob) == pytest.approx(np.log(weights[x] / weights[inside].sum()), abs=1e-12)
+    pmf = Categorical(logits).pmf(0, None, lambda x, c: (lo[:, 0], hi[:, 0])).flatten().numpy()
+    assert np.allclose(pmf, np.where((np.arange(16) >= int(lo)) & (np.arange(16) <= int(hi)), weights, 0)
+                       / weights[inside].sum(), atol=1e-12)
 
 
 def chi_square(counts, probabilities, least=8):
@@ -796,7 +811,7 @@ def test_a_whole_file_comes_back_from_its_own_model_alone(packed):
         commands.unpack(small("pyramid", (16, 16), dtype=torch.float32, seed=1), file)
     header = commands.HEADER.unpack_from(file)
     wrong = [commands.HEADER.pack(*header[:2], header[2] ^ 1, *header[3:]) + file[commands.HEADER.size : -4]]
-    for byte in range(commands.HEADER.size, commands.HEADER.size + 48):  # what other probabilities would come to
+    for byte in range(commands.HEADER.size, commands.HEADER.size + 48, 3):  # what other probabilities would come to
         wrong.append(file[:byte] + bytes([file[byte] ^ 129]) + file[byte + 1 : -4])
     for content in wrong:
         with pytest.raises(Problem, match="rounds otherwise"):
@@ -1036,7 +1051,7 @@ def test_training_leaves_what_the_readme_says(run):
     assert all(math.isfinite(line["bits_per_dim"]) for line in lines)
     with Image.open(run / "samples.png") as image:
         assert image.width > 400 and np.asarray(image).std() > 10
-    assert not list(run.glob("part-*"))
+    assert not list(run.glob("part-*")) and not torch.backends.cudnn.benchmark  # as before the training
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -1397,6 +1412,29 @@ def test_exported_weights_make_the_same_model_in_a_small_file(run, tmp_path):
     assert main(["sample", str(file), "--n", "1", "--device", "cpu", "--out", str(tmp_path / "s")]) == 0
 
 
+def test_given_images_are_reduced_to_the_level_that_is_asked_for(tmp_path):
+    model, x = build("pyramid", 32), images(3, (3, 32, 32))
+    np.save(tmp_path / "x.npy", x)
+    for level, size in ((None, 16), (1, 16), (2, 8)):
+        args = argparse.Namespace(given=str(tmp_path / "x.npy"), n=2, level=level)
+        reduced = commands.given_images(args, model)
+        assert torch.equal(reduced, model.levels_of(x[:2])[-1 - (level or 1)]) and reduced.shape[2] == size
+        np.save(tmp_path / "reduced.npy", reduced)
+    args = argparse.Namespace(given=str(tmp_path / "reduced.npy"), n=2, level=None)
+    assert torch.equal(commands.given_images(args, model), reduced)
+    with pytest.raises(Problem, match="is a level already"):
+        commands.given_images(argparse.Namespace(**{**vars(args), "level": 1}), model)
+
+
+def test_errors_name_the_file_and_not_its_unfinished_part(monkeypatch, capsys):
+    def full(args):
+        raise OSError(28, "No space left on device", "runs/part-123-factor-0.pt")
+
+    monkeypatch.setattr(commands, "command_bench", full)
+    assert main(["bench", "train"]) == 2
+    assert capsys.readouterr().err == "pixelaux: runs/factor-0.pt: No space left on device\n"
+
+
 def test_results_of_other_weights_and_data_have_names_of_their_own(run, tmp_path):
     for path in [*run.glob("*.pt"), run / "config.json"]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -1484,10 +1522,10 @@ def test_compress_and_decompress_commands(run, tmp_path, monkeypatch, capsys):
         (["compress", str(run), str(tmp_path / "odd.png")], "multiples of"),
         (["compress", str(run), str(tmp_path / "text.png")], "text.png: not an image"),
         (["compress", str(run), str(tmp_path / "cut.png")], "truncated"),
-        (["compress", str(run), str(tmp_path / "deep.png")], "expected a single one, of 8-bit"),
-        (["compress", str(run), str(tmp_path / "moving.png")], "expected a single one"),
+        (["compress", str(run), str(tmp_path / "deep.png")], "expected one image of 8-bit"),
+        (["compress", str(run), str(tmp_path / "moving.png")], "expected one image"),
         (["compress", str(run), files[0], str(tmp_path / "alpha.png")], "RGBA"),  # before the first is written
-        (["compress", str(run), files[0], files[0]], "another of the files"),
+        (["compress", str(run), files[0], os.path.relpath(files[0])], "another of the files"),
         (["compress", str(run), files[0], "--out", files[1]], "is a file, expected a folder"),
         (["decompress", str(run), files[0]], "expected a .pxa file"),
         (["decompress", str(run), str(tmp_path / "foreign.pxa")], "not a .pxa file"),
@@ -1534,6 +1572,8 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
     np.save("float.npy", np.zeros((9, 8, 8, 3)))
     np.save("good.npy", np.zeros((9, 8, 8, 3), np.uint8))
     np.save("tall.npy", np.zeros((9, 9, 8, 3), np.uint8))
+    with open("pack.npy", "wb") as file:
+        np.savez(file, np.zeros((9, 8, 8, 3), np.uint8))
     for line, expected in [
         ("train --model nonsense", "nonsense"), ("train --preset huge", "huge"), ("train --nonsense", "--nonsense"),
         ("nonsense", "nonsense"), ("", "required"), ("train --data nonsense", "nonsense"),
@@ -1557,13 +1597,16 @@ def test_bad_input_is_one_line_and_status_2(run, tmp_path, monkeypatch, capsys):
         (f"train --out {run} --resume --steps 9", f"--steps: {run} was begun with (8, 8), not (9, 9)"),
         ("train --out weights --resume --device cpu", "cannot go on from this"),
         (f"train --resume --out {run} --model grayscale", "pyramid"), ("train --out file/run", "file"),
-        ("eval gone", "gone"), ("eval nothing", "no checkpoint"), ("eval cut.pt", "cut.pt"),
+        ("eval gone", "gone"), ("eval nothing", "no such checkpoint"), ("eval cut.pt", "cut.pt"),
         ("eval foreign.pt", "foreign.pt"), ("eval other.pt", "other.pt"), ("eval version.pt", "999"),
         ("eval mixed", "another model"), (f"sample {run} --given gone.png", "gone.png: No such file"),
         (f"sample {run} --given bad.npy --device cpu", "bad.npy: not a .npy file"),
         (f"sample {run} --given file", "file: not an image"), (f"sample {run} --level 1", "--level: goes with --given"),
         (f"sample {run} --given tall.npy", "--given tall.npy: 9x8x3, expected 16x16x3 or 8x8x3 (height x width x"),
-        (f"sample {run} --given test --level 9", "--level"), (f"sample {run} --mode best", "best"),
+        (f"sample {run} --given test --level 9", "--level"), (f"sample {run} --given test --level 0", "--level"),
+        (f"export {run} nothing", "nothing: a folder, expected a checkpoint"),
+        ("train --data pack.npy", "pack.npy: not a .npy file"), ("bench", "{train,sample}"),
+        ("eval gone --modle", "eval --help"), (f"sample {run} --mode best", "best"),
         (f"sample {run} --n -1", "--n"), (f"sample {run} --mode map --shift -1", "--shift"),
         (f"compress {run} a.png --seed 1", "--seed"), ("eval shape.pt", "shape.pt"), ("eval part.pt", "part.pt"),
         ("train --budget 1,inf", "--budget"), (f"sample {run} --shift nan", "--shift"), ("train --start ''", "--start"),
@@ -1695,18 +1738,24 @@ def test_the_method_needs_no_other_file(tmp_path):
         from pixelaux import Dataset, Shapes, PixelAux, build, evaluate, load, train_factor, to_tensor
         shapes, out, device = Shapes((16, 16)), pathlib.Path("run"), torch.device("cpu")
         data = Dataset(None, shapes.sample(4, 1), shapes=shapes)
-        model = build("pyramid", 16, nr_filters=4, batch_size=2, steps=(2, 2))
+        model, shown = build("pyramid", 16, nr_filters=4, batch_size=2, steps=(2, 2)), []
         for k in range(2):
-            train_factor(model, k, data, out, device)
+            train_factor(model, k, data, out, device, show=lambda: shown.append(k))
+        assert shown == [0, 1]  # of the quarters, one step meets the second, the other the last
         bound, tight = evaluate(load(out), data.test)
         assert bound.shape == (2, 4) and (tight >= bound).all()
         assert [len(level) for level in load(out).sample(2)] == [2, 2]
         """
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    result = subprocess.run([sys.executable, "pixelaux.py", "train"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("pixelaux: ") and "commands.py" in result.stderr
-    assert result.stderr.count("\n") == 1 and not result.stdout
+    (tmp_path / "pixelaux.py").rename(tmp_path / "mine.py")  # whatever its name, and wherever Python looks for modules
+    for lines, arguments, expected in ((1, "train", "commands.py"), (1, "train --modle x", "train --help"),
+                                       (1, "sample gone", "gone: no such checkpoint"), (None, "train --help", "")):
+        result = subprocess.run([sys.executable, "-P", "mine.py", *arguments.split()], cwd=tmp_path, text=True,
+                                capture_output=True)
+        assert result.returncode == (2 if lines else 0), result.stderr
+        assert expected in result.stderr and result.stderr.count("\n") == (lines or 0), result.stderr
+        shutil.copy(HERE / "commands.py", tmp_path)
 
 
 def test_what_is_not_torchruns_environment_is_ignored():

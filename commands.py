@@ -268,13 +268,13 @@ def save_curves(out, names):
     figure = Figure(figsize=(4.5 * len(factors), 3.2), layout="tight")
     for axis, k in zip(figure.subplots(1, len(factors), squeeze=False)[0], factors):
         mine = [line for line in lines if line["factor"] == k]
+        unit, length = ("minutes", 60) if mine[-1]["seconds"] >= 60 else ("seconds", 1)
         shown = mine[len(mine) // 10 :]  # it starts too high
         for key, style, label in (("bits_per_dim", "-", "training batches"),
                                   ("test_bits_per_dim", "o-", "test images, averaged weights")):
-            points = [(line["seconds"] / 60, line[key]) for line in shown if key in line]
+            points = [(line["seconds"] / length, line[key]) for line in shown if key in line]
             axis.plot(*np.array(points).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
-        minutes = f"minutes ({mine[-1]['step']:,} steps)"
-        axis.set(title=f"factor {k}: {names[k]}", xlabel=minutes, ylabel="bits/dim of X")
+        axis.set(title=f"factor {k}: {names[k]}", xlabel=f"{unit} ({mine[-1]['step']:,} steps)", ylabel="bits/dim of X")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     write_atomically(out / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))

@@ -927,13 +927,15 @@ def load(run, device="cpu", best=False):
     """The trained model of a run (folder of `train`, or a checkpoint file) with averaged weights, or, of a folder, the
     weights that cost the test images least.
 
-    A folder's factors, which may have been trained on different machines, are joined; a file that holds some of the
-    factors only is joined with its neighbours. Raises Problem.
+    A folder's factors, which may have been trained on different machines, are joined; if it has none, its weights.pt is
+    taken (exported ones). A file that holds some of the factors only is joined with its neighbours. Raises Problem.
     """
     run, kind = pathlib.Path(run), "best" if best else "factor"
     if best and run.is_file():
         raise Problem(f"--best: {run} is a file; it goes with a folder")
-    paths = sorted(run.glob(f"{kind}-*.pt")) or [run / f"{kind}-0.pt"] if run.is_dir() else [run]
+    paths = [run]
+    if run.is_dir():
+        paths = sorted(run.glob(f"{kind}-*.pt")) or sorted(run.glob("weights.pt")) or [run / f"{kind}-0.pt"]
     state = read_checkpoint(paths[0])
     model, found = PixelAux(make_config(**state["config"])), set()
     if run.is_file() and len(state["factors"]) < len(model.factors):

@@ -1358,6 +1358,9 @@ def test_pictures_show_every_image_and_every_test_point(tmp_path, monkeypatch):
     low, high = seen[0].get_ylim()
     assert low < 2 and high > 30 and (tmp_path / "curves.png").stat().st_size > 1000
     assert 2 <= seen[0].get_xlim()[1] < 2.2 and "minutes" in seen[0].get_xlabel()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({**line, "seconds": line["step"]}) + "\n" for line in lines))
+    commands.save_curves(tmp_path, ["8x8"])
+    assert 40 <= seen[1].get_xlim()[1] < 44 and "seconds" in seen[1].get_xlabel()
     assert seen[0].get_title() == "factor 0: 8x8"
 
 
@@ -1403,12 +1406,13 @@ def test_sample_command_writes_the_images_of_the_api(run, tmp_path):
 
 
 def test_exported_weights_make_the_same_model_in_a_small_file(run, tmp_path):
-    file = tmp_path / "small.pt"
+    file = tmp_path / "weights.pt"
     assert main(["export", str(run), str(file)]) == 0
     assert file.stat().st_size < sum(path.stat().st_size for path in run.glob("factor-*.pt")) / 6
     before, after = pixelaux.load(run), pixelaux.load(file)
     for a, b in zip(before.parameters(), after.parameters()):
         assert b.dtype == torch.float32 and torch.equal(a.bfloat16().float(), b)
+    assert all(map(torch.equal, after.parameters(), pixelaux.load(tmp_path).parameters()))  # a folder with nothing else
     assert main(["sample", str(file), "--n", "1", "--device", "cpu", "--out", str(tmp_path / "s")]) == 0
 
 

@@ -1358,7 +1358,8 @@ def test_pictures_show_every_image_and_every_test_point(tmp_path, monkeypatch):
     low, high = seen[0].get_ylim()
     assert low < 2 and high > 30 and (tmp_path / "curves.png").stat().st_size > 1000
     assert 2 <= seen[0].get_xlim()[1] < 2.2 and "minutes" in seen[0].get_xlabel()
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({**line, "seconds": line["step"]}) + "\n" for line in lines))
+    lines = [json.dumps({**line, "seconds": line["step"]}) + "\n" for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     commands.save_curves(tmp_path, ["8x8"])
     assert 40 <= seen[1].get_xlim()[1] < 44 and "seconds" in seen[1].get_xlabel()
     assert seen[0].get_title() == "factor 0: 8x8"

@@ -15,7 +15,7 @@ A model is its list of psi; a factor is a causal network, a head and, if it is c
     Sec. 3.1   4-bit gray as X^                                  Gray, Categorical
     Sec. 3.2   half resolution as X^, recursively                Half
     Sec. 3.3   embedding f_w(X^)                                 Network(causal=False), Factor
-    Sec. 4.2   MAP and reduced-variance sampling                 LogisticMixture.sample(mode=, shift)
+    Sec. 4.2   MAP and reduced-variance sampling                 LogisticMixture(shift=).sample(mode=)
     beyond     exact likelihood in place of the bound            psi.bounds, tight=True
     beyond     sampling at about the cost of one forward pass    Schedule, Decoder
     beyond     the likelihood as real bits                       commands.py: compress, decompress
@@ -219,7 +219,7 @@ class LogisticMixture:
         self.levels = levels
         self.logit_probs = params[:, :k]  # (N, K, H, W)
         self.means = rest[:, :, :k]  # (N, 3, K, H, W)
-        # Below -7 one level holds all of a component (PixelCNN++'s clamp); above 7 it is flat: a guard for float32.
+        # At -7 a level holds 97% of a component centred on it (PixelCNN++'s clamp); 7 is a guard for float32.
         self.log_scales = rest[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
         self.coeffs = rest[:, :, 2 * k :].tanh()
 
@@ -227,7 +227,7 @@ class LogisticMixture:
     def start(bias):
         """Set the output layer's bias, (10 K,): means spread over the range, scales well below it.
 
-        PixelCNN++ starts all components alike and as wide as the range; from here training is some 3 times shorter.
+        PixelCNN++ leaves them as data-dependent initialisation makes them, as wide as the range.
         """
         k = len(bias) // 10
         rest = bias[k:].view(3, 3 * k)
@@ -277,9 +277,9 @@ class LogisticMixture:
         """Draw from given noise, rounding each channel before the next is conditioned on it.
 
         noise: uniform in (0, 1), (N, 6, H, W): component and value for each channel. mode "random" draws the
-        component, then its value; "map" takes the component's mode in place of its value (Sec. 4.2). Without limits
-        one component serves all channels. limits(x, c) -> (lo, hi) of channel c given the channels before it:
-        the draw is from the mixture conditioned on the interval. Returns int64 (N, 3, H, W).
+        component, then its value; "map" takes the mean of its logistic, rounded, in place of its value (Sec. 4.2).
+        Without limits one component serves all channels. limits(x, c) -> (lo, hi) of channel c given the channels
+        before it: the draw is from the mixture conditioned on the interval. Returns int64 (N, 3, H, W).
         """
         x, units, top = torch.zeros_like(noise[:, :3], dtype=torch.long), [], self.levels - 1
         if limits:
@@ -399,16 +399,16 @@ class Conv(nn.Module):
     k runs over 0..kh-1, 0..kw-1; what lies outside the image is 0. The sources that PixelCNN++'s kernels reach from
     the output o, for stride 1 (vertical: "down-shifted", horizontal: "down-right-shifted"):
 
-        VERTICAL  x x x     HORIZONTAL  x x     first layer, both   x x x      x x x      .
-                  x o x                 x o     exclude o:          x x x  and .   .  and x .
-                                                                    . o .      . o .      x o
+        VERTICAL  x x x     HORIZONTAL  x x     first layer, all    x x x      x x x      x .
+                  x o x                 x o     exclude o:          x x x  and . o .  and x o
+                                                                    . o .
     The forward pass is torch's convolution, `taps` give the sampler the same as a gather and a product.
     """
 
     def __init__(self, c_in, c_out, kernel, offset, activation="none", stride=1, up=False, gain=1.0, dropout=0.0,
                  exact=False):
         super().__init__()
-        self.exact = exact  # also under autocast: bfloat16 would round means to half a level, pixels to a quarter
+        self.exact = exact  # also under autocast: in bfloat16 means and pixels are up to a quarter of a level off
         self.kernel, self.offset, self.stride, self.up = kernel, offset, stride, up
         self.activation, self.gain, self.dropout, self.initialise = activation, gain, dropout, False
         c_in *= 2 if activation == "concat_elu" else 1
@@ -493,8 +493,9 @@ class Network(nn.Module):
     network; taking f_w's own last features there loses nothing.)
 
     A stage in `layout` that comes back to the resolution of an earlier one takes that one's blocks, in reverse, as
-    auxiliary inputs: the long skips. PixelCNN++ lets 2 blocks more take the outputs of the first and of the
-    strided layers; here all six stages have the same number, the 6 x 6 = 36 and 6 x 4 = 24 blocks of the paper.
+    auxiliary inputs: the long skips, of which the fourth stage's first is its own input. PixelCNN++ lets 2 blocks
+    more take the outputs of the first and of the strided layers; here all six stages have the same number, the
+    6 x 6 = 36 and 6 x 4 = 24 blocks of the paper.
     """
 
     def __init__(self, c_in, c_out, layout, filters, causal=True, embeddings=0, dropout=0.0, look_right=True):
@@ -537,7 +538,7 @@ class Network(nn.Module):
             self.outputs = [last[scale] for scale in sorted(last)]
         last_use = {node: i for i, layer in enumerate(self.layers, self.nodes_given)
                     for node in (*layer.sources, layer.residual) if node not in (None, *self.outputs)}
-        self.done = {i: {node for node in last_use if last_use[node] == i} for i in last_use.values()}
+        self.free_after = {i: {node for node in last_use if last_use[node] == i} for i in last_use.values()}
 
     def add(self, inputs, residual=None, channels=None, scale=None):
         """Append a layer over [(node, convolution's arguments)]; returns its node."""
@@ -571,7 +572,7 @@ class Network(nn.Module):
                 parts.append(conv(read[node, conv.activation], self.size(i, x.shape[2:])))
             y, parts = functools.reduce(torch.add, parts), []
             nodes.append(y if layer.residual is None else layer.finish(y, nodes[layer.residual]))
-            for node in () if torch.is_grad_enabled() else self.done.get(i, ()):  # nobody reads it any more
+            for node in () if torch.is_grad_enabled() else self.free_after.get(i, ()):  # nobody reads it any more
                 nodes[node] = None
                 read = {key: value for key, value in read.items() if key[0] != node}
         return [nodes[i] for i in self.outputs]
@@ -665,12 +666,17 @@ class PixelAux(nn.Module):
 
     device = property(lambda self: self.factors[0].device)
 
-    def levels_of(self, x):
-        """[X_K, .., X_1, X], coarsest first, of x: uint8 (N, 3, H, W)."""
-        if x.dtype != torch.uint8 or x.dim() != 4 or tuple(x.shape[1:]) != self.shapes[0]:
-            raise Problem(f"expected uint8 images (N, {', '.join(map(str, self.shapes[0]))}), "
+    def levels_of(self, x, given=False):
+        """[X_K, .., X_1, X], coarsest first, of x: uint8 (N, 3, H, W); given: of x of any level, told by its shape, the
+        last of the list. Raises Problem."""
+        shapes, what = (self.shapes, "given: ") if given else (self.shapes[:1], "")
+        if x.dtype != torch.uint8 or tuple(x.shape[1:]) not in shapes:
+            raise Problem(f"{what}expected uint8 images (N, C, H, W), (C, H, W) one of {shapes}, "
                           f"got {x.dtype} {tuple(x.shape)}")
-        return list(itertools.accumulate(self.chain, lambda level, psi: psi(level), initial=x))[::-1]
+        i = shapes.index(tuple(x.shape[1:]))
+        if self.levels[i] < 256 and int(x.max()) >= self.levels[i]:
+            raise Problem(f"{what}levels up to {int(x.max())}, expected 0..{self.levels[i] - 1}")
+        return list(itertools.accumulate(self.chain[i:], lambda level, psi: psi(level), initial=x))[::-1]
 
     def pairs(self, x):
         """[(X_K, None), (X_{K-1}, X_K), .., (X, X_1)] of x: of each factor, what it models and what it is given."""
@@ -709,23 +715,16 @@ class PixelAux(nn.Module):
         coarser levels are computed from them, finer ones sampled. The images are a function of the weights and the
         seed. Not fast: for each pixel p in raster order, x[p] = (factor.head(x, x_hat) at p).sample(noise[p]), the
         oracle; `fast` computes every activation once and gives the same. progress: called with the number of pixels
-        done. until: sample that many levels only. Memory: f_w, its projections and the buffers of one factor, for
+        just done. until: sample that many levels only. Memory: f_w, its projections and the buffers of one factor, for
         chunks of images that keep it under about 4 GiB (on CUDA: half of what is free).
         """
         if n < 1:
             raise Problem(f"expected 1 image or more, got {n}")
         if mode not in ("random", "map"):
             raise Problem(f"unknown mode {mode!r}: expected random or map")
-        training, shapes, done = self.training, self.shapes[::-1], []
-        if given is not None:
-            if given.dtype != torch.uint8 or tuple(given.shape[1:]) not in shapes or len(given) != n:
-                raise Problem(f"given: expected {n} uint8 images of a level's shape, one of {shapes}, "
-                              f"got {given.dtype} {tuple(given.shape)}")
-            level = shapes.index(tuple(given.shape[1:]))
-            if int(given.max()) >= self.levels[::-1][level]:
-                raise Problem(f"given: levels up to {int(given.max())}, expected 0..{self.levels[::-1][level] - 1}")
-            chain = self.chain[len(self.chain) - level :]
-            done = list(itertools.accumulate(chain, lambda x, psi: psi(x), initial=given.to(self.device)))[::-1]
+        if given is not None and len(given) != n:
+            raise Problem(f"given: expected {n} images, got {len(given)}")
+        training, done = self.training, [] if given is None else self.levels_of(given.to(self.device), given=True)
         self.eval()
         try:
             for k in range(len(done), until or len(self.factors)):
@@ -777,7 +776,7 @@ class Shapes:
             raise Problem(f"--size {size[0]}x{size[1]}: shapes need an even height and width of 12 or more")
         step = max(1, side // 16)
         radius, cy, cx = np.array([
-            (radius, cy, cx) for radius in range(side // 8 + 1, side // 4 + 2, step)
+            (radius, cy, cx) for radius in range(max(2, side // 8 + 1), side // 4 + 2, step)
             for cy in range(radius, h - radius, step) for cx in range(radius, w - radius, step)]).T[:, :, None, None]
         dy, dx = np.arange(h)[:, None] - cy, np.arange(w) - cx
         square = np.maximum(abs(dy), abs(dx)) <= radius

@@ -823,13 +823,25 @@ def test_a_whole_file_comes_back_from_its_own_model_alone(packed):
 # --------------------------------------------------------------------------- data
 
 
+@pytest.mark.parametrize("size", [(12, 12), (14, 14), (12, 40), (16, 16), (18, 22), (32, 32)])
+def test_every_configuration_of_shapes_is_another_image(size):
+    masks = Shapes(size).masks.reshape(len(Shapes(size).masks), -1)
+    assert len(np.unique(masks, axis=0)) == len(masks) and masks.any(1).all() and not masks.all(1).any()
+
+
+def test_a_small_alphabet_refuses_other_values():
+    model, x = build("pixelcnn", 8, levels=16, **SMALL), torch.full((1, 3, 8, 8), 15, dtype=torch.uint8)
+    assert model.log_prob(x).isfinite().all()
+    with pytest.raises(Problem, match=r"up to 16, expected 0\.\.15"):
+        model.log_prob(x + 1)
+
+
 def test_shapes_have_the_probability_they_claim():
     shapes = Shapes((16, 16))
     x = shapes.sample(200, [1, 2])
     assert x.dtype == np.uint8 and np.array_equal(x, shapes.sample(200, [1, 2]))
     assert shapes.pmf.sum() == pytest.approx(1) and len(shapes.pmf) == 2 * shapes.bound + 1
     masks = shapes.masks.reshape(len(shapes.masks), -1)
-    assert len(np.unique(masks, axis=0)) == len(masks)  # each configuration is another image
     for a, b in itertools.combinations(shapes.palette, 2):
         assert abs(a - b).sum() > 6 * shapes.bound  # decoding by the nearest colour cannot err
     # the direct formula: all configurations that could have made the image, by a slow loop

@@ -729,6 +729,10 @@ def test_given_images_stay_and_coarser_levels_follow():
         model.sample(3, given=x[:, :, :5])
     with pytest.raises(Problem, match="0..15"):
         model.sample(3, given=model.levels_of(x)[0] + 100)
+    with pytest.raises(Problem, match="expected uint8 images"):
+        model.log_prob(model.levels_of(x)[1])  # a level alone has no likelihood of X
+    with pytest.raises(Problem, match="given: expected 3 images, got 2"):
+        model.sample(3, given=x[:2])
 
 
 def test_shift_reduces_the_variance():

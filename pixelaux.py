@@ -1,271 +1,405 @@
-"""PixelCNN models with auxiliary variables: the method in one file (torch and numpy); commands.py has the tools.
+"""PixelCNN models with auxiliary variables, in one file: read it from top to bottom, or run it.
 
-    Kolesnikov & Lampert, "PixelCNN Models with Auxiliary Variables for Natural Image Modeling", ICML 2017;
-    Salimans et al., "PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood", ICLR 2017.
+    Kolesnikov & Lampert, "PixelCNN Models with Auxiliary Variables for Natural Image Modeling",
+    ICML 2017 ("Sec." and "Eq." refer to it); Salimans et al., "PixelCNN++", ICLR 2017
 
-An image X is modelled together with deterministic functions of itself: X_0 = X, X_{i+1} = psi_i(X_i), and
+The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
+and nearly all of them are texture. The shape of things, which is what a person sees, is a few
+thousandths of a bit beside it; so samples look like cloth.
 
-    log p(X) >= log p(X, X_1, .., X_K) = log p(X_K) + sum_i log p(X_i | X_{i+1})                  (Eq. 2-5)
+The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
+p(X, X^) = p(X^) p(X | X^). The view, in which there is no texture, has a network of its own; and a
+view may have a view in turn:  X_0 = X,  X_1 = psi_0(X_0),  ..,  X_K = psi_{K-1}(X_{K-1}),
 
-A model is its list of psi; a factor is a causal network, a head and, if it is conditional, an embedding network.
+    log p(X) >= log p(X_0, .., X_K) = log p(X_K) + log p(X_{K-1} | X_K) + .. + log p(X_0 | X_1)
 
-    Eq. 1      raster-order factorisation                        Conv, Network
-    Eq. 2, 3   p(X, X^) = p(X^) p(X | X^)                        PixelAux.log_prob_factors, PixelAux.sample
-    Eq. 4, 5   the bound; factors train apart                    PixelAux.log_prob, train_factor
-    Sec. 3.1   4-bit gray as X^                                  Gray, Categorical
-    Sec. 3.2   half resolution as X^, recursively                Half
-    Sec. 3.3   embedding f_w(X^)                                 Network(causal=False), Factor
-    Sec. 4.2   MAP and reduced-variance sampling                 LogisticMixture(shift=).sample(mode=)
-    beyond     exact likelihood in place of the bound            psi.bounds, tight=True
-    beyond     sampling at about the cost of one forward pass    Schedule, Decoder
-    beyond     the likelihood as real bits                       commands.py: compress, decompress
+It is a bound because p(X) is the sum of p(X, X^) over all X^, and a sum is at least one of its
+terms.
 
-Where we deviate from the paper, or the paper is silent, the docstring concerned says so.
-Units: log-probabilities are natural logarithms (nats); bits/dim are bits per sub-pixel of X.
+    Eq. 1       p(X) = product of p(pixel | earlier ones)    Conv, CausalNet
+    Eq. 2, 3    p(X, X^) = p(X^) p(X | X^)                   PixelAux.log_prob_factors, .sample
+    Eq. 4, 5    the bound; factors are trained apart         PixelAux.log_prob, train_factor
+    Sec. 3.1    X^ is a 4-bit gray image                     Gray, Categorical
+    Sec. 3.2    X^ is half as large, recursively             Half
+    Sec. 3.3    X^ enters through an embedding f_w(X^)       EmbeddingNet, Factor
+    Sec. 4.2    MAP sampling, reduced variance               LogisticMixture.sample, its shift
+    beyond      the bound made exact: "tight"                feasible, psi.bounds
+    beyond      sampling in the time of a few passes         Plan, sample_fast
+
+Words: a *view* is one of the X_i; a *factor* one term of the sum, with the networks for it. Lists
+of both are coarsest first. A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob
+is in nats, of an image unless said otherwise; bits/dim are bits per sub-pixel of X. Where we
+deviate from the paper, or the paper is silent, the docstring concerned says so.
 """
-import bisect
+import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
+import fcntl
 import functools
+import hashlib
+import importlib
 import io
 import itertools
 import json
 import math
-import multiprocessing.pool
+import operator
 import os
 import pathlib
+import platform
+import re
+import secrets
+import shlex
+import signal
 import sys
+import threading
 import time
+import typing
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
-
-VERSION = 1  # of the checkpoint format
-# number of this process among all, among those of this machine, how many there are: torchrun's, if it started us
-RANK, LOCAL_RANK, RANKS = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
-                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class Problem(ValueError):
-    """Something the user can put right; the command line prints it as one line and exits with status 2."""
+    """Something that the user can mend: the command line prints it as one line, exit status 2."""
 
 
-# --- Configuration ---------------------------------------------------------------------------------------------------
+class Failure(Exception):
+    """Training that cannot go on: one line, exit status 1."""
+
+
+# --- Configuration -----------------------------------------------------------------------------
+
+
+def six_stages(blocks):
+    """The layout of PixelCNN++: down to a quarter of the resolution, and back."""
+    return tuple((halved, blocks) for halved in (0, 1, 2, 2, 1, 0))
 
 
 @dataclasses.dataclass
 class Config:
-    """One training configuration; the defaults are the paper's for CIFAR-10 (Sec. 4.1) where it gives them.
+    """A model and its training. The defaults are the paper's for CIFAR-10, where it gives them.
 
-    A network's `layout` reads like the paper's text: numbers are residual blocks in a row, "down" halves and "up"
-    doubles the resolution.
+    A layout is a row of stages (times halved, residual blocks): ((0, 3), (1, 6), (0, 3), (-1, 3))
+    is 3 blocks, 6 at half the resolution, 3 at the input's again, 3 at double the resolution.
+    Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
+    factors that follow.
     """
 
     model: str = "pyramid"
     preset: str = "cifar10"
-    size: tuple = (32, 32)
-    levels: int = 256  # of a sub-pixel of X; small alphabets can be enumerated
-    scales: int = -1  # how many Half; -1: as many as keep the shorter side at 8 or more
+    size: tuple = (32, 32)  # (H, W) of X
+    levels: int = 256  # of a sub-pixel of X
+    halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
     nr_filters: int = 160
-    nr_resnet: int = 6  # residual blocks a stage of PixelCNN++, six stages: 36
-    nr_resnet_cond: int = 4  # the same for p(X | gray) and its embedding: 24
-    nr_light: int = 3  # residual blocks of the pyramid's causal networks
-    embedding: tuple = (3, "down", 6, "up", 3, "up", 3)  # f_w of one scale of the pyramid
-    look_right: bool = True  # False: the light net's vertical stream looks up and left only (faster sampling)
     nr_logistic_mix: int = 10
+    layout: tuple = six_stages(6)  # of p(X), p(gray): PixelCNN++'s 36 blocks
+    layout_cond: tuple = six_stages(4)  # of p(X | gray) and its embedding: 24 blocks (Sec. 4.1)
+    layout_light: tuple = ((0, 3),)  # of the pyramid's causal networks (Sec. 4.2)
+    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))  # of the pyramid's embeddings
+    look_right: bool = True  # False: light networks look up and left only, and sample faster
     dropout: float = 0.5
-    tight: bool = False  # train the exact likelihood in place of the bound
+
+    tight: bool = False  # train the exact likelihood in place of the paper's bound
     batch_size: int = 64
-    epochs: tuple = (30, 200)  # of the coarsest factor, of the others
-    steps: tuple = (0, 0)  # likewise; 0: from epochs
-    budget: float | tuple = 0.0  # minutes for each factor in place of steps, or several, coarsest first; 0: none
-    precision: str = "auto"  # of the networks in training: float32, bfloat16; auto: bfloat16 on CUDA
+    epochs: tuple = (30, 200)  # of 50,000 images where they are made on the fly
+    steps: tuple = (0,)  # in place of epochs; 0: from epochs
+    minutes: tuple = (0.0,)  # in place of both; 0: not by time
     lr: float = 1e-3
     lr_decay: float = 0.99999  # factor on the learning rate after each step
-    anneal: bool = False  # also bring the learning rate linearly to 0 at the end
+    warmup: int = 0  # steps in which the learning rate grows to its full value
+    anneal: float = 0.0  # share of the steps, the last ones, in which it falls linearly to 0
     betas: tuple = (0.95, 0.9995)  # of Adam, PixelCNN++'s
     ema: float = 0.9995  # decay of the moving average of the weights, PixelCNN++'s
+    precision: str = "auto"  # in training: float32, bfloat16; auto: bfloat16 on CUDA
+    flip: bool = False  # mirror half of the training images
     seed: int = 0
     data: str = "shapes"
     data_dir: str = "data"
-    start: str = ""  # run or checkpoint whose weights training begins with (the command loads them)
+    data_set: str = ""  # what was found there: see `describe`
+    start: str = ""  # run or checkpoint whose weights training begins with
 
 
 PRESETS = {
-    "tiny": dict(nr_filters=24, nr_resnet=1, nr_resnet_cond=1, embedding=(1, "down", 2, "up", 1, "up", 1), dropout=0.0,
-                 batch_size=8, steps=(5000, 2000), lr=1e-2, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.98),
-    "small": dict(nr_filters=48, nr_resnet=2, nr_resnet_cond=2, embedding=(2, "down", 3, "up", 2, "up", 2), dropout=0.0,
-                  batch_size=8, steps=(8000, 8000), lr=5e-3, lr_decay=1.0, anneal=True, betas=(0.9, 0.99), ema=0.995),
+    "tiny": dict(
+        nr_filters=24, layout=six_stages(1), layout_cond=six_stages(1),
+        layout_embed=((0, 1), (-1, 1)), dropout=0.0, tight=True, batch_size=16, steps=(2400, 2900),
+        lr=2e-2, lr_decay=1.0, warmup=50, anneal=1.0, betas=(0.9, 0.95), ema=0.98),
+    "small": dict(
+        nr_filters=48, layout=six_stages(2), layout_cond=six_stages(2),
+        layout_embed=((0, 2), (1, 3), (0, 2), (-1, 2)), dropout=0.0, batch_size=8, steps=(8000,),
+        lr=5e-3, lr_decay=1.0, anneal=1.0, betas=(0.9, 0.99), ema=0.995),
     "cifar10": dict(),
-    "celeba": dict(nr_filters=100, batch_size=16, epochs=(60, 60), lr_decay=0.999995),
+    "celeba": dict(nr_filters=100, batch_size=16, epochs=(60,), lr_decay=0.999995),
 }
 
 
 def make_config(preset="tiny", **fields):
-    """The Config of a preset with some fields changed. Raises Problem, naming what there is to choose from."""
-    choices = [("preset", preset, PRESETS), ("model", fields.get("model", Config.model), MODELS)]
-    for kind, name, names in choices + [("option", name, Config.__annotations__) for name in fields]:
-        if name not in names:
-            raise Problem(f"unknown {kind} {name!r}: expected one of {', '.join(names)}")
+    """The Config of a preset with some fields changed. Raises Problem, naming what there is."""
+    one_of("preset", preset, PRESETS)
+    one_of("model", fields.get("model", Config.model), MODELS)
+    for name in fields:
+        one_of("option", name, Config.__annotations__)
     fields = {"preset": preset, **PRESETS[preset], **fields}
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})  # JSON has lists only
+    return Config(**{name: as_tuple(value) for name, value in fields.items()})
 
 
-# --- psi: deterministic auxiliary variables --------------------------------------------------------------------------
+def one_of(what, name, known):
+    if name not in known:
+        raise Problem(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
 
 
-def feasible(values, dim, weights, low, high, top):
-    """Intervals that are left for v_1, v_2, .. in 0..top, each given those before it, when low <= sum w_j v_j <= high.
+def as_tuple(value):
+    """Lists, of which JSON has no other kind, as tuples, those within them too."""
+    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
-    values: int64, v_j along dim; weights: positive ints; low, high: int64, without dim. Returns lo, hi, inclusive.
+
+def of_factor(numbers, k):
+    """The number for factor k."""
+    return numbers[min(k, len(numbers) - 1)]
+
+
+# --- psi: simpler views of an image ------------------------------------------------------------
+#
+# A view leaves information out, but it also rules images out. Take the four pixels of a 2x2 block,
+# in one channel, whose rounded mean is known to be 10: their sum is 38, 39, 40 or 41. If they are
+# drawn one after the other, what is left for each of them is an interval of levels:
+#
+#     v1 is in 0..41, say 20;  then v2 + v3 + v4 is in 18..21
+#     v2 is in 0..21, say 15;  then      v3 + v4 is in  3..6
+#     v3 is in 0..6,  say  2;  then           v4 is in  1..4
+#
+# A network does not know this, and the paper's p(X | X^) wastes probability on images that have
+# other views. If each distribution is cut to its interval and scaled to sum to 1 again, then p(X,
+# X^) is 0 unless X^ = psi(X); the sum over X^ that makes p(X) has one term only, and the bound is
+# an equality, never below the paper's. We call this *tight*.
+
+
+def feasible(values, weights, low, high, top):
+    """Intervals of v1, v2, .., each given those before, that can still make low <= sum w v <= high.
+
+    It is a budget: each v takes w v from low and from high. It must leave high at 0 or more, and
+    low no higher than those to come can add, with at most `top` each.
+
+    values: int64 tensors; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
     """
-    lo, hi, rest = [], [], top * sum(weights)  # rest: the most that the sub-pixels to come can add
-    for value, weight in zip(values.unbind(dim), weights):
-        rest -= weight * top
-        lo.append(-((rest - low) // weight))  # ceil((low - rest) / weight)
-        hi.append(high // weight)
-        low, high = low - weight * value, high - weight * value
-    return torch.stack(lo, dim).clamp(0, top), torch.stack(hi, dim).clamp(0, top)
+    lo, hi = [], []
+    rest = top * sum(weights)  # the most that the values to come can add
+    for value, weight in zip(values, weights):
+        rest = rest - top * weight
+        least = (low - rest + weight - 1) // weight  # (low - rest) / weight, rounded up
+        lo.append(least.clamp(0, top))
+        hi.append((high // weight).clamp(0, top))
+        low = low - weight * value
+        high = high - weight * value
+    return lo, hi
 
 
-class Half:
-    """X^ = half-resolution view (Sec. 3.2): (sum of each 2x2 block + 2) // 4 in each channel, uint8.
+class Psi:
+    """A function that makes a view. All else in this file knows no more of it than:
 
-    The paper resizes every level from the full image; here each level is a function of the level above it, so that
-    the chain is one of functions.
+    psi(x): uint8 (N, C, H, W) -> x_hat: uint8 (N, channels_out, H / cell, W / cell) of levels_out
+    levels, in which a pixel depends on a block of cell x cell pixels of x; psi.bounds(x, x_hat) ->
+    (lo, hi), int64 like x: the interval, both ends included, that is left for each sub-pixel by
+    x_hat and the sub-pixels before it in its block (raster order, then channels).
     """
 
-    cell, light = 2, True  # side of the block of X that a pixel of X^ stands for; which causal network goes with it
-    channels = None  # of X^; None: as many as X has
+    cell = 1
+    label = ""  # in the names of views
 
-    def __init__(self, levels=256):
-        self.levels = self.levels_out = levels
-
-    def __call__(self, x):
-        """x: uint8 (N, C, H, W) -> uint8 (N, C, H/2, W/2)."""
-        return ((self.blocks(x).sum(2) + 2) // 4).to(torch.uint8)
-
-    def blocks(self, x):
-        """(N, C, H, W) -> int64 (N, C, 4, H/2, W/2): the pixels of each 2x2 block, in raster order."""
-        return F.pixel_unshuffle(x.long(), 2).unflatten(1, (-1, 4))
-
-    def bounds(self, x, x_hat):
-        """Inclusive feasible (lo, hi), int64 (N, C, H, W), of each sub-pixel given x_hat and those before it."""
-        total = 4 * x_hat.long()
-        intervals = feasible(self.blocks(x), 2, (1, 1, 1, 1), total - 2, total + 1, self.levels - 1)
-        return tuple(F.pixel_shuffle(v.flatten(1, 2), 2) for v in intervals)
-
-
-class Gray:
-    """X^ = 4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, 16 levels, uint8.
-
-    The paper does not say how gray is computed; this is ITU-R BT.601 luma in integers.
-    """
-
-    cell, light, channels, weights, levels_out = 1, False, 1, (77, 150, 29), 16
-
-    def __init__(self, levels=256):
+    def __init__(self, channels=3, levels=256):
+        """channels, levels: of x."""
         self.levels = levels
-        if 255 % (levels - 1):
-            raise Problem(f"gray needs levels - 1 to divide 255, got levels={levels}")
-        self.weights = tuple(w * (255 // (levels - 1)) for w in self.weights)
+        self.channels_out, self.levels_out = channels, levels
+
+
+class Half(Psi):
+    """Half the resolution (Sec. 3.2): (sum of each 2x2 block + 2) // 4, in each channel.
+
+    Each view is made from the one before it. (The authors' demo shrinks the full image for each;
+    then X_2 is not a function of X_1.)
+    """
+
+    cell = 2
 
     def __call__(self, x):
-        """x: uint8 (N, 3, H, W) -> uint8 (N, 1, H, W), 0..15."""
-        return (sum(weight * value for weight, value in zip(self.weights, x.int().split(1, 1))) >> 12).to(torch.uint8)
+        return ((sum(self.block(x)) + 2) // 4).to(torch.uint8)
+
+    def block(self, x):
+        """The four pixels of each block, in raster order: int64 (N, C, H / 2, W / 2) each."""
+        return F.pixel_unshuffle(x.long(), 2).unflatten(1, (-1, 4)).unbind(2)
 
     def bounds(self, x, x_hat):
-        """Inclusive feasible (lo, hi), int64 (N, 3, H, W): of red, of green given red, of blue given both.
+        low = 4 * x_hat.long() - 2
+        lo, hi = feasible(self.block(x), (1, 1, 1, 1), low, low + 3, self.levels - 1)
+        return self.unblock(lo), self.unblock(hi)
 
-        Every value in an interval has a completion as long as no weight exceeds 4096 (levels of 16 and more).
-        """
-        low = 4096 * x_hat[:, 0].long()
-        return feasible(x.long(), 1, self.weights, low, low + 4095, self.levels - 1)
-
-
-MODELS = {"pixelcnn": (), "grayscale": (Gray,), "pyramid": (Half,), "grayscale-pyramid": (Gray, Half)}
+    def unblock(self, values):
+        return F.pixel_shuffle(torch.stack(values, 2).flatten(1, 2), 2)
 
 
-# --- Heads: the distribution of a pixel given the network's output ---------------------------------------------------
+class Gray(Psi):
+    """4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, one channel of 16 levels.
+
+    The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. Every
+    value of an interval can be completed if no weight exceeds 4096 (16 levels and more).
+    """
+
+    label = "gray"
+
+    def __init__(self, channels=3, levels=256):
+        if channels != 3 or 255 % (levels - 1):
+            raise Problem(f"gray needs 3 channels, and levels - 1 must divide 255, got {levels=}")
+        super().__init__(1, 16)
+        self.levels = levels
+        self.weights = [weight * 255 // (levels - 1) for weight in (77, 150, 29)]
+
+    def __call__(self, x):
+        luma = sum(weight * value for weight, value in zip(self.weights, x.long().split(1, 1)))
+        return (luma >> 12).to(torch.uint8)
+
+    def bounds(self, x, x_hat):
+        low = 4096 * x_hat.long()
+        lo, hi = feasible(x.long().split(1, 1), self.weights, low, low + 4095, self.levels - 1)
+        return torch.cat(lo, 1), torch.cat(hi, 1)
+
+
+# A model is its list of psi. Half stands for as many of it as `halvings` says.
+MODELS = {
+    "pixelcnn": [],
+    "grayscale": [Gray],
+    "pyramid": [Half],
+    "grayscale-pyramid": [Gray, Half],  # which the paper leaves to future work (Sec. 5)
+}
+
+
+# --- Heads: the distribution of one pixel ------------------------------------------------------
+#
+# 256 probabilities, each a number of its own, would not know that level 100 is near level 101. So
+# PixelCNN++ takes a mixture of logistic distributions on the line and gives each level the mass of
+# its bin. Levels stand on -1 .. 1, 2/255 apart; so a bin reaches 1/255 to both sides of its level.
+# The first and the last bin are open: what lies beyond belongs to them, and the masses sum to 1.
+#
+#     level      0     1     2    ..   254   255            mass of a bin:
+#     bin   -inf   |  .  |  .  |  .. |  .  |   +inf         sigma((right edge - mean) / scale)
+#                                                           - sigma((left edge - mean) / scale)
+#
+# The channels of a pixel share the mixture's component. Besides, green's mean moves with the red
+# that was drawn, and blue's with both.
+
+
+def to_unit(x, levels, dtype):
+    """Levels 0 .. levels - 1 -> -1 .. 1."""
+    return x.to(dtype) * (2.0 / (levels - 1)) - 1.0
+
+
+def bits_per_dim(log_prob, dims):
+    """Nats of an image -> bits per dimension. log_prob: a float, array or tensor."""
+    return -log_prob / (dims * math.log(2))
+
+
+def edges(means, log_scales, lo, hi, levels):
+    """(a, b): the left edge of lo's bin and the right one of hi's, as (edge - mean) / scale."""
+    half_bin, inverse = 1.0 / (levels - 1), torch.exp(-log_scales)
+    a = (to_unit(lo, levels, means.dtype) - half_bin - means) * inverse
+    b = (to_unit(hi, levels, means.dtype) + half_bin - means) * inverse
+    return a, b
+
+
+def log_mass(means, log_scales, lo, hi, levels):
+    """Log of a logistic's mass on the levels lo..hi. All arguments broadcast.
+
+    log(sigma(b) - sigma(a)) = log sigma(b) + log sigma(-a) + log(1 - exp(a - b)), where b is
+    infinite at the last level, and -a at 0: exact and stable everywhere. (Widely copied code takes
+    the density where the mass is below 1e-5: up to 1.4e-5 of the mass is lost, and 3 bits in a
+    tail.)
+    """
+    a, b = edges(means, log_scales, lo, hi, levels)
+    width = (hi - lo + 1).to(means.dtype) * (2.0 / (levels - 1)) * torch.exp(-log_scales)  # b - a
+    first, last = lo == 0, hi == levels - 1
+    below_b = F.logsigmoid(b).masked_fill(last, 0.0)
+    above_a = F.logsigmoid(-a).masked_fill(first, 0.0)
+    return below_b + above_a + torch.log(-torch.expm1(-width)).masked_fill(first | last, 0.0)
 
 
 def pick(log_weights, u):
-    """Inverse-cdf draw of an index along dim 1. log_weights: (N, K, ...), any scale; u: (N, ...) in (0, 1)."""
+    """Draw an index in dim 1 by inverse cdf. log_weights: (N, K, H, W), any scale; u: (N, H, W)."""
     cdf = log_weights.softmax(1).cumsum(1)
-    return (cdf < u.unsqueeze(1) * cdf[:, -1:]).sum(1, keepdim=True).clamp(max=log_weights.shape[1] - 1)
+    index = (cdf < u.unsqueeze(1) * cdf[:, -1:]).sum(1, keepdim=True)
+    return index.clamp(max=log_weights.shape[1] - 1)
+
+
+def logistic_between(a, b, u):
+    """The standard logistic at the quantile u of what lies between a and b."""
+    flip = a + b > 0  # compute in the left tail, where the cdf keeps its precision
+    low, high, u = torch.where(flip, -b, a), torch.where(flip, -a, b), torch.where(flip, 1 - u, u)
+    ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))
+    log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
+    z = log_cdf - torch.log(-torch.expm1(log_cdf))
+    return torch.where(flip, -z, z)
 
 
 class LogisticMixture:
-    """Mixture of K discretized logistics over (R, G, B) (PixelCNN++ Sec. 2.1, 2.2), with its exact pmf.
+    """Mixture of K discretized logistics over (R, G, B) (PixelCNN++ Sec. 2.1, 2.2).
 
-    params: (N, 10 K, H, W), PixelCNN++'s channel order: K mixture logits, then for each of R, G, B: K means, K
-    log-scales, K coefficients. `levels` values 0..levels-1 stand at equal distances in [-1, 1]. `shift` is added to
-    the log-scales (Sec. 4.2 subtracts constants). A component's mass on lo..hi, with b and a the logistic arguments
-    at the upper edge of hi and at the lower edge of lo, b = inf at the last level and a = -inf at 0, is
-
-        log(sigma(b) - sigma(a)) = log sigma(b) + log sigma(-a) + log(1 - exp(a - b))
-
-    exact and stable everywhere, so that the pmf sums to 1. (PixelCNN++ approximates it where it is below 1e-5.)
+    params: (N, 10 K, H, W), in PixelCNN++'s order: K mixture logits; then for each of R, G, B: K
+    means, K log-scales, K coefficients (of R in G; of R in B; of G in B). levels: of a sub-pixel.
+    shift: added to the log-scales to reduce the variance (Sec. 4.2 subtracts constants).
     """
 
     def __init__(self, params, levels=256, shift=0.0):
         if params.shape[1] % 10:
-            raise Problem(f"a logistic mixture takes 10 K channels of parameters, got {params.shape[1]}")
-        k, params = params.shape[1] // 10, params.to(torch.promote_types(params.dtype, torch.float32)).contiguous()
-        rest = params[:, k:].unflatten(1, (3, 3 * k))  # (N, 3, 3 K, H, W)
+            raise Problem(f"a mixture takes 10 K channels of parameters, got {params.shape[1]}")
+        k = params.shape[1] // 10
+        params = params.to(torch.promote_types(params.dtype, torch.float32)).contiguous()
+        by_channel = params[:, k:].unflatten(1, (3, 3 * k))  # (N, 3, 3 K, H, W)
         self.levels = levels
         self.logit_probs = params[:, :k]  # (N, K, H, W)
-        self.means = rest[:, :, :k]  # (N, 3, K, H, W)
-        # At -7 a level holds 97% of a component centred on it (PixelCNN++'s clamp); 7 is a guard for float32.
-        self.log_scales = rest[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
-        self.coeffs = rest[:, :, 2 * k :].tanh()
+        self.means = by_channel[:, :, :k]  # (N, 3, K, H, W), as the next two
+        # At -7 one level holds 97% of a component centred on it (PixelCNN++'s clamp); 7 is a guard.
+        self.log_scales = by_channel[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
+        self.coeffs = by_channel[:, :, 2 * k :].tanh()
 
     @staticmethod
     def start(bias):
-        """Set the output layer's bias, (10 K,): means spread over the range, scales well below it.
+        """Set the network's last bias, (10 K,): means spread over the range, scales well below it.
 
-        PixelCNN++ leaves them as data-dependent initialisation makes them, as wide as the range.
+        PixelCNN++ starts with components as wide as the range.
         """
         k = len(bias) // 10
-        rest = bias[k:].view(3, 3 * k)
-        rest[:, :k], rest[:, k : 2 * k] = torch.linspace(-0.9, 0.9, k), -2.5
+        by_channel = bias[k:].view(3, 3 * k)
+        by_channel[:, :k] = torch.linspace(-0.9, 0.9, k)
+        by_channel[:, k : 2 * k] = -2.5
 
-    def means_given(self, c, units):
-        """Means of channel c given the channels before it. units: those in [-1, 1], (N, 1, H, W) -> (N, K, H, W)."""
-        means = self.means[:, c]
-        for j in range(c):  # coefficients: R in G, R in B, G in B
-            means = torch.addcmul(means, self.coeffs[:, c - 1 + j], units[j])
+    def means_given(self, c, x):
+        """Means of channel c given x, the list of the channels before, (N, 1, H, W) each."""
+        means = self.means[:, c]  # (N, K, H, W)
+        for j in range(c):
+            unit = to_unit(x[j], self.levels, means.dtype)
+            means = torch.addcmul(means, self.coeffs[:, c - 1 + j], unit)
         return means
 
-    def log_mass(self, means, log_scales, lo, hi):
-        """Log mass of components on lo..hi (levels, broadcast against means and log_scales)."""
-        inverse, half = torch.exp(-log_scales), 1.0 / (self.levels - 1)
-        b = (to_unit(hi, self.levels, means.dtype) + half - means) * inverse
-        a = (to_unit(lo, self.levels, means.dtype) - half - means) * inverse
-        width = (hi - lo + 1).to(means.dtype) * (2 * half) * inverse  # b - a, without cancellation
-        first, last = lo == 0, hi == self.levels - 1
-        upper = F.logsigmoid(b).masked_fill(last, 0.0)
-        lower = F.logsigmoid(-a).masked_fill(first, 0.0)
-        return upper + lower + torch.log(-torch.expm1(-width)).masked_fill(first | last, 0.0)
-
     def log_prob(self, x, bounds=None):
-        """x: uint8 (N, 3, H, W) -> nats (N, H, W), summed over the channels.
+        """x: uint8 (N, 3, H, W) -> nats of each pixel, (N, H, W), its channels together.
 
-        bounds = (lo, hi) from psi.bounds: each channel's mixture, its weights updated by the channels before, is
-        conditioned on the interval, p'(x_c) = sum_k w_k m_k(x_c) / sum_k w_k M_k.
+        bounds = (lo, hi) of psi.bounds: each channel's mixture, its weights w updated by the
+        channels before, is cut to its interval: p'(x_c) = sum_k w_k m_k(x_c) / sum_k w_k M_k, with
+        m_k and M_k the masses of component k on x_c and on lo..hi.
         """
-        x = x.long()
-        units = to_unit(x, self.levels, self.means.dtype).split(1, 1)
-        means = torch.stack([self.means_given(c, units) for c in range(3)], 1)  # (N, 3, K, H, W)
-        level = x.unsqueeze(2)
-        mass = self.log_mass(means, self.log_scales, level, level)  # (N, 3, K, H, W)
+        x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
+        means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
+        mass = log_mass(means, self.log_scales, x, x, self.levels)  # (N, 3, K, H, W)
         weights = self.logit_probs.log_softmax(1)  # (N, K, H, W)
         if bounds is None:
             return (weights + mass.sum(1)).logsumexp(1)
-        allowed = self.log_mass(means, self.log_scales, *(v.unsqueeze(2) for v in bounds))
+        lo, hi = (bound.unsqueeze(2) for bound in bounds)
+        allowed = log_mass(means, self.log_scales, lo, hi, self.levels)
         total = 0.0
         for c in range(3):
             total = total - (weights + allowed[:, c]).logsumexp(1)
@@ -273,145 +407,140 @@ class LogisticMixture:
             total = total + weights.logsumexp(1)
         return total
 
-    def sample(self, noise, mode="random", limits=None):
-        """Draw from given noise, rounding each channel before the next is conditioned on it.
+    def sample(self, noise, mode="random", interval=None):
+        """Draw every pixel from given noise -> int64 (N, 3, H, W).
 
-        noise: uniform in (0, 1), (N, 6, H, W): component and value for each channel. mode "random" draws the
-        component, then its value; "map" takes the mean of its logistic, rounded, in place of its value (Sec. 4.2).
-        Without limits one component serves all channels. limits(x, c) -> (lo, hi) of channel c given the channels
-        before it: the draw is from the mixture conditioned on the interval. Returns int64 (N, 3, H, W).
+        noise: uniform in (0, 1), (N, 6, H, W): component and value of each channel. One component,
+        drawn by its weight, serves all channels; "random" draws its value, "map" takes its mode
+        (MAP sampling, Sec. 4.2). With an interval: see sample_tight. Each channel is rounded before
+        the next is conditioned on it; without that, samples have another distribution than
+        log_prob.
         """
-        x, units, top = torch.zeros_like(noise[:, :3], dtype=torch.long), [], self.levels - 1
-        if limits:
-            weights = self.logit_probs.log_softmax(1)
-        else:
-            one = self.component(pick(self.logit_probs, noise[:, 0]))
-            if mode == "random":
-                one.means = torch.addcmul(one.means, one.log_scales.exp(), torch.logit(noise[:, 1::2]).unsqueeze(2))
+        if interval is not None:
+            return self.sample_tight(noise, mode, interval)
+        one, x = self.component(pick(self.logit_probs, noise[:, 0])), []
         for c in range(3):
-            if limits:
-                lo, hi = (v.unsqueeze(1) for v in limits(x, c))
-                mass = functools.partial(self.log_mass, self.means_given(c, units), self.log_scales[:, c])
-                one = self.component(pick(weights + mass(lo, hi), noise[:, 2 * c]))
-            value = one.means_given(c, units)
-            if limits and mode == "random":
-                scale = one.log_scales[:, c].exp()
-                value = value + scale * self.logistic(noise[:, 2 * c + 1].unsqueeze(1), value, scale, lo, hi)
-            value = ((value + 1) * (top / 2)).round().clamp(0, top)
-            if limits:
-                value = value.long().clamp(lo, hi)
-                weights = weights + mass(value, value)
-            x[:, c : c + 1] = value
-            units.append(to_unit(value, self.levels, self.means.dtype))
-        return x
+            value = one.means_given(c, x)
+            if mode == "random":
+                logistic = noise[:, 2 * c + 1].logit().unsqueeze(1)
+                value = value + one.log_scales[:, c].exp() * logistic
+            x.append(self.round(value))
+        return torch.cat(x, 1)
+
+    def sample_tight(self, noise, mode, interval):
+        """The same from the mixtures cut to intervals, as in log_prob.
+
+        interval(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each. What is
+        cut off differs between components, and so the weights differ between channels: each draws
+        its component. ("map" keeps the first one.)
+        """
+        x, weights = [], self.logit_probs.log_softmax(1)
+        for c in range(3):
+            lo, hi = interval(x)
+            means, log_scales = self.means_given(c, x), self.log_scales[:, c]
+            k = pick(weights + log_mass(means, log_scales, lo, hi, self.levels), noise[:, 2 * c])
+            value, log_scale = means.gather(1, k), log_scales.gather(1, k)
+            if mode == "map":
+                weights = torch.full_like(weights, -math.inf).scatter(1, k, 0.0)
+            else:
+                a, b = edges(value, log_scale, lo, hi, self.levels)
+                a = a.masked_fill(lo == 0, -math.inf)
+                b = b.masked_fill(hi == self.levels - 1, math.inf)
+                logistic = logistic_between(a, b, noise[:, 2 * c + 1].unsqueeze(1))
+                value = value + log_scale.exp() * logistic
+            x.append(self.round(value).clamp(lo, hi))
+            weights = weights + log_mass(means, log_scales, x[c], x[c], self.levels)
+        return torch.cat(x, 1)
 
     def component(self, k):
         """Component k, (N, 1, H, W), of each pixel's mixture, as a mixture of one."""
         one, k = copy.copy(self), k.unsqueeze(1).expand(-1, 3, -1, -1, -1)
-        one.means, one.log_scales, one.coeffs = (v.gather(2, k) for v in (self.means, self.log_scales, self.coeffs))
+        one.means, one.log_scales = self.means.gather(2, k), self.log_scales.gather(2, k)
+        one.coeffs = self.coeffs.gather(2, k)
         return one
 
-    def logistic(self, u, mean, scale, lo, hi):
-        """Standard logistic by inverse cdf, restricted to what rounds into lo..hi."""
-        half, top = 1.0 / (self.levels - 1), self.levels - 1
-        a = ((to_unit(lo, self.levels, mean.dtype) - half - mean) / scale).masked_fill(lo == 0, -math.inf)
-        b = ((to_unit(hi, self.levels, mean.dtype) + half - mean) / scale).masked_fill(hi == top, math.inf)
-        flip = a + b > 0  # work in the left tail, where the cdf keeps its precision
-        a, b, u = torch.where(flip, -b, a), torch.where(flip, -a, b), torch.where(flip, 1 - u, u)
-        ratio = (F.logsigmoid(a) - F.logsigmoid(b)).exp()
-        log_cdf = F.logsigmoid(b) + torch.log(ratio + u * (1 - ratio))
-        z = log_cdf - torch.log(-torch.expm1(log_cdf))
-        return torch.where(flip, -z, z)
-
-    def pmf(self, c, x, limits=None):
-        """Probabilities of every level of channel c given the channels before it. x: (N, 3, H, W) -> (N, L, H, W)."""
-        weights, units = self.logit_probs.log_softmax(1), to_unit(x, self.levels, self.means.dtype).split(1, 1)
-        for j in range(c):
-            level = x[:, j : j + 1]
-            weights = weights + self.log_mass(self.means_given(j, units), self.log_scales[:, j], level, level)
-        symbols = torch.arange(self.levels, device=x.device).view(1, -1, 1, 1, 1)
-        means, log_scales = self.means_given(c, units).unsqueeze(1), self.log_scales[:, c].unsqueeze(1)
-        logits = (weights.unsqueeze(1) + self.log_mass(means, log_scales, symbols, symbols)).logsumexp(2)
-        return masked(logits, limits and limits(x, c)).softmax(1)
+    def round(self, unit):
+        """-1 .. 1, and what lies beyond -> levels, int64."""
+        top = self.levels - 1
+        return ((unit + 1) * (top / 2)).round().clamp(0, top).long()
 
 
-def masked(logits, interval):
-    """Logits (N, L, H, W) with -inf outside interval = (lo, hi), each (N, H, W); None: as they are."""
+def cut(logits, interval):
+    """Logits (N, levels, H, W), -inf outside interval = (lo, hi), (N, 1, H, W) each; or None."""
     if interval is None:
         return logits
-    symbols, (lo, hi) = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1), interval
-    return logits.masked_fill((symbols < lo.unsqueeze(1)) | (symbols > hi.unsqueeze(1)), -math.inf)
+    lo, hi = interval
+    level = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+    return logits.masked_fill((level < lo) | (level > hi), -math.inf)
 
 
 class Categorical:
-    """Softmax over the levels of a one-channel image (Sec. 3.1). params: (N, L, H, W).
+    """Softmax over the levels of a one-channel image (Sec. 3.1). params: (N, levels, H, W).
 
-    shift, the reduction of variance, acts as on a log-scale: the logits are divided by exp(shift).
+    shift reduces the variance as it does of a log-scale: the logits are divided by exp(shift).
     """
 
-    start = staticmethod(lambda bias: None)  # nothing to set: zero logits are uniform
-
     def __init__(self, params, levels=None, shift=0.0):
-        self.logits = params.to(torch.promote_types(params.dtype, torch.float32)) * math.exp(-shift)
+        params = params.to(torch.promote_types(params.dtype, torch.float32))
+        self.logits = params * math.exp(-shift)
+
+    @staticmethod
+    def start(bias):
+        """Nothing to set: equal logits are uniform."""
 
     def log_prob(self, x, bounds=None):
-        """x: uint8 (N, 1, H, W) -> nats (N, H, W); bounds = (lo, hi), each (N, 1, H, W), masks the logits."""
-        logits = masked(self.logits, bounds and [bound.squeeze(1) for bound in bounds])
-        return logits.log_softmax(1).gather(1, x.long()).squeeze(1)
+        """x: uint8 (N, 1, H, W) -> nats (N, H, W); bounds = (lo, hi) of psi.bounds."""
+        return cut(self.logits, bounds).log_softmax(1).gather(1, x.long()).squeeze(1)
 
-    def sample(self, noise, mode="random", limits=None):
-        """noise: uniform (N, 2, H, W), of which the first is used. "map" takes the mode. Returns int64 (N, 1, H, W)."""
-        logits = masked(self.logits, limits and limits(torch.zeros_like(noise[:, :1], dtype=torch.long), 0))
+    def sample(self, noise, mode="random", interval=None):
+        """noise: uniform (N, 2, H, W), of which the first is used -> int64 (N, 1, H, W). "map"
+        takes the most probable level. interval: as in LogisticMixture.sample_tight."""
+        logits = cut(self.logits, interval and interval([]))
         return logits.argmax(1, keepdim=True) if mode == "map" else pick(logits, noise[:, 0])
 
-    def pmf(self, c, x, limits=None):
-        """Probabilities (N, L, H, W)."""
-        return masked(self.logits, limits and limits(x, c)).softmax(1)
 
-
-def to_unit(x, levels, dtype):
-    """Levels 0..levels-1 -> [-1, 1], in dtype."""
-    return x.to(dtype) * (2.0 / (levels - 1)) - 1.0
-
-
-def bits_per_dim(log_prob, dims):
-    """Nats (of an image) -> bits per dimension: -log_prob / (dims ln 2). log_prob: a float, array or tensor."""
-    return -log_prob / (dims * math.log(2))
-
-
-# --- Causal convolutions and networks --------------------------------------------------------------------------------
-
-
-def concat_elu(x):
-    """(N, C, ...) -> (N, 2 C, ...): elu of x and of -x (PixelCNN++)."""
-    return F.elu(torch.cat([x, -x], 1), inplace=True)
-
-
-ACTIVATIONS = {"none": lambda x: x, "elu": F.elu, "concat_elu": concat_elu}
+# --- Causal convolutions -----------------------------------------------------------------------
+#
+# By Eq. 1 what the network says of pixel o may depend on the pixels before o, in raster order, and
+# on no others. A convolution whose kernel lies above and to the left of o sees to that. But a stack
+# of such layers is blind: a step to the right is to be had only together with a step up, so that
+# however many layers there are, the pixels marked "?" are never seen, though they come before o.
+# Therefore PixelCNN++ (after Gated PixelCNN) has two streams of layers:
+#
+#     one stream, blind        v, the vertical stream     h, the horizontal stream
+#     x x x x x x x ?          x x x x x x x x            reads h to the left and above,
+#     x x x x x x ? ?          x x x x x x x x            and v at its own place, which
+#     x x x x x ? ? ?          x x x x x x x x            has seen all the rows above
+#     x x x x o                        o
+#
+# v's first layer reads the rows above alone, so that v in o's row knows nothing of that row.
+# Therefore v's other layers may read v in o's row, and to the right of o. h reads v; v never reads
+# h, which knows pixels of o's row.
 
 
 class Conv(nn.Module):
-    """Weight-normalised convolution, described once by its taps; causality is a matter of `offset` alone.
+    """Weight-normalised convolution that reads `rows` and `columns` around its output, inclusive.
 
-        plain, strided   out(p) = sum_k w_k in(stride p + k - offset) + b         stride 1 or 2
-        transposed       out(p) = sum_k w_k in((p + offset - k) / 2) + b          taps at whole positions only
+        plain, stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
+        up                      out(p) = b + sum over d of w_d in((p + d) / 2)  where that is whole
 
-    k runs over 0..kh-1, 0..kw-1; what lies outside the image is 0. The sources that PixelCNN++'s kernels reach from
-    the output o, for stride 1 (vertical: "down-shifted", horizontal: "down-right-shifted"):
+    d = (dy, dx) runs over rows x columns, and `in` is 0 outside the image. (With up, w is stored
+    backwards, as torch has it.) Causality is a matter of the two ranges:
 
-        VERTICAL  x x x     HORIZONTAL  x x     first layer, all    x x x      x x x      x .
-                  x o x                 x o     exclude o:          x x x  and . o .  and x o
-                                                                    . o .
-    The forward pass is torch's convolution, `taps` give the sampler the same as a gather and a product.
+        VERTICAL  x x x     HORIZONTAL  x x     first layers     x x x     x x x     x .
+                  x o x                 x o     (without o)      x x x       o       x o
+                                                                   o
     """
 
-    def __init__(self, c_in, c_out, kernel, offset, activation="none", stride=1, up=False, gain=1.0, dropout=0.0,
-                 exact=False):
+    def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0, exact=False):
         super().__init__()
-        self.exact = exact  # also under autocast: in bfloat16 means and pixels are up to a quarter of a level off
-        self.kernel, self.offset, self.stride, self.up = kernel, offset, stride, up
-        self.activation, self.gain, self.dropout, self.initialise = activation, gain, dropout, False
-        c_in *= 2 if activation == "concat_elu" else 1
+        for first, last in (rows, columns):
+            if not first <= last <= -first or (up and last < 0):
+                raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= -first")
+        self.rows, self.columns, self.stride, self.up = rows, columns, stride, up
+        self.gain = gain  # the standard deviation of its outputs after data_dependent_init
+        self.exact = exact  # float32 in bfloat16 training, too
+        kernel = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         self.v = nn.Parameter(0.05 * torch.randn(c_out, c_in, *kernel))
         self.g = nn.Parameter(gain * torch.ones(c_out))
         self.b = nn.Parameter(torch.zeros(c_out))
@@ -420,1079 +549,2193 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels (Salimans & Kingma 2016)."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    def forward(self, x, size):
-        """x: (N, C_in, H, W), activated -> (N, C_out, *size)."""
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        if self.initialise:
-            self.data_dependent_init(x, size)
-        if self.exact:
-            with torch.autocast(x.device.type, enabled=False):
-                return self.apply_to(x.to(self.v.dtype), self.weight(), self.b, size)
-        return self.apply_to(x, self.weight(), self.b, size)
+    def forward(self, x):
+        """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
+        if not self.exact:
+            return self.convolve(x, self.weight(), self.b)
+        # bfloat16, with its 8 bits, would move a pixel or a mean by a quarter of a level.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.convolve(x.to(self.v.dtype), self.weight(), self.b)
 
-    def apply_to(self, x, weight, bias, size):
-        # Padding on both sides and cutting what is too much costs a row and saves the copy that F.pad would make.
+    def convolve(self, x, weight, bias):
+        # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
+        # below and on the right. This saves the copy that padding by hand would make.
+        (top, bottom), (left, right) = self.rows, self.columns
+        height, width = x.shape[2:]
         if self.up:
-            extra = tuple(max(0, 2 + 2 * o - k) for o, k in zip(self.offset, self.kernel))
-            y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, self.offset, extra)
-        else:
-            y = F.conv2d(x, weight, bias, self.stride, self.offset)
-        return y[:, :, : size[0], : size[1]]
+            extra = (max(0, top + bottom + 1), max(0, left + right + 1))
+            y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, (bottom, right), extra)
+            return y[:, :, : 2 * height, : 2 * width]
+        y = F.conv2d(x, weight, bias, self.stride, (-top, -left))
+        return y[:, :, : height // self.stride, : width // self.stride]
 
-    @torch.no_grad()
-    def data_dependent_init(self, x, size):
-        """Choose g and b so that this batch's outputs have mean 0 and standard deviation `gain` in every channel."""
-        self.initialise = False
-        self.g.fill_(1.0)
-        y = self.apply_to(x, self.weight(), None, size)
+
+VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
+VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
+HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
+ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
+POINT = dict(rows=(0, 0), columns=(0, 0))
+
+
+@torch.no_grad()
+def data_dependent_init(network, *inputs):
+    """PixelCNN++'s start: one pass, in which each Conv in turn is given the g and b that make its
+    outputs have mean 0 and standard deviation `gain` in every channel."""
+
+    def normalise(conv, inputs):
+        conv.g.fill_(1.0)
+        y = conv.convolve(inputs[0].to(conv.v.dtype), conv.weight(), None)
         std, mean = torch.std_mean(y.transpose(0, 1).flatten(1), 1)
-        scale = torch.where(std > 1e-5, self.gain / std, self.gain)  # a constant channel has no scale to set
-        self.g.copy_(scale)
-        self.b.copy_(-mean * scale)
+        scale = torch.where(std > 1e-5, conv.gain / std, conv.gain)  # std 0: a constant channel
+        conv.g.copy_(scale)
+        conv.b.copy_(-mean * scale)
 
-    def taps(self, source, target):
-        """Flat positions in the source (int64, (H_t W_t, kh kw)) that each target position reads; H_s W_s: outside."""
-        (h, w), (kh, kw), (oy, ox), up = source, self.kernel, self.offset, self.up
-        r, c, ky, kx = np.ogrid[: target[0], : target[1], :kh, :kw]
-        r, c = (r + oy - ky, c + ox - kx) if up else (self.stride * r + ky - oy, self.stride * c + kx - ox)
-        whole = (r % 2 == 0) & (c % 2 == 0) if up else True
-        r, c = (r // 2, c // 2) if up else (r, c)
-        inside = whole & (r >= 0) & (r < h) & (c >= 0) & (c < w)
-        return np.where(inside, r * w + c, h * w).reshape(target[0] * target[1], kh * kw)
+    convs = [module for module in network.modules() if isinstance(module, Conv)]
+    hooks = [conv.register_forward_pre_hook(normalise) for conv in convs]
+    network(*inputs)
+    for hook in hooks:
+        hook.remove()
 
 
-class Layer(nn.Module):
-    """A sum of convolutions of earlier nodes; with a residual node r: r + a sigmoid(b), (a, b) halves of the sum."""
+# --- Networks ----------------------------------------------------------------------------------
+#
+# A network is a row of stages of residual blocks; in a causal one each block is a vertical and a
+# horizontal one side by side. The pyramid's causal networks stay at one resolution. PixelCNN++ goes
+# down to a quarter of it and comes back, and then each block reads as well what its counterpart on
+# the way down has made, the last one first (long skips):
+#
+#     H x W        [ 6 blocks ] ------------------- skips ------------------> [ 6 blocks ]
+#     H/2 x W/2          \-> [ 6 blocks ] --------- skips ------> [ 6 blocks ] -/
+#     H/4 x W/4                    \-> [ 6 blocks ] skips [ 6 blocks ] -/
+#
+# The pyramid at 32x32 (N images, F filters, K mixture components):
+#
+#     factor           x              f_w(x_hat)                         causal network
+#     8x8              N 3 8 8        none                               N F 8 8   -> N 10K 8 8
+#     16x16 | 8x8      N 3 16 16      N 3 8 8 -> 4x4 -> 8x8 -> 16x16     N F 16 16 -> N 10K 16 16
+#     32x32 | 16x16    N 3 32 32      N 3 16 16 -> 8x8 .. -> 32x32       N F 32 32 -> N 10K 32 32
 
-    def __init__(self, inputs, residual=None):
+
+def concat_elu(x):
+    """(N, C, ..) -> (N, 2 C, ..): elu of x and of -x (PixelCNN++)."""
+    return F.elu(torch.cat([x, -x], 1), inplace=True)
+
+
+def gate(x, y):
+    """x + a sigmoid(b), where a and b are the halves of y: (N, C, ..), (N, 2 C, ..) -> (N, C,
+    ..)."""
+    a, b = y.chunk(2, 1)
+    return torch.addcmul(x, a, torch.sigmoid(b))
+
+
+class Block(nn.Module):
+    """Gated residual block (PixelCNN++) with auxiliary inputs. reach: VERTICAL, or another one."""
+
+    def __init__(self, filters, nr_aux, reach, dropout):
         super().__init__()
-        self.sources, self.residual = [node for node, _ in inputs], residual
-        self.convs = nn.ModuleList(conv for _, conv in inputs)
+        self.dropout = dropout
+        self.conv_in = Conv(2 * filters, filters, **reach)
+        self.conv_aux = nn.ModuleList(Conv(2 * filters, filters, **POINT) for _ in range(nr_aux))
+        self.conv_out = Conv(2 * filters, 2 * filters, **reach, gain=0.1)
 
-    def finish(self, y, residual):
-        a, b = y.chunk(2, 1)
-        return torch.addcmul(residual, a, torch.sigmoid(b))
-
-
-VERTICAL = dict(kernel=(2, 3), offset=(1, 1))
-VERTICAL_LEFT = dict(kernel=(2, 3), offset=(1, 2))
-HORIZONTAL = dict(kernel=(2, 2), offset=(1, 1))
-ORDINARY = dict(kernel=(3, 3), offset=(1, 1))
-POINT = dict(kernel=(1, 1), offset=(0, 0))
-UP = {(2, 3): (0, 1), (2, 2): (0, 0), (3, 3): (1, 1)}  # offsets of the transposed kernels
+    def forward(self, x, *aux):
+        """x: (N, F, H, W); aux: concat_elu of auxiliary inputs, (N, 2 F, H, W) -> (N, F, H, W)."""
+        hidden = self.conv_in(concat_elu(x))
+        for conv, a in zip(self.conv_aux, aux):
+            hidden = hidden + conv(a)
+        hidden = F.dropout(concat_elu(hidden), self.dropout, self.training)
+        return gate(x, self.conv_out(hidden))
 
 
-class Network(nn.Module):
-    """PixelCNN++ as a list of layers, which the forward pass runs over whole images and the sampler position by
-    position. Nodes are numbered: 0 is the input, then the embeddings, then one per layer.
+class Stage(nn.Module):
+    """Stage i of a layout: of each stream a convolution that leads into it from another resolution,
+    `enter`, and `blocks`. nr_aux: of each stream, how many auxiliary inputs its blocks have,
+    besides a skip where an earlier stage has the same resolution."""
 
-    causal=True: two streams (vertical, horizontal) and an output that depends on earlier pixels only. False: the
-    embedding f_w, one stream of ordinary convolutions (Sec. 3.3); its outputs are the last features at each
-    resolution, finest first. (The paper does not say how f_w's output reaches the coarser stages of the causal
-    network; taking f_w's own last features there loses nothing.)
+    def __init__(self, layout, i, filters, dropout, reaches, nr_aux):
+        super().__init__()
+        self.scale, nr_blocks = layout[i]
+        before = layout[i - 1][0] if i > 0 else self.scale
+        change = dict(stride=2) if self.scale > before else dict(up=True)
+        skip = any(scale == self.scale for scale, _ in layout[:i])
+        self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
+        if self.scale != before:
+            self.enter.extend(Conv(filters, filters, **reach, **change) for reach in reaches)
+        for _ in range(nr_blocks):
+            streams = zip(reaches, nr_aux)
+            self.blocks.append(nn.ModuleList(
+                Block(filters, nr + skip, reach, dropout) for reach, nr in streams))
 
-    A stage in `layout` that comes back to the resolution of an earlier one takes that one's blocks, in reverse, as
-    auxiliary inputs: the long skips, of which the fourth stage's first is its own input. PixelCNN++ lets 2 blocks
-    more take the outputs of the first and of the strided layers; here all six stages have the same number, the
-    6 x 6 = 36 and 6 x 4 = 24 blocks of the paper.
+
+class CausalNet(nn.Module):
+    """PixelCNN++, or a light network of the pyramid, by its layout (see Config): the parameters of
+    every pixel's distribution from the pixels before it.
+
+    All six stages of PixelCNN++ have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in the paper.
+    (Its code has two blocks more, for the outputs of the first and of the strided layers. Here the
+    first skip of the fourth stage is that stage's own input.)
     """
 
-    def __init__(self, c_in, c_out, layout, filters, causal=True, embeddings=0, dropout=0.0, look_right=True):
+    def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
-        self.layers, self.filters, self.dropout = nn.ModuleList(), filters, dropout
-        self.channels = [c_in] + [filters] * embeddings
-        self.scale = [0] + list(range(embeddings))  # node i has resolution 2^-scale of the input's
-        self.embeddings, self.nodes_given = list(range(1, embeddings + 1)), 1 + embeddings
-        if causal:
-            kernels = [VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL]
-            streams = [
-                self.add([(0, dict(kernel=(2, 3), offset=(2, 1), exact=True))]),
-                self.add([(0, dict(kernel=(1, 3), offset=(1, 1), exact=True)),
-                          (0, dict(kernel=(2, 1), offset=(1, 1), exact=True))]),
-            ]
-        else:
-            kernels, streams = [ORDINARY], [self.add([(0, dict(ORDINARY, exact=True))])]
-        skips, last = {}, {}
-        for stage in layout:
-            scale = self.scale[streams[0]]
-            if stage in ("down", "up"):
-                down = stage == "down"
-                for s, kernel in enumerate(kernels):
-                    change = dict(stride=2) if down else dict(offset=UP[kernel["kernel"]], up=True)
-                    streams[s] = self.add([(streams[s], dict(kernel, **change))], scale=scale + (1 if down else -1))
-                continue
-            earlier, done = skips.get(scale, []), []
-            for _ in range(stage):
-                skip, below = earlier.pop() if earlier else [], []  # below: what the horizontal stream takes as well
-                for s, kernel in enumerate(kernels):
-                    streams[s] = self.block(streams[s], kernel, below + skip[s : s + 1])
-                    below = [streams[s]]
-                done.append(list(streams))
-            skips.setdefault(scale, done)
-            last[scale] = streams[-1]
-        if causal:
-            head = dict(POINT, activation="elu", gain=0.03, exact=True)
-            self.outputs = [self.add([(streams[-1], head)], channels=c_out)]
-        else:
-            self.outputs = [last[scale] for scale in sorted(last)]
-        last_use = {node: i for i, layer in enumerate(self.layers, self.nodes_given)
-                    for node in (*layer.sources, layer.residual) if node not in (None, *self.outputs)}
-        self.free_after = {i: {node for node in last_use if last_use[node] == i} for i in last_use.values()}
-
-    def add(self, inputs, residual=None, channels=None, scale=None):
-        """Append a layer over [(node, convolution's arguments)]; returns its node."""
-        channels = channels or self.filters
-        width = channels if residual is None else 2 * channels
-        self.layers.append(Layer([(node, Conv(self.channels[node], width, **conv)) for node, conv in inputs], residual))
-        self.channels.append(channels)
-        self.scale.append(self.scale[inputs[0][0]] if scale is None else scale)
-        return len(self.channels) - 1
-
-    def block(self, x, kernel, aux):
-        """Gated residual block (PixelCNN++): convolution, auxiliary inputs and embedding by 1x1, convolution, gate."""
-        point = dict(POINT, activation="concat_elu")
-        aux = aux + [e for e in self.embeddings if self.scale[e] == self.scale[x]]
-        hidden = self.add([(x, dict(kernel, activation="concat_elu")), *((node, point) for node in aux)])
-        gate = dict(kernel, activation="concat_elu", gain=0.1, dropout=self.dropout)
-        return self.add([(hidden, gate)], residual=x)
-
-    def size(self, node, size):
-        """(H, W) of a node when the input's is `size`."""
-        scale = self.scale[node]
-        return tuple(s >> scale if scale >= 0 else s << -scale for s in size)
+        self.conditional = conditional
+        self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), exact=True)
+        self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), exact=True)
+        self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), exact=True)
+        reaches = (VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL)
+        nr_aux = (conditional, 1 + conditional)  # the embedding; h also reads v
+        self.stages = nn.ModuleList(
+            Stage(layout, i, filters, dropout, reaches, nr_aux) for i in range(len(layout)))
+        self.head = Conv(filters, c_out, **POINT, gain=0.03, exact=True)
 
     def forward(self, x, embeddings=()):
-        """x: (N, C, H, W), embeddings as the embedding network returns them -> list of (N, C_out, H', W')."""
-        nodes, read, parts = [x, *embeddings[: len(self.embeddings)]], {}, []
-        for i, layer in enumerate(self.layers, self.nodes_given):
-            for node, conv in zip(layer.sources, layer.convs):
-                if (node, conv.activation) not in read:
-                    read[node, conv.activation] = ACTIVATIONS[conv.activation](nodes[node])
-                parts.append(conv(read[node, conv.activation], self.size(i, x.shape[2:])))
-            y, parts = functools.reduce(torch.add, parts), []
-            nodes.append(y if layer.residual is None else layer.finish(y, nodes[layer.residual]))
-            for node in () if torch.is_grad_enabled() else self.free_after.get(i, ()):  # nobody reads it any more
-                nodes[node] = None
-                read = {key: value for key, value in read.items() if key[0] != node}
-        return [nodes[i] for i in self.outputs]
+        """x: (N, C_in, H, W); embeddings: of the resolutions 1, 1/2, 1/4, .. -> (N, C_out, H,
+        W)."""
+        v = self.v_first(x)
+        h = self.h_above(x) + self.h_left(x)
+        made = {}  # resolution -> the outputs of the last stage there
+        for stage in self.stages:
+            skips = made.get(stage.scale, [])
+            made[stage.scale] = []
+            embedding = [concat_elu(embeddings[stage.scale])] if self.conditional else []
+            if stage.enter:
+                v_enter, h_enter = stage.enter
+                v, h = v_enter(v), h_enter(h)
+            for vertical, horizontal in stage.blocks:
+                v_skip, h_skip = [], []
+                if skips:
+                    v_skip, h_skip = [[concat_elu(skip)] for skip in skips.pop()]
+                v = vertical(v, *v_skip, *embedding)
+                h = horizontal(h, concat_elu(v), *h_skip, *embedding)
+                made[stage.scale].append((v, h))
+        return self.head(F.elu(h))
 
 
-# --- The model: a chain of psi, a factor for each level --------------------------------------------------------------
+class EmbeddingNet(nn.Module):
+    """The embedding f_w(X^) (Sec. 3.3): one stream of ordinary convolutions, as X^ is known whole.
+
+    The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
+    output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
+    """
+
+    def __init__(self, c_in, layout, filters, dropout):
+        super().__init__()
+        self.first = Conv(c_in, filters, **ORDINARY, exact=True)
+        self.stages = nn.ModuleList(
+            Stage(layout, i, filters, dropout, [ORDINARY], [0]) for i in range(len(layout)))
+
+    def forward(self, x_hat):
+        """(N, C_in, H^, W^) -> the last outputs, finest first: (N, F, H, W), (N, F, H/2, W/2),
+        .."""
+        y = self.first(x_hat)
+        made, last = {}, {}
+        for stage in self.stages:
+            skips = made.get(stage.scale, [])
+            made[stage.scale] = []
+            for enter in stage.enter:
+                y = enter(y)
+            for (block,) in stage.blocks:
+                skip = [concat_elu(skips.pop())] if skips else []
+                y = block(y, *skip)
+                made[stage.scale].append(y)
+            last[stage.scale] = y
+        return [last[scale] for scale in sorted(last)]
+
+
+# --- The model: a chain of views, a factor for each --------------------------------------------
+
+
+@dataclasses.dataclass
+class View:
+    """One of the X_i. psi: what makes the next coarser view from it; None: there is none."""
+
+    shape: tuple  # (C, H, W)
+    levels: int
+    label: str = ""
+    psi: Psi | None = None
+
+    @property
+    def name(self):
+        return f"{self.label} {self.shape[1]}x{self.shape[2]}".strip()
+
+
+def make_views(config):
+    """The views of a model, coarsest first, X last."""
+    halvings = config.halvings
+    if halvings < 0:
+        halvings = max(0, int(math.log2(min(config.size) / 8)))
+    views = [View((3, *config.size), config.levels)]
+    for kind in MODELS[config.model]:
+        for _ in range(halvings if kind is Half else 1):
+            channels, height, width = views[0].shape
+            psi = kind(channels, views[0].levels)
+            views[0].psi = psi
+            shape = (psi.channels_out, height // psi.cell, width // psi.cell)
+            views.insert(0, View(shape, psi.levels_out, psi.label or views[0].label))
+    return views
 
 
 class Factor(nn.Module):
-    """p(x) or p(x | x_hat): a causal network, a head and, if conditional, an embedding network.
+    """p(x), or p(x | x_hat), of a view x: a causal network, a head, and for x_hat an embedding.
 
-    psi: the function that x_hat is made with, or None; it chooses the networks.
+    light: the causal network is the pyramid's small one in place of PixelCNN++.
     """
 
-    def __init__(self, config, psi, levels, shape):
+    def __init__(self, config, view, light):
         super().__init__()
-        self.shape, self.levels, self.psi, self.embed, c = shape, levels, psi, None, shape[0]
-        self.Head = LogisticMixture if c == 3 else Categorical
-        light = any(kind.light for kind in ([psi] if psi else MODELS[config.model][-1:]))  # coarsest: as the last psi
-        n = config.nr_resnet_cond if psi else config.nr_resnet  # residual blocks a stage, or a whole layout
-        full = (n, "down", n, "down", n, n, "up", n, "up", n) if isinstance(n, int) else n  # PixelCNN++'s six stages
-        if psi:
-            self.embed = Network((psi.channels or c) + 1, 0, config.embedding if light else full, config.nr_filters,
-                                 causal=False, dropout=config.dropout)
-        layout = (config.nr_light,) if light else full
-        depth = max(itertools.accumulate({"down": 1, "up": -1}.get(stage, 0) for stage in layout))  # times halved
-        self.net = Network(c + 1, config.nr_logistic_mix * 10 if c == 3 else levels, layout, config.nr_filters, True,
-                           1 + depth if psi else 0, config.dropout, config.look_right or not light)
-        # H and W of x must be multiples of this: for the resampling of the causal network and of f_w
-        self.multiple = max(2 ** max(self.net.scale), psi.cell * 2 ** max(self.embed.scale) if psi else 1)
+        self.view, self.embed, psi = view, None, view.psi
+        channels, filters, dropout = view.shape[0], config.nr_filters, config.dropout
+        layout, strides = config.layout, []
+        if psi is not None:
+            layout = config.layout_cond
+            layout_embed = config.layout_embed if psi.cell > 1 else layout
+            self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
+            strides += [psi.cell * 2**scale for scale, _ in layout_embed]
+        if light:
+            layout = config.layout_light
+        strides += [2**scale for scale, _ in layout]
+        self.multiple = max(strides)  # of which the height and the width of x must be multiples
 
-    dtype = property(lambda self: self.net.layers[0].convs[0].v.dtype)
-    device = property(lambda self: self.net.layers[0].convs[0].v.device)
+        self.Head, nr_params = Categorical, view.levels
+        if channels == 3:
+            self.Head, nr_params = LogisticMixture, 10 * config.nr_logistic_mix
+        self.net = CausalNet(channels + 1, nr_params, layout, filters, dropout,
+                             conditional=psi is not None, look_right=config.look_right or not light)
 
-    def at_once(self, room=None):
-        """How many images a forward pass, or f_w and the sampler's buffers, fit into `room` bytes; default: 4 GiB, on
-        CUDA half of what is free."""
-        if room is None:
-            room = torch.cuda.mem_get_info(self.device)[0] / 2 if self.device.type == "cuda" else 2**32
-        values = sum(channels * math.prod(self.net.size(i, self.shape[1:]))
-                     for i, channels in enumerate(self.net.channels))
-        return max(1, int(room / (2 * values * torch.finfo(self.dtype).bits // 8)))
+    @property
+    def weight(self):
+        """One of the weights, for its dtype and device."""
+        return self.net.head.v
+
+    @property
+    def at_once(self):
+        """How many images to take at once, so that activations stay within some 4 GiB."""
+        channels = sum(conv.v.shape[1] for conv in self.net.modules() if isinstance(conv, Conv))
+        return min(256, max(1, 2**30 // (channels * math.prod(self.view.shape[1:]))))
 
     def planes(self, x, levels):
-        """uint8 (N, C, H, W) -> [-1, 1] and a plane of ones, which tells the image from the padding: (N, C+1, H, W)."""
-        x = to_unit(x, levels, self.dtype)
-        return torch.cat([x, torch.ones_like(x[:, :1])], 1).contiguous(memory_format=torch.channels_last)
+        """uint8 (N, C, H, W) -> -1 .. 1 and a plane of ones, which tells the image from the zeros
+        around it: (N, C + 1, H, W)."""
+        x = to_unit(x, levels, self.weight.dtype)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def embeddings(self, x_hat):
-        """f_w(x_hat): features (N, F, H / 2^i, W / 2^i), finest first; () for an unconditional factor."""
-        return self.embed(self.planes(x_hat, self.psi.levels_out)) if self.embed is not None else ()
+        """f_w(x_hat), by resolution, finest first; [] of an unconditional factor."""
+        if self.embed is None:
+            return []
+        return self.embed(self.planes(x_hat, self.view.psi.levels_out))
 
-    def head(self, x, x_hat=None):
-        """The distribution of every pixel of x given the pixels before it and x_hat."""
-        params = self.net(self.planes(x, self.levels), self.embeddings(x_hat))[0]
-        return self.Head(params, self.levels)
+    def params(self, x, embeddings):
+        """The parameters of every pixel's distribution, (N, P, H, W), given the pixels before
+        it."""
+        return self.net(self.planes(x, self.view.levels), embeddings)
 
-    def log_prob(self, x, x_hat=None, tight=False):
-        """x: uint8 (N, C, H, W), x_hat = psi(x) -> nats per image, (N,)."""
-        bounds = self.psi.bounds(x, x_hat) if tight and self.psi is not None else None
-        return self.head(x, x_hat).log_prob(x, bounds).flatten(1).sum(1)
+    def head(self, params, shift=0.0):
+        return self.Head(params, self.view.levels, shift)
+
+    def forward(self, x, x_hat=None, tight=False):
+        """log p(x | x_hat), nats per image, (N,). x: uint8 (N, C, H, W); x_hat = psi(x), or None.
+
+        tight: of the distribution that is cut to what x_hat leaves possible.
+        """
+        head = self.head(self.params(x, self.embeddings(x_hat)))
+        bounds = self.view.psi.bounds(x, x_hat) if tight and self.view.psi is not None else None
+        return head.log_prob(x, bounds).flatten(1).sum(1)
+
+
+class Draw:
+    """Where a sampler gets its pixels: from noise, so that images are a function of it.
+
+    draw(head, rows, columns, interval) -> levels, int64 (n P, C, 1, 1), of P pixels in each of n
+    images, of which `head` has the distributions, (n P, .., 1, 1). (A decoder of compressed images
+    can take its place.)
+    """
+
+    def __init__(self, noise, mode="random"):
+        """noise: uniform in (0, 1), float64 (n, 2 C, H, W)."""
+        self.noise, self.mode = noise, mode
+
+    def __call__(self, head, rows, columns, interval):
+        noise = self.noise[:, :, rows, columns].transpose(1, 2).flatten(0, 1)  # (n P, 2 C)
+        return head.sample(noise[:, :, None, None], self.mode, interval)
+
+
+def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
+    """Sampling as it is defined: pixel by pixel, with a pass of the whole network for each.
+
+    -> uint8 (n, C, H, W). sample_fast, further down, samples the same.
+    """
+    channels, height, width = factor.view.shape
+    x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.weight.device)
+    embeddings = factor.embeddings(x_hat)
+    for r, c in itertools.product(range(height), range(width)):
+        pixel = x[:, :, r : r + 1, c : c + 1]
+        params = factor.params(x, embeddings)[:, :, r : r + 1, c : c + 1]
+
+        def interval(drawn):
+            """(lo, hi) of the channel after those drawn."""
+            for channel, value in enumerate(drawn):
+                pixel[:, channel : channel + 1] = value
+            lo, hi = factor.view.psi.bounds(x, x_hat)
+            here = np.s_[:, len(drawn) : len(drawn) + 1, r : r + 1, c : c + 1]
+            return lo[here], hi[here]
+
+        head = factor.head(params.double(), shift)
+        pixel[:] = draw(head, [r], [c], interval if tight else None)
+        if progress:
+            progress(n)
+    return x
 
 
 class PixelAux(nn.Module):
-    """p(X, psi(X), ..): see the top of the file. Made by `build`; `config` and `chain` are public."""
+    """p(X_0, X_1, ..), see the top of the file. `build` makes it. Lists are coarsest first."""
 
     def __init__(self, config):
         super().__init__()
-        # On CUDA, too, evaluation, sampling and codec are float32 throughout, and the same each time.
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
-        self.config, self.chain, self.shapes, self.levels = config, [], [(3, *config.size)], [config.levels]
-        scales = config.scales if config.scales >= 0 else (min(config.size) // 8).bit_length() - 1
-        for kind in MODELS[config.model]:  # chain: finest first; shapes and levels: of X_0, X_1, ..
-            for _ in range(scales if kind is Half else 1):
-                psi, (c, h, w) = kind(self.levels[-1]), self.shapes[-1]
-                self.chain.append(psi)
-                self.shapes.append((psi.channels or c, h // psi.cell, w // psi.cell))
-                self.levels.append(psi.levels_out)
+        self.config, self.views = config, make_views(config)
+        self.dims = math.prod(self.views[-1].shape)
+        names = [view.name for view in self.views]
+        self.names = names[:1] + [f"{x} | {x_hat}" for x_hat, x in itertools.pairwise(names)]
+        self.factors = nn.ModuleList()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            of = zip([*self.chain, None], self.levels, self.shapes)
-            self.factors = nn.ModuleList(Factor(config, *each) for each in reversed(list(of)))  # coarsest first
-        need = max(factor.multiple * math.prod(psi.cell for psi in self.chain[:i])
-                   for i, factor in enumerate(reversed(self.factors)))
-        if min(config.size) < need or any(s % need for s in config.size):
-            raise Problem(f"size {'x'.join(map(str, config.size))} does not fit model {config.model}: "
+            for view in self.views:
+                kinds = [view.psi] if view.psi else MODELS[config.model][-1:]
+                light = any(kind.cell > 1 for kind in kinds)  # the coarsest view: as the last psi's
+                self.factors.append(Factor(config, view, light))
+        self.check_size()
+
+    def check_size(self):
+        need, cell = 1, 1  # cell: how many pixels of X, in height, one of the view stands for
+        for factor in reversed(self.factors):
+            need = max(need, cell * factor.multiple)
+            cell *= factor.view.psi.cell if factor.view.psi else 1
+        height, width = self.config.size
+        if min(height, width) < need or height % need or width % need:
+            raise Problem(f"size {height}x{width} does not fit model {self.config.model}: "
                           f"height and width must be multiples of {need}")
-        self.dims = 3 * config.size[0] * config.size[1]
-        names = [f"{'gray ' * (c == 1)}{h}x{w}" for c, h, w in self.shapes]
-        self.names = [" | ".join(names[k : k + 2]) for k in reversed(range(len(names)))]  # of the factors
 
-    device = property(lambda self: self.factors[0].device)
+    @property
+    def device(self):
+        return self.factors[0].weight.device
 
-    def levels_of(self, x, given=False):
-        """[X_K, .., X_1, X], coarsest first, of x: uint8 (N, 3, H, W); given: of x of any level, told by its shape, the
-        last of the list. Raises Problem."""
-        shapes, what = (self.shapes, "given: ") if given else (self.shapes[:1], "")
-        if x.dtype != torch.uint8 or tuple(x.shape[1:]) not in shapes:
-            raise Problem(f"{what}expected uint8 images (N, C, H, W), (C, H, W) one of {shapes}, "
-                          f"got {x.dtype} {tuple(x.shape)}")
-        i = shapes.index(tuple(x.shape[1:]))
-        if self.levels[i] < 256 and int(x.max()) >= self.levels[i]:
-            raise Problem(f"{what}levels up to {int(x.max())}, expected 0..{self.levels[i] - 1}")
-        return list(itertools.accumulate(self.chain[i:], lambda level, psi: psi(level), initial=x))[::-1]
+    def check(self, x, k):
+        """x, tensor or array, as images of view k on the model's device. Raises Problem."""
+        if isinstance(x, np.ndarray):
+            x = torch.from_numpy(np.require(x, requirements=("C", "W")))
+        view = self.views[k]
+        if x.dtype != torch.uint8 or tuple(x.shape[1:]) != view.shape or len(x) == 0:
+            expected = ", ".join(map(str, view.shape))
+            got = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+            raise Problem(f"expected images of {view.name}: uint8 (N, {expected}) with N > 0, "
+                          f"got {got}")
+        top = view.levels - 1
+        if top < 255 and int(x.max()) > top:
+            raise Problem(f"expected levels 0..{top} of {view.name}, got {int(x.max())}")
+        return x.to(self.device)
+
+    def views_of(self, x, k=-1):
+        """[X_K, .., x] of images x of view k, -1 being X: coarsest first, uint8 (N, C, H, W)
+        each."""
+        k = k % len(self.views)
+        views = [self.check(x, k)]
+        for view in self.views[k:0:-1]:
+            views.insert(0, view.psi(views[0]))
+        return views
 
     def pairs(self, x):
-        """[(X_K, None), (X_{K-1}, X_K), .., (X, X_1)] of x: of each factor, what it models and what it is given."""
-        levels = self.levels_of(x)
-        return list(zip(levels, [None, *levels]))
+        """Of each factor what it models and what it is given: [(X_K, None), .., (X, X_1)]."""
+        views = self.views_of(x)
+        return list(zip(views, [None, *views]))
 
     def log_prob_factors(self, x, tight=False):
-        """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], coarsest first, nats per image, each (N,).
+        """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], nats per image, (N,) each.
 
-        tight=True: every factor is conditioned on what x_hat leaves possible; the sum is then log p(X) itself.
+        tight: factors are cut to what their x_hat leaves possible; the sum is then log p(X) itself.
         """
-        return [factor.log_prob(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
+        return [factor(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
 
     def log_prob(self, x, tight=False):
-        """x: uint8 (N, 3, H, W) -> log p(X, psi(X), ..), a lower bound on log p(X) (tight: equal), nats, (N,)."""
+        """x: uint8 (N, 3, H, W) -> log p(X, X_1, ..), at most log p(X) (tight: equal to it), nats
+        per image, (N,)."""
         return sum(self.log_prob_factors(x, tight))
 
     @torch.no_grad()
-    def initialise(self, x, factors=None):
-        """Data-dependent initialisation of all factors (or those numbered) on a batch x: uint8 (N, 3, H, W)."""
-        pairs = self.pairs(x)
-        for k in range(len(self.factors)) if factors is None else factors:
-            for module in self.factors[k].modules():
-                if isinstance(module, Conv):
-                    module.initialise = True  # in the next pass
-            self.factors[k].log_prob(*pairs[k])
-            self.factors[k].Head.start(self.factors[k].net.layers[-1].convs[0].b)
+    def initialise(self, x, k=None):
+        """Data-dependent initialisation on images x, uint8 (N, 3, H, W), of factor k, or of all."""
+        for j, pair in enumerate(self.pairs(x)):
+            if k is None or j == k:
+                with evaluating(self):  # without dropout
+                    data_dependent_init(self.factors[j], *pair)
+                self.factors[j].Head.start(self.factors[j].net.head.b)
 
-    @torch.no_grad()
-    def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True, progress=None,
-               until=None):
-        """n images at every level: list of uint8 (n, C, H, W), coarsest first, X last. The model may be in any mode.
+    def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
+               given_view=None, until=None, progress=None):
+        """n images of every view: list of uint8 (n, C, H, W), coarsest first, X last.
 
-        mode: "random" (ancestral) or "map" (Sec. 4.2); shift is added to the log-scales; tight=True keeps every
-        sample consistent, psi(sample) = x_hat. given: uint8 images of one level, (n, C, h, w), told by its shape;
-        coarser levels are computed from them, finer ones sampled. The images are a function of the weights and the
-        seed. Not fast: for each pixel p in raster order, x[p] = (factor.head(x, x_hat) at p).sample(noise[p]), the
-        oracle; `fast` computes every activation once and gives the same. progress: called with the number of pixels
-        just done. until: sample that many levels only. Memory: f_w, its projections and the buffers of one factor, for
-        chunks of images that keep it under about 4 GiB (on CUDA: half of what is free).
+        They are a function of the weights, the seed and the image's number. mode: "random"
+        (ancestral) or "map" (Sec. 4.2). shift: added to the log-scales. tight: each view is psi of
+        the next. given: images of some view, (n, C, h, w), from which the coarser ones are computed
+        and the finer ones sampled; given_view: its number, where the shape does not tell.
+        fast=False: by sample_naive. until: that many views only. progress: is called with the
+        pixels just done.
         """
-        if n < 1:
-            raise Problem(f"expected 1 image or more, got {n}")
-        if mode not in ("random", "map"):
-            raise Problem(f"unknown mode {mode!r}: expected random or map")
-        if given is not None and len(given) != n:
-            raise Problem(f"given: expected {n} images, got {len(given)}")
-        training, done = self.training, [] if given is None else self.levels_of(given.to(self.device), given=True)
-        self.eval()
+        if n < 1 or (given is not None and len(given) != n):
+            got = f"n = {n}" if given is None else f"n = {n} and {len(given)} given"
+            raise Problem(f"expected n of 1 or more, and as many images if any are given, got {got}")
+        one_of("mode", mode, ("random", "map"))
+        views = [] if given is None else self.views_of(given, self.view_like(given, given_view))
+        sampler = sample_fast if fast else sample_naive
+        with evaluating(self):
+            for k in range(len(views), until or len(self.views)):
+                factor, images = self.factors[k], []
+                for some in torch.arange(n).split(factor.at_once):
+                    x_hat = views[-1][some] if views else None
+                    noise = noise_for(seed, k, some, self.views[k].shape).to(self.device)
+                    draw, cut = Draw(noise, mode), tight and k > 0
+                    images.append(sampler(factor, len(some), x_hat, draw, cut, shift, progress))
+                views.append(torch.cat(images))
+        return views
+
+    def view_like(self, x, k=None):
+        """The number of the view of which x are images: k, or by their shape. Raises Problem."""
+        alike = [j for j, view in enumerate(self.views) if tuple(x.shape[1:]) == view.shape]
+        if k not in range(len(self.views)) if k is not None else len(alike) != 1:
+            views = ", ".join(f"{j}: {view.name} {view.shape}" for j, view in enumerate(self.views))
+            raise Problem(f"given images (N, C, H, W) are {tuple(x.shape)}: expected the shape of "
+                          f"one view, or its number, given_view, where several are alike: {views}")
+        return alike[0] if k is None else k
+
+
+def noise_for(seed, k, images, shape):
+    """Uniform noise for samples of factor k, float64 (n, 2 C, H, W); images: their numbers."""
+    channels, height, width = shape
+    generators = [np.random.default_rng((seed, k, int(i))) for i in images]
+    noise = np.stack([generator.random((2 * channels, height, width)) for generator in generators])
+    return torch.from_numpy(noise).clamp_(1e-16)
+
+
+IN_TURN = threading.RLock()  # what `evaluating` changes belongs to all threads
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode, without gradients and autocast; on CUDA full float32, the same each time.
+    Everything is put back in the end; several threads come in turn."""
+    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with IN_TURN, cudnn, torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
         try:
-            for k in range(len(done), until or len(self.factors)):
-                factor = self.factors[k]
-                c, h, w = factor.shape
-                generator = torch.Generator().manual_seed(1_000_003 * seed + k)
-                noise = torch.rand(n, h * w, 2 * c, generator=generator, dtype=torch.float64).clamp_(1e-16)
-                x_hat, images = done[-1] if done else None, []
-                for part in torch.arange(n).split(factor.at_once()):
-                    draw = Draw(noise[part].to(self.device), mode)  # both in the last section
-                    decoder = Decoder(factor, len(part), None if x_hat is None else x_hat[part], shift, tight, fast)
-                    images.append(decoder.run(draw, progress))
-                done.append(torch.cat(images))
+            yield
         finally:
-            self.train(training)
-        return done
+            for module, training in modes:
+                module.training = training
 
 
 def build(name, size, preset="tiny", seed=0, **overrides):
-    """The model `name` ("pixelcnn", "grayscale", "pyramid", "grayscale-pyramid") for images of `size` (int or (H, W)).
+    """The model `name` of MODELS for images X of `size`, H = W or (H, W): an nn.Module.
 
-    preset: "tiny", "small", "cifar10" or "celeba"; overrides: fields of Config. Weights are a function of the seed;
-    call `initialise` on a batch of images before training. Raises Problem, a ValueError.
+    preset: one of PRESETS; overrides: fields of Config. The weights are a function of the seed;
+    call `initialise` on some images before training. Raises Problem, a ValueError.
     """
     size = (size, size) if isinstance(size, int) else tuple(size)
     return PixelAux(make_config(model=name, size=size, preset=preset, seed=seed, **overrides))
 
 
-# --- Data: uint8 (N, H, W, 3) arrays, which stay bytes until they are on the device ----------------------------------
+# --- Data: uint8 (N, H, W, 3) ------------------------------------------------------------------
 
 
 class Shapes:
-    """Built-in images whose probability is known: a coloured shape on a coloured ground, and independent noise.
+    """Built-in images whose probability is known: a woven shape on a woven ground, and noise.
 
-    A configuration (square, disc, triangle or cross; centre, radius, two colours) is drawn uniformly, then every
-    sub-pixel gets noise from a logistic with a scale of 0.25 levels, discretised and cut off at `bound`. Colours are
-    more than 2 bound apart in some channel, so that the configuration can be read off the image, and log p(X) is
-    exact: -log(number of configurations) + sum log pmf(noise).
+    A configuration is a mask (square, cross, triangle or ring, and its centre), a pair of colours
+    and a weave (rows, columns or checks). Drawn uniformly, it fixes a clean image. Then every
+    sub-pixel gets its own noise: a logistic, rounded to levels and cut off at `bound`.
+
+    A clean pixel has one of six values: three colours, light or dark. Any two of them are more
+    than 2 bound apart in some channel, so that the noise cannot hide the configuration, and
+
+        log p(X) = -log_configurations + sum over the sub-pixels of log pmf(noise)
+
+    is exact. Masks are made of cells of 2x2 pixels, and the weave averages out in every cell: the
+    half-resolution view has the mask and the colours, and leaves the weave to p(X | X_1).
     """
 
-    palette = np.array([[215, 55, 45], [50, 150, 70], [50, 90, 205], [240, 195, 55]], np.int16)
-    pairs = np.array(list(itertools.permutations(range(4), 2)))  # ground, shape
-    bound = 3
+    # red, yellow, blue
+    palette = np.array([[174, 81, 81], [174, 174, 81], [81, 81, 174]], np.int16)
+    pairs = np.array(list(itertools.permutations(range(3), 2)))  # colours of ground and shape
+    contrast = 41  # of the weave: levels from a colour up to light and down to dark
+    scale, bound = 6.0, 40  # of the noise, in levels
 
     def __init__(self, size):
-        h, w = size[0] // 2, size[1] // 2  # shapes have pixels of 2x2: their half-resolution view is sharp
-        self.size, side = size, min(h, w)
-        if side < 6 or any(s % 2 for s in size):
-            raise Problem(f"--size {size[0]}x{size[1]}: shapes need an even height and width of 12 or more")
-        step = max(1, side // 16)
-        radius, cy, cx = np.array([
-            (radius, cy, cx) for radius in range(max(2, side // 8 + 1), side // 4 + 2, step)
-            for cy in range(radius, h - radius, step) for cx in range(radius, w - radius, step)]).T[:, :, None, None]
-        dy, dx = np.arange(h)[:, None] - cy, np.arange(w) - cx
-        square = np.maximum(abs(dy), abs(dx)) <= radius
-        disc = dy * dy + dx * dx <= radius * radius + radius
-        triangle = square & (2 * abs(dx) <= dy + radius)
-        cross = square & (np.minimum(abs(dy), abs(dx)) <= radius // 3)
-        masks = np.concatenate([square, disc, triangle, cross])
-        self.masks = masks.repeat(2, 1).repeat(2, 2)  # bool (places, H, W): where the shape is
-        self.log_configurations = math.log(len(self.masks) * len(self.pairs))
-        edges = 1 / (1 + np.exp(-(np.arange(-self.bound, self.bound + 2) - 0.5) / 0.25))
-        self.pmf = np.diff(edges) / (edges[-1] - edges[0])  # of noise -bound..bound
+        (h, w), side = size, min(size)
+        if side < 12 or h % 2 or w % 2:
+            raise Problem(f"--size {h}x{w}: shapes need an even height and width of 12 or more")
+        self.size, radius = (h, w), 2 * max(1, side // 16)  # in cells
+        ys, xs = (range(radius + 1, s // 2 - radius, radius // 2) for s in size)  # off the border
+        y, x = np.array(list(itertools.product(ys, xs))).T[:, :, None, None]
 
-    def clean(self, place, pair):
-        """Noiseless images, int16 (N, H, W, 3), of the configurations with these indices, (N,)."""
-        ground, shape = self.palette[self.pairs[pair].T][:, :, None, None]
-        return np.where(self.masks[place][..., None], shape, ground)
+        # From the centre, a corner between four cells, to the middle of each cell.
+        dy, dx = np.arange(h // 2)[:, None] + 0.5 - y, np.arange(w // 2) + 0.5 - x
+        square = np.maximum(abs(dy), abs(dx)) < radius
+        cross = square & (np.minimum(abs(dy), abs(dx)) < radius / 2)
+        triangle = square & (2 * abs(dx) < dy + radius + 1)
+        ring = square & (np.maximum(abs(dy), abs(dx)) > radius / 2)
+        self.cells = np.concatenate([square, cross, triangle, ring])  # (M, H/2, W/2): masks
+        self.masks = self.cells.repeat(2, 1).repeat(2, 2)  # (M, H, W)
+
+        row, column = np.indices(size)
+        odd = np.stack([row, column, row + column]) % 2 == 1
+        self.weaves = np.concatenate([odd, ~odd])  # (6, H, W): where it is dark
+        shades = np.array([[self.contrast], [-self.contrast]], np.int16)
+        self.values = (self.palette[:, None] + shades).reshape(-1, 3)  # number 2 colour + dark
+        self.log_configurations = math.log(len(self.masks) * len(self.pairs) * len(self.weaves))
+
+        edges = np.arange(-self.bound, self.bound + 2) - 0.5
+        cdf = 1 / (1 + np.exp(-edges / self.scale))
+        self.pmf = np.diff(cdf) / (cdf[-1] - cdf[0])  # of noise -bound..bound
 
     def sample(self, n, seed):
         """uint8 (n, H, W, 3), a function of the seed (an int or a sequence of ints)."""
         rng = np.random.default_rng(seed)
-        pair, place = rng.integers(len(self.pairs), size=n), rng.integers(len(self.masks), size=n)
-        uniform = rng.random((n, *self.size, 3), np.float32)
+        parts = self.masks, self.pairs, self.weaves
+        mask, pair, weave = (rng.integers(len(part), size=n) for part in parts)
+        clean = self.values[2 * self.colours(self.masks[mask], pair) + self.weaves[weave]]
+        uniform = rng.random(clean.shape, np.float32)
         noise = np.searchsorted(self.pmf.cumsum()[:-1], uniform, side="right") - self.bound
-        return (self.clean(place, pair) + noise).astype(np.uint8)
+        return (clean + noise).astype(np.uint8)
+
+    def colours(self, masks, pair):
+        """Number of each pixel's colour, (N, H, W): of masks (N, H, W) in pairs (N,)."""
+        ground, shape = self.pairs[pair].T[:, :, None, None]
+        return np.where(masks, shape, ground)
+
+    def fit(self, colour, masks):
+        """The colours, (N, H, W), of the mask and pair that agree with `colour` on most pixels."""
+        numbers = np.arange(len(self.palette))[:, None]
+        has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)
+        inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)  # (N, colours, M)
+        outside = has.sum(2, keepdims=True) - inside
+        ground, shape = self.pairs.T
+        agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
+        pair, mask = np.divmod(agree.reshape(len(colour), -1).argmax(1), len(masks))
+        return self.colours(masks[mask], pair)
 
     def decode(self, x):
-        """x: uint8 (N, H, W, 3) -> the noise that x would be, int (N, H, W, 3), around its best configuration."""
+        """x: uint8 (N, H, W, 3) -> the noise that x would be around its best configuration."""
         x = np.asarray(x).astype(np.int16)
-        nearest = abs(x[:, None] - self.palette[:, None, None]).sum(-1).argmin(1)  # (N, H, W): which colour
-        seen = (nearest.reshape(len(x), 1, -1) == np.arange(len(self.palette))[:, None]).astype(np.float32)
-        inside = seen @ self.masks.reshape(len(self.masks), -1).T.astype(np.float32)  # (N, colours, places)
-        ground, shape = self.pairs.T
-        agree = inside[:, shape] + (seen.sum(2, keepdims=True) - inside)[:, ground]  # pixels, (N, pairs, places)
-        pair, place = np.divmod(agree.reshape(len(x), -1).argmax(1), len(self.masks))
-        return x - self.clean(place, pair)
+        colour, dark = np.divmod(nearest(x, self.values), 2)
+        weave = (dark[:, None] == self.weaves).sum((2, 3)).argmax(1)
+        return x - self.values[2 * self.fit(colour, self.masks) + self.weaves[weave]]
+
+    def decodable(self, x, share=0.98):
+        """bool (N,): is this share of the sub-pixels within the noise of one configuration?"""
+        return (abs(self.decode(x)) <= self.bound).mean((1, 2, 3)) >= share
 
     def log_prob(self, x):
         """True log p(X) of uint8 (N, H, W, 3), nats (N,); -inf where X is impossible."""
-        far = self.bound + 1
-        log_pmf = np.pad(np.log(self.pmf), 1, constant_values=-np.inf)  # of noise -far..far
-        return log_pmf[self.decode(x).clip(-far, far) + far].sum((1, 2, 3)) - self.log_configurations
+        return log_pmf_of(self.decode(x), self.pmf) - self.log_configurations
 
-    def decodable(self, x, share=0.98):
-        """bool (N,): at least this share of the sub-pixels within the noise of one configuration."""
-        return (abs(self.decode(x)) <= self.bound).mean((1, 2, 3)) >= share
+    def log_prob_half(self, x_hat):
+        """True log p(X_1) of X_1 = Half(X), uint8 (N, H/2, W/2, 3), nats (N,); -inf likewise.
+
+        The four sub-pixels of a cell are colour + noise, the weave cancels, and Half makes of them
+        colour + (sum of the four noises + 2) // 4: again a colour with independent noise.
+        """
+        x_hat, four = np.asarray(x_hat).astype(np.int16), np.ones(1)
+        for _ in range(4):
+            four = np.convolve(four, self.pmf)  # pmf of a sum of noises
+        total = np.arange(-4 * self.bound, 4 * self.bound + 1)
+        pmf = np.bincount((total + 2) // 4 + self.bound, four)  # of (total + 2) // 4
+        noise = x_hat - self.palette[self.fit(nearest(x_hat, self.palette), self.cells)]
+        return log_pmf_of(noise, pmf) - self.log_configurations + math.log(len(self.weaves))
+
+
+def nearest(x, values):
+    """Number of the value, (K, 3), that each pixel of x, (N, H, W, 3), is nearest to: (N, H, W)."""
+    return np.stack([abs(x - value).max(3) for value in values]).argmin(0)  # in the worst channel
+
+
+def log_pmf_of(noise, pmf):
+    """Log probability of noise, (N, H, W, 3), summed: (N,). pmf: of -bound..bound."""
+    far = len(pmf) // 2 + 1  # impossible, as is all beyond
+    log_pmf = np.pad(np.log(pmf), 1, constant_values=-np.inf)
+    return log_pmf[noise.clip(-far, far) + far].sum((1, 2, 3))
 
 
 @dataclasses.dataclass
 class Dataset:
-    """train, test: uint8 (N, H, W, 3), arrays or torch's Subsets of one; train: also a tensor, or None where images are
-    made on the fly, from `shapes`."""
+    """train, test: uint8 (N, H, W, 3), arrays or Rows; train is None if `shapes` makes images on
+    the fly. flip: whether mirror images are as good. fingerprint: of the training set."""
 
     train: object
     test: object
     flip: bool = False
+    fingerprint: str = ""
     shapes: Shapes | None = None
 
-    def batch(self, step, n, seed):
-        """Training batch number `step` as uint8 (n, 3, H, W), a function of (step, n, seed)."""
+    def batch(self, step, n, seed, flip=False):
+        """Batch number `step` for training, uint8 (n, 3, H, W): a function of the arguments."""
         if self.train is None:
-            return to_tensor(self.shapes.sample(n, [*seed, step]))
-        size, rows = len(self.train), range(step * n, (step + 1) * n)
-        index = np.array([permutation((*seed, row // size), size)[row % size] for row in rows])
-        flips = np.random.default_rng([*seed, step, 1]).random(n) < 0.5 * self.flip
-        if isinstance(self.train, torch.Tensor):
-            index, flips = (upload(torch.from_numpy(x), self.train.device) for x in (index, flips))
-        images = to_tensor(self.train[index])
-        return torch.where(torch.as_tensor(flips)[:, None, None, None], images.flip(3), images)
+            return to_tensor(self.shapes.sample(n, (*seed, step)))
+        rows = []
+        for i in range(step * n, (step + 1) * n):
+            epoch, place = divmod(i, len(self.train))
+            rows.append(permutation((*seed, epoch), len(self.train))[place])
+        images = to_tensor(self.train[np.array(rows)])
+        if flip:
+            mirrored = torch.from_numpy(np.random.default_rng((*seed, step)).random(n) < 0.5)
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        return images
 
 
 @functools.lru_cache(2)
 def permutation(seed, n):
-    """Of 0..n-1, a function of the seed."""
+    """Of 0 .. n - 1, a function of the seed."""
     return np.random.default_rng(seed).permutation(n)
 
 
-def current(device):
-    """A context in which the device is the current one of its kind: kernels, graphs and pinned memory belong to it."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+class Rows:
+    """Some rows of an array, taken as they are asked for: a memory map's images stay on disk."""
+
+    def __init__(self, images, rows):
+        self.images, self.rows = images, np.asarray(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.images[self.rows[index]]
 
 
-def upload(x, device):
-    """x on the device, without the host waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+def digests(images, seed=0):
+    """uint64 (N,): a digest of each image's bytes, with the seed."""
+    values = np.empty(len(images), np.uint64)
+    for i in range(len(images)):
+        digest = hashlib.blake2b(images[i].tobytes(), digest_size=8, key=str(seed).encode())
+        values[i] = int.from_bytes(digest.digest(), "big")
+    return values
+
+
+def split(images, seed=0):
+    """Rows for training and rows for the test, some 5% (the paper's share for CelebA), sorted.
+
+    An image's side follows from its content alone: others may come and go, and copies of it are on
+    its side. Only where one side would be empty, the image of the lowest digest goes to the test,
+    or the one of the highest to training. Raises Problem if all images are alike.
+    """
+    values = digests(images, seed)
+    if len(np.unique(values)) < 2:
+        raise Problem("expected at least two different images, one of them for the test")
+    test = values < np.uint64(0.05 * 2**64)
+    if not test.any():
+        test = values == values.min()
+    if test.all():
+        test = values < values.max()
+    return np.flatnonzero(~test), np.flatnonzero(test)
+
+
+def fingerprint(images):
+    """12 hexadecimal digits that tell one set of images from another, whatever their order."""
+    values = np.sort(digests(images)).astype("<u8")
+    return hashlib.blake2b(values.tobytes(), digest_size=6).hexdigest()
+
+
+def read_npy(path, channels=(3,)):
+    """uint8 (N, H, W, C), mapped from a .npy file of that or of (N, C, H, W). Raises Problem."""
+    try:
+        images = np.lib.format.open_memmap(pathlib.Path(path).expanduser(), mode="r")
+    except OSError as error:
+        raise Problem(f"{path}: {error.strerror or error}") from None
+    except ValueError:
+        raise Problem(f"{path}: not a .npy file of numbers, or a damaged one") from None
+    if images.ndim == 4 and images.shape[1] in channels and images.shape[3] not in channels:
+        images = images.transpose(0, 2, 3, 1)
+    fits = images.ndim == 4 and images.shape[3] in channels and len(images) > 0
+    if images.dtype != np.uint8 or not fits:
+        wanted = " or ".join(map(str, sorted(channels)))
+        raise Problem(f"{path}: {images.dtype} {images.shape}, expected uint8 (N, H, W, C) or "
+                      f"(N, C, H, W), C {wanted}")
+    return images
+
+
+def load_data(spec, folder="data", size=None):
+    """spec: shapes, a .npy file, or what tools/images.py reads -> (Dataset, (H, W)). Raises
+    Problem."""
+    if spec == "shapes":
+        shapes = Shapes(size or (16, 16))
+        return Dataset(None, shapes.sample(512, (0, 20170806)), shapes=shapes), shapes.size
+    if spec.endswith(".npy"):
+        images = read_npy(spec)
+        train, test = split(images)
+        data = Dataset(Rows(images, train), Rows(images, test), fingerprint=fingerprint(images))
+    else:
+        data = tool("images").load(spec, folder, size)
+    height, width = data.test[:1].shape[1:3]
+    if size not in (None, (height, width)):
+        raise Problem(f"{spec}: images are {height}x{width} (height x width), not "
+                      f"{size[0]}x{size[1]}")
+    return data, (height, width)
+
+
+def describe(data):
+    """What a training set is: where it lies may change in the course of a run, this may not."""
+    if data.train is None:
+        return "made on the fly"
+    return f"{len(data.train)} images, {data.fingerprint}"
 
 
 def to_tensor(images):
-    """uint8 (N, H, W, 3), array or tensor -> tensor (N, 3, H, W)."""
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.require(images, requirements=("C", "W")))
-    return images.permute(0, 3, 1, 2)
+    """uint8 array (N, H, W, C) -> tensor (N, C, H, W)."""
+    return torch.from_numpy(np.require(images, requirements=("C", "W"))).permute(0, 3, 1, 2)
 
 
-def bar_of(iterable=None, unit="pixel", delay=0.3, **options):
-    """A progress bar of tqdm's, which is imported when it is needed."""
-    from tqdm import tqdm
-
-    return tqdm(iterable, unit=unit, unit_scale=unit == "pixel", delay=delay, **options)
+def to_array(images):
+    """Tensor (N, C, H, W) -> array (N, H, W, C)."""
+    return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-# --- Training and evaluation -----------------------------------------------------------------------------------------
+# --- Files and progress: nothing is half-written, nothing ends for want of a terminal ----------
 
 
 def write_atomically(path, content):
-    """content (bytes, or a function that writes them to a file) to a part, which is then moved to `path` in one step:
-    nothing is ever half-written. Folders are made as needed."""
+    """Write content, bytes or a function that writes to a binary file, in one step: who reads
+    `path` finds the old file or the new one. Makes folders; leaves nothing behind after a
+    failure."""
     path = pathlib.Path(path)
-    part = path.with_name(f"part-{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A random name that must be new: the processes of two containers may have the same number.
+    part = path.with_name(f"part-{secrets.token_hex(8)}")
     try:
-        with open(part, "wb") as file:
+        with open(part, "xb") as file:
             content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name the user knows
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_checkpoint(path, config, factors, **more):
-    """factors: {k: state dict with averaged weights}, some or all of the model's; more: what training goes on with."""
-    checkpoint = dict(format="pixelaux", version=VERSION, config=dataclasses.asdict(config), factors=factors, **more)
-    torch.save(checkpoint, buffer := io.BytesIO())  # in memory: torch does not report a full disk as an OSError
+    """factors: {k: state dict with averaged weights}, some or all; more: what training goes on
+    with."""
+    state = dict(format="pixelaux 2", config=dataclasses.asdict(config), factors=factors, **more)
+    buffer = io.BytesIO()  # as torch does not report a full disk as an OSError
+    torch.save(state, buffer)
     write_atomically(path, buffer.getbuffer())
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict. Raises Problem if the file is truncated, foreign or of another version."""
+    """What write_checkpoint has written. Raises Problem for any other file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        known = state["version"] == VERSION
-        parts = [state["config"], state["factors"]] if known else []
-        if state["format"] != "pixelaux" or not all(isinstance(part, dict) for part in parts):
-            raise ValueError
+        if state["format"] != "pixelaux 2":
+            raise ValueError(f"format {state['format']}, expected pixelaux 2")
+        if not state["config"] or not state["factors"]:
+            raise ValueError("it is empty")
+        return state
     except FileNotFoundError:
         raise Problem(f"{path}: no such checkpoint; `train` writes it in its folder") from None
-    except IsADirectoryError:
-        raise Problem(f"{path}: a folder, expected a checkpoint file") from None
-    except Exception as error:  # torch raises many kinds; weights_only keeps foreign files from running code
-        raise Problem(f"{path}: not a pixelaux checkpoint, or a damaged one ({type(error).__name__})") from None
-    if not known:
-        raise Problem(f"{path}: checkpoint format {state['version']}, this program reads {VERSION}")
-    return state
+    except Exception as error:  # torch raises many kinds (weights_only: no file can run code)
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        if isinstance(error, ValueError):
+            reason = str(error)
+        raise Problem(f"{path}: not a checkpoint of ours, or a damaged one ({reason})") from None
 
 
-def load(run, device="cpu", best=False):
-    """The trained model of a run (folder of `train`, or a checkpoint file) with averaged weights, or, of a folder, the
-    weights that cost the test images least.
+def load(run, device="cpu"):
+    """The model of a run, with averaged weights. run: folder of `train`, or a checkpoint.
 
-    A folder's factors, which may have been trained on different machines, are joined; if it has none, its weights.pt is
-    taken (exported ones). A file that holds some of the factors only is joined with its neighbours. Raises Problem.
+    A folder's factors, wherever they were trained, are joined; if it has none, its weights.pt is
+    taken (an exported model). A file with some of the factors is joined with its neighbours. Raises
+    Problem.
     """
-    run, kind = pathlib.Path(run), "best" if best else "factor"
-    if best and run.is_file():
-        raise Problem(f"--best: {run} is a file; it goes with a folder")
+    run = pathlib.Path(run)
     paths = [run]
     if run.is_dir():
-        paths = sorted(run.glob(f"{kind}-*.pt")) or sorted(run.glob("weights.pt")) or [run / f"{kind}-0.pt"]
-    state = read_checkpoint(paths[0])
-    model, found = PixelAux(make_config(**state["config"])), set()
-    if run.is_file() and len(state["factors"]) < len(model.factors):
-        paths = [*sorted(run.parent.glob("factor-*.pt")), run]  # the file named comes last: it wins
+        exported = sorted(run.glob("weights.pt"))
+        paths = sorted(run.glob("factor-*.pt")) or exported or [run / "factor-0.pt"]
+    first = read_checkpoint(paths[0])
+    try:
+        model = PixelAux(make_config(**first["config"]))
+    except (Problem, TypeError) as error:
+        raise Problem(f"{paths[0]}: {error}") from None
+    if run.is_file() and len(first["factors"]) < len(model.factors):
+        paths = sorted(run.parent.glob("factor-*.pt")) + [run]  # the last one wins
+    missing = set(range(len(model.factors)))
     for path in paths:
         for k, weights in read_checkpoint(path)["factors"].items():
+            if not all(weight.isfinite().all() for weight in weights.values()):
+                raise Problem(f"{path}: factor {k} has weights that are not finite numbers")
             try:
                 model.factors[k].load_state_dict(weights)
-            except (RuntimeError, IndexError):
-                raise Problem(f"{path}: of another model than {run}") from None
-            found.add(k)
-    if missing := sorted(set(range(len(model.factors))) - found):
-        raise Problem(f"{run}: {kind}-{missing[0]}.pt is missing; `train --factor {missing[0]}` makes it")
+            except (RuntimeError, IndexError, TypeError):
+                raise Problem(f"{path}: factor {k} is of another model than {paths[0]}") from None
+            missing.discard(k)
+    if missing:
+        k = min(missing)
+        raise Problem(f"{run}: factor {k} is missing; `train --factor {k}` makes it")
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
+def read_config(out):
+    """The Config of the run in folder `out`. Raises Problem."""
+    path = out / "config.json"
+    try:
+        return make_config(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise Problem(f"{out} holds no run: {path} is missing") from None
+    except (ValueError, TypeError) as error:
+        raise Problem(f"{path}: not a configuration of this program ({error})") from None
+
+
+def write_config(out, config):
+    write_atomically(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
+
+
+@contextlib.contextmanager
+def locked(out, name, wait=False):
+    """Hold a lock in a run's folder; it goes with the process, however that ends. Raises
+    Problem."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f".lock-{name}", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"--out: another process is training {name} in {out}") from None
+        yield
+
+
+def record_steps(out, config, k, steps):
+    """Write down how many steps factor k takes; processes that train others do so for theirs."""
+    with locked(out, "config", wait=True):
+        there = read_config(out)
+        numbers = [of_factor(there.steps, j) for j in range(len(make_views(config)))]
+        numbers[k] = steps
+        config.steps = there.steps = tuple(numbers)
+        write_config(out, there)
+
+
 def read_metrics(out):
-    """Records of OUT/metrics.jsonl, without a last line that a kill may have cut."""
-    with open(out / "metrics.jsonl") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    """The records of OUT/metrics.jsonl, without a last line that a kill has cut."""
+    path = out / "metrics.jsonl"
+    try:
+        with open(path) as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
+    except ValueError:
+        raise Problem(f"{path}: expected a JSON record on each line") from None
 
 
-def training_steps(config, k, data):
-    """Steps of factor k: as configured, or from epochs (of 50,000 images where they are made on the fly)."""
-    images = 50_000 if data.train is None else len(data.train)
-    return config.steps[min(k, 1)] or math.ceil(config.epochs[min(k, 1)] * images / config.batch_size)
+class Quiet:
+    """stderr, for progress and warnings: what cannot be shown is not shown."""
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
 
 
-def summed(values, device):
-    """Sums of floats over the processes of a run, the same for all of them; all wait for the last."""
-    if RANKS > 1:
-        torch.distributed.all_reduce(values := torch.tensor(values, dtype=torch.float64, device=device))
+def warn(text):
+    print(f"pixelaux: warning: {text}", file=Quiet())
+
+
+def progress(iterable=None, **options):
+    """A bar of tqdm's on stderr; of several processes the first one shows it."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, file=Quiet(), **{"disable": rank() > 0, **options})
+
+
+# --- Training ----------------------------------------------------------------------------------
+#
+# Factors share nothing (Eq. 4, 5): each is trained on its own, in turn or on machines of their own.
+# All that is random is a function of the seed, the factor and the step, so that a run that is
+# stopped and resumed ends in the same weights as one that is not. Several processes (torchrun) each
+# take a share of the rows of every batch, and average their gradients.
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def averaged(values, device):
+    """Means of floats over the processes, the same in all of them; each waits for the last."""
+    if world_size() > 1:
+        values = torch.tensor(values, dtype=torch.float64, device=device) / world_size()
+        dist.all_reduce(values)
         values = values.tolist()
     return values
 
 
-def batches(data, step, n, seed, device):
-    """This process's rows of the batches number step, step + 1, .., on the device; a thread prepares the next one."""
-    def make(step):
-        with current(device):
-            x = data.batch(step, n, seed)[RANK::RANKS]
-            return upload(x.contiguous(memory_format=torch.channels_last), device)
-
-    with multiprocessing.pool.ThreadPool(1) as pool:
-        begun = (pool.apply_async(make, [step]) for step in itertools.count(step))
-        for batch, _ in itertools.pairwise(begun):
-            yield batch.get()
+def steps_of(config, k, data):
+    """How many steps factor k is trained; math.inf: not known yet, see steps_in_time."""
+    if of_factor(config.steps, k):
+        return of_factor(config.steps, k)
+    if of_factor(config.minutes, k):
+        return math.inf
+    images = 50_000 if data.train is None else len(data.train)
+    return math.ceil(of_factor(config.epochs, k) * images / config.batch_size)
 
 
-class Loss(nn.Module):
-    """What a batch costs a factor, as a module: torch.compile and DistributedDataParallel wrap modules."""
-
-    def __init__(self, factor, config, dims, device):
-        super().__init__()
-        self.factor, self.tight, self.scale = factor, config.tight, 1 / (dims * math.log(2))
-        able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and able)
-
-    def forward(self, x, x_hat):
-        """x: uint8 (N, C, H, W), x_hat: psi(x) or None -> bits per sub-pixel of X, a float32 scalar."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return -self.factor.log_prob(x, x_hat, self.tight).mean() * self.scale
+def steps_in_time(minutes, step, times):
+    """How many steps fit into the minutes, if `step` are done and the last ones ended after `times`
+    seconds; math.inf while these do not tell. (The first is no measure: much happens only once.)"""
+    if len(times) < 3 or times[-1] < 0.03 * 60 * minutes:
+        return math.inf
+    pace = (times[-1] - times[0]) / (len(times) - 1)
+    return step + max(1, round((60 * minutes - times[-1]) / pace))
 
 
-def compiled(loss, *batch):
-    """loss compiled for batches of this shape; where that fails (no C++ compiler), as it is, with a warning."""
-    torch.compiler.reset()  # what earlier factors were compiled to
-    fast = torch.compile(loss, dynamic=False)
-    try:
-        fast(*batch).backward()
-    except Exception as error:  # the compilers raise many kinds
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        print(f"pixelaux: warning: training without torch.compile, which failed: {reason}", file=sys.stderr)
-        return loss
-    return fast
+def learning_rate(config, step, steps):
+    warmup = config.warmup
+    if config.start:  # Adam's second moments begin at 0: at full rate its first steps ruin weights
+        warmup = max(warmup, 2 / (1 - config.betas[1]))
+    rate = config.lr * config.lr_decay**step * min(1.0, (step + 1) / max(1, warmup))
+    if config.anneal:
+        rate *= min(1.0, (1 - step / steps) / config.anneal)
+    return rate
 
 
-def update(loss, optimizer, average, decay, *batch):
-    """A training step: gradient, Adam, moving average of the weights. Returns the loss; the host waits for nothing."""
-    optimizer.zero_grad(set_to_none=True)
-    value = loss(*batch)
-    value.backward()
-    optimizer.step()
-    averaged = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # AveragedModel counts its updates on the host
-    averaged(list(average.parameters()), optimizer.param_groups[0]["params"], None)
-    return value.detach()
+def bfloat16(config, device):
+    """Whether networks compute in bfloat16 in training. Weights, heads and the loss never do."""
+    if config.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bfloat16"
 
 
-def train_factor(model, k, data, out, device, resume=False, caught=(), compile=False, save_every=120.0,
-                 show=lambda: None):
-    """Train factor k of model on data, or go on where its checkpoint stands; the model then has the averaged weights.
-
-    Writes out/factor-k.pt every save_every seconds and at the end, out/best-k.pt when the test images cost less than
-    ever, and lines of out/metrics.jsonl; calls `show` after each quarter but the last. A run that is stopped and
-    resumed gives the same weights as one that is not: batches and dropout are functions of the step. Of several
-    processes (torchrun) each takes its rows of every batch, and the first one writes.
-    """
-    config, seed = model.config, (model.config.seed, k)
-    path, metrics, steps = out / f"factor-{k}.pt", out / "metrics.jsonl", training_steps(config, k, data)
-    budget = 60 * (config.budget[k] if isinstance(config.budget, tuple) else config.budget)  # seconds; 0: steps count
-    saved = read_checkpoint(path) if resume and path.exists() else None
-    average = model.train().factors[k]  # of the weights in training: what is tested, shown and kept
-    torch.manual_seed(hash(seed))
-    if not saved and not config.start:
-        model.initialise(data.batch(0, max(config.batch_size, 32), seed).to(device), [k])
-    factor = copy.deepcopy(average)
-    model.eval()
-    optimizer = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, fused=True)
-    step, elapsed, best = 0, 0.0, math.inf
-    if saved:
+def wrapped(factor, batch, tight, compile):
+    """The factor as training calls it: compiled and distributed, where that is asked for."""
+    forward, device = factor, factor.weight.device
+    if compile:
         try:
-            training = saved["training"]
-            average.load_state_dict(saved["factors"][k])
-            factor.load_state_dict(training["weights"])
-            optimizer.load_state_dict(training["optimizer"])
-            step, elapsed, best = training["step"], training["seconds"], training["best"]
-        except (KeyError, RuntimeError, ValueError):
-            raise Problem(f"{path}: training as in {out / 'config.json'} cannot go on from this") from None
-    if metrics.exists() and RANK == 0:  # a resumed run repeats what came after its checkpoint
-        keep = [line for line in read_metrics(out) if line["factor"] != k or line["step"] <= step]
-        write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in keep).encode())
-
-    pair = lambda x: model.pairs(x)[k]
-    share = lambda: min(1.0, elapsed / budget if budget else step / steps)  # of the training, done
-    quarter, test = int(4 * share()), to_tensor(data.test[:128])
-    loss = Loss(factor, config, model.dims, device)
-    if compile and quarter < 4:
-        loss = compiled(loss, *pair(data.batch(0, config.batch_size // RANKS, seed).to(device)))
-    if RANKS > 1:
-        loss = nn.parallel.DistributedDataParallel(loss, [device] if device.type == "cuda" else None)
-    pace, losses = budget, []  # pace: seconds a step, at first the longest possible
-    stream, looked = batches(data, step, config.batch_size, seed, device), time.monotonic()
-    started, written = looked - elapsed, looked
-    with bar_of(total=1, delay=0, initial=share(), desc=f"factor {k}", disable=RANK > 0,
-              bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
-        while quarter < 4:
-            lr = config.lr * config.lr_decay**step * (1 - share() if config.anneal else 1)
-            if config.start:  # Adam's second moments begin at 0, and at full rate its first steps ruin trained weights
-                lr *= min(1.0, (step + 1) * (1 - config.betas[1]) / 2)
-            optimizer.param_groups[0]["lr"] = lr
-            torch.manual_seed(hash((*seed, RANK, step)))  # of the dropout
-            losses.append(update(loss, optimizer, average, config.ema if step else 0.0, *pair(next(stream))))
-            step += 1
-            bar.update(share() - bar.n)
-            every = max(1, min(20, int(0.01 * (budget / pace if budget else steps))))
-            if step % every and share() < 1 and (RANKS > 1 or not caught):
-                continue
-            # only here the host waits for the device and the processes agree: on losses, the first one's clock, signals
-            values, now, mine = torch.stack(losses).tolist(), time.monotonic(), RANK == 0
-            *values, elapsed, pace, stop = summed([*(v / RANKS for v in values), mine * (now - started),
-                                                   mine * (now - looked) / len(losses), len(caught)], device)
-            if bad := [i for i, value in enumerate(values, step - len(values) + 1) if not math.isfinite(value)]:
-                good = f"the last good checkpoint is {path}" if path.exists() else "it has no checkpoint yet"
-                raise ArithmeticError(f"factor {k}: the loss is not finite at step {bad[0]} (--lr too high?); {good}")
-            losses, before, quarter = [], quarter, int(4 * share())
-            if RANK == 0:
-                mean, speed = sum(values) / len(values), config.batch_size / pace
-                record = dict(factor=k, step=step, bits_per_dim=mean, lr=lr, seconds=round(elapsed, 3),
-                              images_per_second=round(speed, 1))
-                if quarter > before:
-                    with torch.inference_mode():
-                        nats = torch.cat([average.log_prob(*pair(x.to(device)), config.tight)
-                                          for x in test.split(config.batch_size)])
-                    record["test_bits_per_dim"] = cost = float(bits_per_dim(nats.mean(), model.dims))
-                    if cost < best:
-                        best = cost
-                        write_checkpoint(out / f"best-{k}.pt", config, {k: average.state_dict()})
-                with open(metrics, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-                bar.n = share()  # by the clock just looked at
-                bar.set_postfix_str(f"step {step}, {mean:.3f} bits/dim, {speed:.0f} images/s")
-                if quarter == 4 or stop or time.monotonic() - written > save_every:
-                    training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                                    seconds=elapsed, best=best)
-                    write_checkpoint(path, config, {k: average.state_dict()}, training=training)
-                    written = time.monotonic()
-                if before < quarter < 4:
-                    show()
-            if stop and quarter < 4:
-                message = f"stopped at step {step}; --resume goes on from {path}"
-                raise SystemExit(130) if RANK else KeyboardInterrupt(message)
-            looked = time.monotonic()
+            torch.compiler.reset()  # what earlier factors were compiled to
+            forward = torch.compile(factor, dynamic=False)
+            forward(*batch, tight).sum().backward()
+        except Exception as error:  # compilers raise many kinds
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            warn(f"training without torch.compile, which failed: {reason}")
+            forward = factor
+    if world_size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(forward, devices)
+    return forward
 
 
-@torch.inference_mode()
+def batch_of(model, k, data, step):
+    """What factor k models and what it is given at a step, in this process's rows of the batch."""
+    config = model.config
+    x = data.batch(step, config.batch_size, (config.seed, k), config.flip)
+    return model.pairs(x[rank() :: world_size()])[k]
+
+
+def training_step(forward, batch, optimizer, average, config, dims):
+    """Gradient, Adam, moving average of the weights -> the loss: bits per sub-pixel of X."""
+    device = batch[0].device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16(config, device)):
+        nats = forward(*batch, config.tight)
+    loss = bits_per_dim(nats.mean(), dims)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    average.update_parameters(forward)
+    return loss.detach()
+
+
+def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_every=120, show=None):
+    """Train factor k of `model` on `data`, or go on from its checkpoint in the folder `out`. In the
+    end the model has the averaged weights.
+
+    Writes out/factor-k.pt every save_every seconds and after each quarter, and out/metrics.jsonl.
+    stop(): whether to save and raise KeyboardInterrupt. show(): makes pictures after each quarter.
+    Raises Failure if the loss is not finite, Problem if the checkpoint is of another run.
+    """
+    config, device, seed = model.config, model.device, (model.config.seed, k)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"factor-{k}.pt"
+    saved = read_checkpoint(path) if path.exists() else None
+    if not saved and not config.start:
+        model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
+    factor = model.factors[k].train()
+    average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
+    model.factors[k] = average.module  # which is what everybody else sees
+    optimizer = torch.optim.Adam(factor.parameters(), betas=config.betas, fused=True)
+    step, seconds = restore(saved, path, factor, average, optimizer)
+    steps = steps_of(config, k, data)
+    forward = wrapped(factor, batch_of(model, k, data, 0), config.tight, compile and step < steps)
+    log = Log(out, k, step)
+    total, looked, times = torch.zeros((), device=device), step, []  # losses since step `looked`
+    clock, save_at = time.monotonic(), time.monotonic() + save_every
+    while step < steps:
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step, steps)
+        torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout
+        batch = batch_of(model, k, data, step)
+        total += training_step(forward, batch, optimizer, average, config, model.dims)
+        step += 1
+        every = 1 if steps == math.inf else min(20, max(1, steps // 100))
+        if step % every and step < steps and (world_size() > 1 or not stop()):
+            continue
+
+        # Now and then: here the host waits for the device, and the processes for each other.
+        seconds += time.monotonic() - clock
+        bits = float(total) / (step - looked)
+        bits, seconds, stopping = averaged([bits, seconds, stop()], device)
+        if not math.isfinite(bits):
+            good = path if path.exists() else "not there"
+            raise Failure(f"factor {k}: the loss is not finite at step {step} (--lr too high?); "
+                          f"the last good checkpoint is {good}")
+        if steps == math.inf:
+            times.append(seconds)
+            steps = steps_in_time(of_factor(config.minutes, k), step, times)
+            if steps < math.inf:
+                record_steps(out, config, k, steps)
+        quarter = 4 * step // steps > 4 * looked // steps
+        test = test_bits(model, k, data.test[:128]) if quarter else None
+        log.write(step, steps, bits, seconds, test)
+        if (quarter or stopping or time.monotonic() > save_at) and rank() == 0:
+            training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(),
+                            step=step, seconds=seconds)
+            write_checkpoint(path, config, {k: average.module.state_dict()}, training=training)
+            save_at = time.monotonic() + save_every
+        if stopping and step < steps:
+            raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
+        if quarter and step < steps and show and rank() == 0:
+            show()
+        total, looked, clock = torch.zeros_like(total), step, time.monotonic()
+
+
+def restore(saved, path, factor, average, optimizer):
+    """Take up training where a checkpoint stands, if there is one -> (step, seconds)."""
+    if saved is None:
+        return 0, 0.0
+    try:
+        training, (weights,) = saved["training"], saved["factors"].values()
+        factor.load_state_dict(training["weights"])
+        average.module.load_state_dict(weights)
+        average.n_averaged.fill_(training["step"])
+        optimizer.load_state_dict(training["optimizer"])
+        return training["step"], training["seconds"]
+    except (KeyError, RuntimeError, ValueError):
+        raise Problem(f"{path}: training as in config.json cannot go on from this") from None
+
+
+class Log:
+    """A factor's lines in OUT/metrics.jsonl, and its bar. The first process writes."""
+
+    def __init__(self, out, k, step):
+        self.path, self.k, self.step = out / "metrics.jsonl", k, step
+        self.bar = progress(initial=step, desc=f"factor {k}", unit="step")
+        if rank() == 0 and self.path.exists():  # a resumed run does again what its checkpoint lacks
+            with locked(out, "metrics", wait=True):
+                lines = read_metrics(out)
+                keep = [line for line in lines if line["factor"] != k or line["step"] <= step]
+                text = "".join(json.dumps(line) + "\n" for line in keep)
+                if text != self.path.read_text():
+                    write_atomically(self.path, text.encode())
+
+    def write(self, step, steps, bits, seconds, test_bits):
+        record = dict(factor=self.k, step=step, bits_per_dim=bits, seconds=round(seconds, 3))
+        if test_bits is not None:
+            record["test_bits_per_dim"] = test_bits
+        if rank() == 0:
+            with locked(self.path.parent, "metrics", wait=True), open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        self.bar.total = None if steps == math.inf else steps
+        self.bar.set_postfix_str(f"{bits:.3f} bits/dim", refresh=False)
+        self.bar.update(step - self.step)
+        self.step = step
+
+
+# --- Evaluation and pictures -------------------------------------------------------------------
+
+
+def test_bits(model, k, images):
+    """Factor k's bits/dim of X on images, uint8 (N, H, W, 3)."""
+    nats = []
+    with evaluating(model):
+        for x in to_tensor(images).split(model.factors[k].at_once):
+            nats.append(model.factors[k](*model.pairs(x)[k], model.config.tight))
+    return float(bits_per_dim(torch.cat(nats).mean(), model.dims))
+
+
 def evaluate(model, images, batch_size=None):
-    """Log-probabilities of all images, uint8 (N, H, W, 3), from the same forward passes: (bound, tight), each float64
-    (factors, N), nats per image, coarsest factor first."""
-    model.eval()
-    room = 2**30 if model.device.type == "cpu" else 2**33
-    batches = to_tensor(images).split(batch_size or min(factor.at_once(room) for factor in model.factors))
+    """Log-probabilities of images, uint8 (N, H, W, 3), from the same passes: (the paper's bound,
+    exact), each float64 (factors, N), nats per image, coarsest factor first."""
     results = []
-    for x in bar_of(batches, "batch", desc="evaluation"):
-        nats = []
-        for factor, (level, level_hat) in zip(model.factors, model.pairs(x.to(model.device))):
-            head = factor.head(level, level_hat)
-            limits = factor.psi and factor.psi.bounds(level, level_hat)
-            nats += [head.log_prob(level, bounds).flatten(1).sum(1) for bounds in (None, limits)]
-        results.append(torch.stack(nats).double().cpu())  # (2 factors, n)
-    results = torch.cat(results, 1).numpy()
-    return results[::2], results[1::2]
+    at_once = min(factor.at_once for factor in model.factors)
+    batches = to_tensor(images[:]).split(batch_size or at_once)
+    with evaluating(model):
+        for x in progress(batches, desc="evaluation", unit="batch"):
+            for factor, (view, x_hat) in zip(model.factors, model.pairs(x)):
+                head = factor.head(factor.params(view, factor.embeddings(x_hat)))
+                for bounds in (None, factor.view.psi and factor.view.psi.bounds(view, x_hat)):
+                    results.append(head.log_prob(view, bounds).flatten(1).sum(1).double().cpu())
+    both = [torch.cat(results[i :: 2 * len(model.factors)]) for i in range(2 * len(model.factors))]
+    return torch.stack(both[0::2]).numpy(), torch.stack(both[1::2]).numpy()
 
 
-# --- Sampling: each activation computed once, independent positions together -----------------------------------------
+REPORT = """\
+{} test images, bits/dim. of X: bits / {} sub-pixels of X, these add up. own: bits / sub-pixels of
+the view. cumulative: bits of all views so far / sub-pixels of this one (as in the paper's Table 2).
+bound: the paper's, <=. exact: log p(X) itself, =.
+
+                             of X              own           cumulative
+factor                  bound   exact     bound   exact     bound   exact"""
 
 
-class Schedule:
-    """Where each layer of a causal network is evaluated at each sequential step.
+def report(model, bound, exact, data, images):
+    """The table of `eval` -> (text, the same as a dict). bound, exact: of images of `data`."""
+    both = np.stack([bound, exact])  # (2, factors, N)
+    n = both.shape[2]
+    lines, factors = [REPORT.format(n, model.dims)], []
+    for k, view in enumerate(model.views):
+        own = math.prod(view.shape)
+        row = {}
+        for name, first, dims in (("of_x", k, model.dims), ("own", k, own), ("cumulative", 0, own)):
+            bits = bits_per_dim(both[:, first : k + 1].sum(1).mean(1), dims)
+            row[f"bound_{name}"], row[f"exact_{name}"] = bits.tolist()
+        lines.append(f"{model.names[k]:21}" + ("{:8.4f}{:8.4f}  " * 3).format(*row.values()))
+        factors.append(dict(factor=model.names[k], shape=view.shape, **row))
+    bits = bits_per_dim(both.sum(1), model.dims)  # (2, N)
+    resampled = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)  # bootstrap
+    intervals = np.percentile(resampled, [2.5, 97.5], axis=1).T.tolist()
+    total = bits.mean(1).tolist()
+    lines.append("{:21}{:8.4f}{:8.4f}".format("total", *total))
+    of_bound, of_exact = ["{:.4f}..{:.4f}".format(*interval) for interval in intervals]
+    lines.append(f"95% interval over the images: bound {of_bound}, exact {of_exact}")
+    result = dict(images=n, factors=factors, bound=total[0], exact=total[1],
+                  bound_interval=intervals[0], exact_interval=intervals[1])
+    if data.shapes:
+        more, distances = distance_to_truth(model, bound, exact, data.shapes, images)
+        lines, result = lines + more, result | distances
+    return "\n".join(lines), result
 
-    Pixel (r, c) is drawn at step c + lag r, with the smallest lag at which everything that it needs is drawn before;
-    lag = W is the raster order. A position of a layer is evaluated when all that its taps read is there: at the next
-    multiple of lag, a row together, if no reader has to wait for it; or else with its diagonal, as long before or after
-    the pixels there as all readers allow. So the light network comes out as a diagonal wavefront (lag 8), and a network
-    with resampling row by row, its vertical stream once a row and its horizontal one once a pixel, without either being
-    written down anywhere.
 
-    With few images the time goes into reading the weights, once a step. So a layer has up to two parts: the taps that
-    are there `lag` steps early (in the raster order those of the row above) are summed for lag steps together, a row,
-    and the others when the position's time comes.
+def distance_to_truth(model, bound, exact, shapes, images):
+    """For images of `shapes`: lines, and the same as a dict.
 
-    Positions are numbered in the order in which their pixels are drawn, so that those of a step are neighbours in
-    memory. Of each layer the last ones are kept, those that are still to be read: position p lies in slot p mod `ring`
-    of its buffer. Slot ring stands for "outside" and holds 0; slot ring + 1 takes what is computed for padding:
-    positions come in multiples of `multiple`, because we promise equal images and a product's rows may depend on how
-    many there are (see `ROWS`). On CUDA it is padded to powers of two of them: few different shapes, each captured as
-    one graph.
+    The mean of -log2 p_model(X) + log2 p_true(X) is KL(p_true || p_model), the distance to the
+    limit.
+    """
+    true = shapes.log_prob(images)
+    bits = float(bits_per_dim(true.mean(), model.dims))
+    shape_bits = shapes.log_configurations / math.log(2)
+    lines = [f"{'true p(X)':21}{bits:8.4f}{bits:8.4f}  the limit: {shape_bits:.1f} bits an image "
+             "for what is shown,", "the rest is noise. excess over the limit, bits per image:"]
+    parts, result = [("total", true, bound.sum(0), exact.sum(0))], dict(true=bits)
+    if [type(view.psi) for view in model.views] == [type(None), Half]:  # the truth of each is known
+        coarse = shapes.log_prob_half(to_array(model.views_of(to_tensor(images))[0]))
+        parts = [(model.names[0], coarse, bound[0], exact[0]),
+                 (model.names[1], true - coarse, bound[1], exact[1]), *parts]
+    for name, truth, *of_model in parts:
+        excess = [float((truth - nats).mean()) / math.log(2) for nats in of_model]
+        lines.append(f"{name:21}{excess[0]:8.1f}{excess[1]:8.1f}")
+        result[f"excess_bits {name}"] = excess
+    return lines, result
 
-    fast=False: one step that evaluates everything everywhere, the full pass.
 
-    indices: [(slots of a buffer, the step of each position, (H W + 1, taps): what is read; padding last)].
-    parts: {layer's node: in order, (index of its slots, of its positions if embedded, [(source, its taps, index)])}.
-    steps: (layout, indices, runs) each, layout = ((index, how many), ..) of those that have any, runs = {index: first}
-    of those that are in a row: views in place of copies. (Not on CUDA, where a step is captured for all its like.)
+def save_picture(path, rows, labels, columns=8, height=64):
+    """A PNG with, for every `columns` images, a row of each kind; labels: of the rows.
+
+    rows: uint8 arrays (N, h, w, 3), which are shown equally large by repetition of pixels.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    tall, wide = rows[-1].shape[1:3]
+    enlarge, gap = max(1, height // tall), 4
+    tall, wide = enlarge * tall, enlarge * wide
+    font = ImageFont.load_default(14)
+    left = 3 * gap + math.ceil(max(font.getlength(label) for label in labels))
+    n = len(rows[-1])
+    groups, group_height = math.ceil(n / columns), len(rows) * (tall + gap) + 2 * gap
+    size = (left + min(n, columns) * (wide + gap), groups * group_height)
+    picture = Image.new("RGB", size, "white")
+    for group, (j, images) in itertools.product(range(groups), enumerate(rows)):
+        top = group * group_height + j * (tall + gap) + gap
+        ImageDraw.Draw(picture).text((gap, top + tall // 2), labels[j], "black", font, anchor="lm")
+        for i, image in enumerate(images[group * columns : (group + 1) * columns]):
+            tile = Image.fromarray(image).resize((wide, tall), Image.Resampling.NEAREST)
+            picture.paste(tile, (left + i * (wide + gap), top))
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
+
+
+def save_samples(model, views, path, given=0):
+    """A picture of samples, the first 128, of the first views; given: how many were not sampled."""
+    rows, labels = [], []
+    for k, x in enumerate(views):
+        view = model.views[k]
+        shade = to_array(x[:128]).astype(int) * 255 // (view.levels - 1)
+        rows.append(np.broadcast_to(shade, (*shade.shape[:3], 3)).astype(np.uint8))
+        labels.append(f"{view.name} {'given' if k < given else 'sampled'}")
+    save_picture(path, rows, labels)
+
+
+# --- Sampling fast: each value once, independent pixels together ------------------------------
+#
+# For an image of 128x128 the naive sampler makes 16,384 passes. But most of each is known from
+# before, and pixels that do not depend on each other can be drawn together.
+#
+# What does pixel (r, c) need in the pyramid's light network? h at its place, so v at its place.
+# Each of v's 1 + 6 convolutions looks one column to the right, the first of them in the row above:
+# so v needs pixel (r - 1, c + 7), and none further to the right. If (r, c) is drawn at step
+# lag r + c, that pixel must come before: lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8.
+# The pixels of a step lie on a diagonal, and this wavefront crosses 128x128 pixels in
+# 8 * 127 + 128 = 1,144 steps:
+#
+#     step of each pixel     row 0    0   1   2   3   4   5   6   7  (8)  9  10
+#     with lag 8; those of   row 1   (8)  9  10  11  12  13  14  15  16  17  18
+#     step 8 in brackets     row 2   16  17  18  19  20  21  22  23  24  25  26
+#
+# Each value inside the network has its step, too. Value i at (r, c) of an image of 2^-s of the
+# resolution is computed at step 2^s (lag r + c) + delay_i. If it reads value j at an offset
+# (dy, dx), in pixels of the finer resolution of the two, 2^-m, then j must be there by then:
+# delay_j <= delay_i - 2^m (lag dy + dx). So we walk back from the output, whose delay is 0, and
+# give each value the largest delay that serves all its readers. That of x must come out as 1 or
+# more, as a pixel is known only after its step; the lag is the smallest for which it does.
+#
+# If no lag below the width will do (PixelCNN++ at 32x32 looks further to the right than the image
+# is wide), pixels are drawn one by one, in raster order. What depends on the rows above alone is
+# then computed a row at a time: the vertical stream, and those rows of the horizontal kernels that
+# lie above, for which convolutions are split. The rest is computed pixel by pixel.
+#
+# Of CausalNet nothing is known here: what there is to compute is recorded from its forward pass, by
+# torch.fx. Any network will do that is made of Conv and of functions of values at one position, and
+# that changes no value in place.
+
+
+POINT_READS = ((0, 0), (0, 0), 1, False)  # of a Conv that reads at its own position alone
+
+
+class Line(typing.NamedTuple):
+    """Positions (row + i down, column + i right), i < count: a pixel, a row or a diagonal."""
+
+    row: int
+    column: int
+    down: int
+    right: int
+    count: int
+
+    def positions(self):
+        """Their rows, and their columns."""
+        rows = [self.row + i * self.down for i in range(self.count)]
+        columns = [self.column + i * self.right for i in range(self.count)]
+        return rows, columns
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """A value inside the network, at every position of an image of 2^-scale of the resolution.
+
+    It is x; or known from the start; or function(*terms) of nodes at the same position; or, without
+    a function, bias + sum of terms at the same position + sum of taps. A tap (source, conv, dys) is
+    a convolution, or those rows of its kernel.
     """
 
-    def __init__(self, net, size, multiple, fast, device):
-        self.sizes, first, (h, w) = [net.size(i, size) for i in range(len(net.channels))], net.nodes_given, size
-        self.places = [np.arange(h * w)[:, None] for h, w in self.sizes]
-        # reads: of each layer, {which source, or "residual": (node, its positions that are read, (H W, taps))}
-        self.reads = {i: {j: (node, conv.taps(self.sizes[node], self.sizes[i]))
-                          for j, (node, conv) in enumerate(zip(layer.sources, layer.convs))
-                          if node not in net.embeddings} for i, layer in enumerate(net.layers, first)}
-        for i, layer in enumerate(net.layers, first):
-            if layer.residual is not None:
-                self.reads[i]["residual"] = layer.residual, self.places[i]
-        self.lag = 1 + bisect.bisect_left(range(1, size[1]), True, key=self.causal)
-        if not self.causal(self.lag):
-            raise AssertionError("the network is not causal")
-        # the raster positions of each resolution in the order in which they are numbered from here on, "outside" last
-        order = {each: np.append(self.wave(self.lag, each).argsort(kind="stable"), math.prod(each))
-                 for each in self.sizes}
-        new = {each: positions.argsort() for each, positions in order.items()}
-        self.reads = {i: {j: (node, new[self.sizes[node]][table[order[self.sizes[i]][:-1]]])
-                          for j, (node, table) in read.items()} for i, read in self.reads.items()}
-        drawn = np.append(np.sort(self.wave(self.lag, size)), 0)
-        step = self.earliest(drawn, self.latest(drawn))  # of each position of each node, "outside" last
-        step[0] = step[-1] = drawn
-        parts = {i: self.split(i, step) for i in self.reads}
-        if not fast:  # the same parts, all at once
-            step = [0 * when for when in step]
-            parts = {i: [(0 * when, taps) for when, taps in part] for i, part in parts.items()}
-        rings, numbers, self.indices = self.rings(step, parts), {}, []
+    scale: int
+    channels: int
+    function: object = None
+    terms: list = dataclasses.field(default_factory=list)  # Nodes, and what else a function takes
+    taps: list = dataclasses.field(default_factory=list)
+    bias: torch.Tensor | None = None  # (C, 1, 1), or of every position, (n, C, H, W)
+    when: object = None  # nodes of the same `when` are computed at the same positions
+    image: torch.Tensor | None = None  # (n, H, W, C), if it is read elsewhere or later
+    margin: tuple = (0, 0, 0, 0)  # of zeros in `image`: above, below, left, right
+    compute: object = None  # the function (Line, {node: its values now}) -> values, (n count, C)
 
-        def index(ring, when, table, padding):
-            table = np.concatenate([table, np.full_like(table[:1], padding)])
-            number = numbers.setdefault((ring, when.tobytes(), table.tobytes()), len(self.indices))
-            self.indices += [(ring + 2, when[:-1], table)] * (number == len(self.indices))
-            return number
+    def reads(self):
+        """(source, dy, last dx) of all that it reads, in pixels of the finer of both
+        resolutions."""
+        for term in self.terms:
+            if isinstance(term, Node) and term.when != "known":
+                yield term, 0, 0
+        for source, conv, dys in self.taps:
+            for dy in dys:
+                yield source, dy, conv.columns[1]
 
-        def own(i, when):
-            ring = rings[self.sizes[i]]
-            return index(ring, when, self.places[i] % ring, ring + 1)
+    def finds_now(self, source, conv=None):
+        """Whether what it reads of source has been computed in the same step."""
+        if conv is not None and (conv.rows, conv.columns, conv.stride, conv.up) != POINT_READS:
+            return False
+        return source.when == self.when
 
-        def gather(i, when, node, table):
-            if np.array_equal(table, self.places[i]):  # at the same place: 1x1
-                return own(i, when)
-            ring = rings[self.sizes[node]]
-            return index(ring, when, np.where(table < len(self.places[node]), table % ring, ring), ring)
+    def doubles(self):
+        return any(conv.up for _, conv, _ in self.taps)
 
-        self.input, self.drawn = own(0, step[0]), index(h * w, step[0], order[size][:-1, None], h * w)
-        embedded = {i for i, layer in enumerate(net.layers, first) if {*layer.sources} & {*net.embeddings}}
-        views = device.type == "cpu" and multiple == 1
+    def reader(self, dy=0, dx=0, rows=1, columns=1, stride=1, up=False):
+        """The function Line -> (n, count, rows, columns C): what a Conv of this stride, the first
+        of whose rows and columns are dy and dx, reads from each position. Positions on a line are
+        equally far from each other in memory: this is a strided view, no copy."""
+        n, width = len(self.image), columns * self.channels
+        image, row, column, _ = self.image.stride()
+        start = self.margin[0] * row + self.margin[2] * column
 
-        def reads(i, when, taps):
-            for j, some in taps.items():
-                each = [(tap,) for tap in some] if views and np.bincount(when[:-1]).max() == 1 else [some]
-                for some in each:  # of a position alone each tap is a view
-                    yield j, some, gather(i, when, self.reads[i][j][0], self.reads[i][j][1][:, some])
+        def read(line):
+            r, c, down, right, count = line
+            if up:
+                r, c, down, right = (r + dy) // 2, (c + dx) // 2, down // 2, right // 2
+            else:
+                r, c, down, right = stride * r + dy, stride * c + dx, stride * down, stride * right
+            step = max(0, down * row + right * column)  # negative: of a single position, no matter
+            strides, offset = (image, step, row, 1), start + r * row + c * column
+            return self.image.as_strided((n, count, rows, width), strides, offset)
 
-        self.parts = {i: [(own(i, when), index(len(all), when, all, len(all)) if i in embedded else None,
-                           [*reads(i, when, taps)]) for when, taps in part]
-                      for (i, part), all in zip(parts.items(), self.places[first:])}
+        return read
+
+
+class Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, Conv) or super().is_leaf_module(module, name)
+
+
+class Recorder(torch.fx.Interpreter):
+    """Runs a network's forward pass on Nodes in place of tensors; `nodes` lists what it computes.
+
+    What does not depend on x is computed here, for the whole image. Equal expressions are one node.
+    Raises Problem for what cannot be computed position by position. (While torch.fx traces, no
+    other thread may call a module.)
+    """
+
+    def __init__(self, net, n, size):
+        self.nodes, self.recorded, self.n, self.size = [], {}, n, size
+        self.dtype = next(net.parameters()).dtype
+        try:
+            graph = Tracer(autowrap_functions=(concat_elu, gate)).trace(net)
+        except torch.fx.proxy.TraceError as error:
+            raise Problem(f"sample_fast cannot read the network: {error}") from None
+        super().__init__(torch.fx.GraphModule(net, graph), garbage_collect_values=False)
+
+    def call_module(self, target, args, kwargs):
+        return self.call_function(self.fetch_attr(target), args, kwargs)
+
+    def call_method(self, target, args, kwargs):
+        return self.call_function(getattr(torch.Tensor, target), args, kwargs)
+
+    def call_function(self, target, args, kwargs):
         found = []
-        for _, when, table in self.indices:
-            count = np.bincount(when, minlength=1 + max(map(np.max, step)))
-            groups = -(-count // multiple)
-            if device.type == "cuda":
-                groups[count > 0] = [1 << int(n - 1).bit_length() for n in groups[count > 0]]
-            each = np.split(when.argsort(kind="stable"), count.cumsum()[:-1])
-            found.append([table[np.concatenate([part, np.full(n * multiple - len(part), len(when))])].ravel()
-                          for part, n in zip(each, groups)])
-        single = {number for number, (_, _, table) in enumerate(self.indices) if table.shape[1] == 1}
-        self.steps = [(tuple((number, len(part)) for number, part in enumerate(parts) if len(part)),
-                       torch.from_numpy(np.concatenate(parts)).to(device),
-                       {number: part[0] for number, part in enumerate(parts)
-                        if number in single and len(part) and (np.diff(part) == 1).all()}) for parts in zip(*found)]
-        self.order = {each: torch.from_numpy(raster % math.prod(each)).to(device) for each, raster in order.items()}
-        del self.reads, self.places  # large, and schedules are kept
+        torch.fx.node.map_aggregate((args, kwargs), found.append)
+        if not any(isinstance(a, Node) for a in found):
+            return target(*args, **kwargs)
+        if any(isinstance(a, Node) and not any(a is b for b in args) for a in found):
+            raise Problem(f"sample_fast: {target} takes values in a list or by keyword")
+        expression = (target, *map(id, args), repr(kwargs))
+        if expression not in self.recorded:
+            node = self.record(target, args, kwargs)
+            self.recorded[expression] = node
+            self.nodes.append(node)
+        return self.recorded[expression]
 
-    def wave(self, lag, size):
-        """The step at which each pixel is drawn, raster order; the order of the steps for a coarser resolution."""
-        return np.add.outer(lag * np.arange(size[0]), np.arange(size[1])).ravel()
+    def record(self, target, args, kwargs):
+        first = next(a for a in args if isinstance(a, Node))
+        if isinstance(target, Conv):
+            taps = [(first, target, range(target.rows[0], target.rows[1] + 1))]
+            scale = first.scale + (target.stride == 2) - target.up
+            return Node(scale, len(target.b), taps=taps, bias=target.b.view(-1, 1, 1))
+        if target is torch.add and not kwargs:
+            target = operator.add
+        function = functools.partial(target, **kwargs) if kwargs else target
+        terms = [self.known(a, first.scale) for a in args]
+        return Node(first.scale, self.channels(function, terms), function, terms)
 
-    def earliest(self, drawn, latest=None):
-        """The first step at which each position of each node is known ("outside", last, at 0); given the latest, the
-        next multiple of lag if that is early enough, or else as many steps from the wave as is early enough for all."""
-        step = [drawn + 1, *(np.zeros(len(place) + 1, int) for place in self.places[1:])]
-        step[0][-1] = 0
-        for i, read in self.reads.items():
-            step[i][:-1] = np.max([step[node][table].max(1) for node, table in read.values()], 0)
-            if latest:
-                row = -(-step[i] // self.lag) * self.lag
-                wave = np.sort(self.wave(self.lag, self.sizes[i])) * (self.sizes[0][0] // self.sizes[i][0])
-                wave = np.append(wave + (latest[i][:-1] - wave).min(), 0)
-                step[i] = row if (row <= latest[i]).all() else np.maximum(step[i], wave)
-        return step
+    def known(self, values, scale):
+        """A Node of known values, (n, C, H, W) or broadcast to that; no tensors: as they are."""
+        if not isinstance(values, torch.Tensor) or values.dim() == 0:
+            return values
+        channels = values.shape[-3] if values.dim() > 2 else 1
+        image = values.expand(self.n, channels, *(side >> scale for side in self.size))
+        image = image.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+        return Node(scale, channels, when="known", image=image)
 
-    def causal(self, lag):
-        """Whether all that a pixel needs is known when it is drawn."""
-        drawn = np.append(self.wave(lag, self.sizes[0]), 0)
-        return bool((self.earliest(drawn)[-1] <= drawn)[:-1].all())
+    def channels(self, function, terms):
+        """How many channels it returns. Of a function of values at one position an image and the
+        row of its positions must make the same."""
+        images = []
+        for term in terms:
+            if isinstance(term, Node):
+                size = (2, term.channels, 2, 3)
+                term = torch.linspace(-1, 1, math.prod(size), dtype=self.dtype).view(size)
+            images.append(term)
+        try:
+            expected = as_rows(function(*images))
+            made = function(*map(as_rows, images))
+            if made.dim() == 2 and torch.allclose(expected, made):
+                return made.shape[1]
+        except Exception:  # it may raise any kind
+            pass
+        raise Problem(f"sample_fast: {function} is no function of values at one position")
 
-    def latest(self, drawn):
-        """The last step at which each position of each node serves its purpose."""
-        latest = [np.full(len(place) + 1, drawn.max()) for place in self.places[:-1]] + [drawn]
-        for i, read in reversed(self.reads.items()):
-            for node, table in read.values():
-                for tap in table.T:  # with one tap no two positions read the same
-                    latest[node][tap] = np.minimum(latest[node][tap], latest[i][:-1])
-        return latest
+    def finish(self, output):
+        """`nodes` without what nothing needs. Sums take in the convolutions that only they read:
+        such a sum is one matrix product."""
+        needed, readers = {output}, {}
+        for node in reversed(self.nodes):
+            for source in {source for source, _, _ in node.reads()} if node in needed else ():
+                needed.add(source)
+                readers.setdefault(source, []).append(node)
+        self.nodes = [node for node in self.nodes if node in needed]
+        for node in list(self.nodes):
+            parts = [term for term in node.terms if isinstance(term, Node) and term.taps]
+            parts = [term for term in parts if not term.doubles() and readers[term] == [node]]
+            parts = [term for term in parts if term.channels == node.channels]
+            if node.function is operator.add and parts and node.terms.count(parts[0]) == 1:
+                self.merge(node, parts)
 
-    def split(self, i, step):
-        """The parts of layer i, in order: (the step of each position, {which source: its taps})."""
-        early, late, row = {}, {}, step[i] // self.lag * self.lag
-        for j, (node, table) in self.reads[i].items():
-            known = (step[node][table] <= row[:-1, None]).all(0) & (self.lag >= 4) & (node > 0)
-            for taps, mask in ((early, known), (late, ~known)):
-                if mask.any() and j != "residual":
-                    taps[j] = tuple(np.flatnonzero(mask).tolist())
-        return [(when, taps) for when, taps in ((row if late else step[i], early), (step[i], late)) if taps]
-
-    def rings(self, step, parts):
-        """Of each resolution, how many positions, a multiple of its width, hold all that is still to be read."""
-        lives = {i: [step[i], step[i].copy()] for i in (0, *self.reads)}  # written, last read
-        for i, part in parts.items():
-            for when, taps in [*part, (step[i], {"residual": (0,)} if "residual" in self.reads[i] else {})]:
-                for node, tap in [(self.reads[i][j][0], self.reads[i][j][1][:, k]) for j in taps for k in taps[j]]:
-                    lives[node][1][tap] = np.maximum(lives[node][1][tap], when[:-1])
-        lives = [(i, *life) for i, life in lives.items()] + [(i, part[0][0], step[i]) for i, part in parts.items()]
-
-        def enough(size, ring):
-            return all((begin[ring:-1] > end[: max(0, len(end) - 1 - ring)]).all()
-                       for i, begin, end in lives if self.sizes[i] == size)
-
-        return {(h, w): next(n * w for n in range(1, h + 1) if enough((h, w), n * w)) for h, w in set(self.sizes)}
-
-
-class Draw:
-    """Source of symbols: sampling from given noise, uniform (N, H W, 2 C) in (0, 1)."""
-
-    def __init__(self, noise, mode="random"):
-        self.noise, self.mode = F.pad(noise.transpose(0, 1), (0, 0, 0, 0, 0, 1), value=0.5), mode
-
-    def __call__(self, head, positions, limits):
-        """head: of P N pixels, (P N, .., 1, 1), positions first; positions: (P,) -> levels, int64 (P N, C, 1, 1)."""
-        noise = self.noise.index_select(0, positions).flatten(0, 1)[:, :, None, None]
-        return head.sample(noise, self.mode, limits)
+    def merge(self, node, parts):
+        terms, node.function, node.terms, node.bias = node.terms, None, [], 0.0
+        for term in terms:
+            if term in parts:
+                self.nodes.remove(term)
+                node.bias = node.bias + term.bias
+                node.terms += term.terms
+                node.taps = node.taps + term.taps
+            elif isinstance(term, Node) and term.when == "known":
+                node.bias = node.bias + term.image.permute(0, 3, 1, 2)
+            elif isinstance(term, Node):
+                node.terms.append(term)
+            else:
+                node.bias = node.bias + term
 
 
-ROWS = 4  # a product's rows are the same to the last bit in all of a multiple of 4 rows (seen with MKL and oneDNN)
-MKLDNN = torch.ops.mkldnn  # private operators, so we look before we use them
-PACKS = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-         and hasattr(MKLDNN, "_linear_pointwise") and hasattr(MKLDNN, "_reorder_linear_weight"))
+def as_rows(value):
+    """An image (N, C, H, W) as the row of its positions, (N H W, C); anything else as it is."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+        return value
+    return value.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def product(weight):
-    """The function (rows x, added) -> x weight^T + added, a bias or rows. weight: (C_out, C_in).
+class Plan:
+    """What is computed when, for n images of size (H, W), and how: see above. Raises Problem.
 
-    MKL packs a weight at each call, oneDNN keeps it packed; but its calls cost more, so that it pays for large ones.
-    """
-    if PACKS and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 150_000:
-        weight, linear = MKLDNN._reorder_linear_weight(weight, None), MKLDNN._linear_pointwise
-        return lambda x, added: (linear(x, weight, added, "none", [], "") if added.dim() == 1 else
-                                 linear.binary(x, added, weight, None, "add"))
-    weight = weight.t().contiguous()
-    return lambda x, added: torch.addmm(added, x, weight)
-
-
-class Decoder:
-    """Runs a factor's causal network over n images in an order in which everything is known when it is needed, and
-    asks `symbol(head, positions, limits)` for the levels of each set of pixels.
-
-    Every activation is computed once and kept in a buffer (ring + 2, n, C) while it is needed; a part of a layer at a
-    set of positions is a gather of what its taps read and one matrix product. The embedding's 1x1 projections do not
-    depend on x and are computed once, for all positions. fast=False: the same by a full pass for every pixel.
-    On CUDA a step is captured as a graph, one for each layout that recurs, and replayed.
+    lag: None in raster order. nodes: in the order of computation within a step, without x.
+    least_lag: if pixels are not to be drawn together though the network would allow it.
     """
 
-    def __init__(self, factor, n, x_hat=None, shift=0.0, tight=False, fast=True):
-        self.factor, self.n, self.shift, self.x_hat, self.fast = factor, n, shift, x_hat, fast
-        self.tight, self.symbol, net = tight and factor.psi is not None, None, factor.net
-        self.device, first, (c, h, w) = factor.device, net.nodes_given, factor.shape
-        self.captures = self.device.type == "cuda"
-        key, cache = ((h, w), ROWS // math.gcd(n, ROWS), fast, self.device), net.__dict__.setdefault("schedules", {})
-        if key not in cache:
-            cache[key] = Schedule(net, *key)
-        self.schedule = schedule = cache[key]
-        sizes = schedule.sizes
-        own = {0: schedule.input} | {i: parts[-1][0] for i, parts in schedule.parts.items()}
-        outputs = [{} for _ in net.channels]  # of each node: activation that is read -> its buffer, if it needs one
+    def __init__(self, net, channels, n, size, embeddings=(), least_lag=1):
+        self.n, self.size = n, size
+        self.x = Node(0, channels)
+        recorder = Recorder(net, n, size)
+        try:
+            self.output = recorder.run(self.x, embeddings)
+        except Problem as error:  # to which torch.fx adds where it was
+            raise Problem(str(error).splitlines()[0]) from None
+        recorder.finish(self.output)
+        self.nodes = recorder.nodes
+        for node in self.nodes:
+            if node.bias is not None and node.bias.dim() == 4:
+                node.terms.append(recorder.known(node.bias, node.scale))
+                node.bias = None
+        lags = range(least_lag, size[1])
+        self.lag = next((lag for lag in lags if self.delays(lag)[self.x] > 0), None)
+        if self.lag:
+            delays = self.delays(self.lag)
+            for node in self.nodes:
+                node.when = (node.scale, delays[node])
+        else:
+            self.split_by_rows()
+        self.allocate()
+        self.due = {}  # the nodes that some `when` have, in order
+        self.weights = {}  # of each convolution, (F, rows, columns, C)
+        for node in self.nodes:
+            for _, conv, _ in node.taps:
+                if conv not in self.weights:
+                    weight = conv.weight().flip(2, 3) if conv.up else conv.weight()  # see Conv
+                    self.weights[conv] = weight.permute(0, 2, 3, 1).contiguous()
+            node.compute = self.computation(node)
 
-        def buffer(node, channels):
-            return torch.zeros(schedule.indices[own[node]][0] * n, channels, dtype=factor.dtype, device=self.device)
+    def delays(self, lag):
+        """{node: its delay}, from the output back."""
+        delays = {self.output: 0}
+        for node in reversed(self.nodes):
+            for source, dy, dx in node.reads():
+                latest = delays[node] - 2 ** min(node.scale, source.scale) * (lag * dy + dx)
+                delays[source] = min(delays.get(source, latest), latest)
+        return delays
 
-        def read(node, activation, index):
-            """(what is read, its buffer, where in it); no buffer if it is there from the same step."""
-            outputs[node].setdefault(activation)
-            if index != own[node] and outputs[node][activation] is None:
-                outputs[node][activation] = buffer(node, net.channels[node] * (1 + (activation == "concat_elu")))
-            return (node, activation), None if index == own[node] else outputs[node][activation], index
+    def split_by_rows(self):
+        """Raster order: which nodes are computed a row at a time, and which pixel by pixel."""
+        nodes, self.nodes = self.nodes, []
+        rows_up = {self.x: 0}  # from a node's position to the nearest pixels that it depends on
 
-        # records: of each part: its slots, reads, product, what is added to it, layer, residual, node, outputs
-        self.records, embedded = [], dict(zip(net.embeddings, map(concat_elu, factor.embeddings(x_hat))))
-        for i, layer in enumerate(net.layers, first):
-            weights, inputs = {}, list(enumerate(zip(layer.sources, layer.convs)))
-            added = sum(conv.b for _, (node, conv) in inputs if node not in embedded)  # bias, or where rows lie
-            for j, (node, conv) in inputs:
-                if node in embedded:  # one at most
-                    projection = conv(embedded[node], sizes[i]).flatten(2).permute(2, 0, 1)
-                    projection = projection.index_select(0, schedule.order[sizes[i]]).add_(added)
-                    added = None, projection.flatten(0, 1), schedule.parts[i][0][1]
-                else:
-                    weights[j] = conv.weight().permute(0, 2, 3, 1).flatten(1, 2)  # (C_out, kh kw, C_in), as gathered
-            for part, (slots, _, reads) in enumerate(schedule.parts[i], 1):
-                weight = torch.cat([weights[j][:, taps].flatten(1) for j, taps, _ in reads], 1)
-                reads = [read(layer.sources[j], layer.convs[j].activation, index) for j, _, index in reads]
-                if part < len(schedule.parts[i]):  # the early part is a sum for the other one to go on with
-                    early = buffer(i, len(weight))
-                    self.records.append((slots, reads, product(weight), added, None, None, i, {"none": early}))
-                    added = None, early, own[i]
-                else:
-                    residual = None if layer.residual is None else read(layer.residual, "none", slots)
-                    self.records.append((slots, reads, product(weight), added, layer, residual, i, outputs[i]))
-        self.input, self.images = outputs[0]["none"], torch.arange(n, device=self.device).unsqueeze(1)
-        self.canvas = torch.zeros(h * w + 1, n, c, dtype=torch.long, device=self.device)
+        def distance(node, source, dy=0):
+            return rows_up.get(source, math.inf) - 2 ** min(node.scale, source.scale) * dy
 
-    def limits(self, positions):
-        """Function (x, c) -> inclusive interval of channel c at these positions; x: (P N, C, 1, 1), so far."""
-        psi, (_, h, w), side = self.factor.psi, self.factor.shape, self.factor.psi.cell
-        r, col, within = positions // w, positions % w, torch.arange(side, device=self.device)
-        corner = (r - r % side) * w + col - col % side
-        cells = (corner[:, None] + (within[:, None] * w + within).flatten()).clamp(max=h * w)  # padding: anywhere
-        coarse = (r // side * (w // side) + col // side).clamp(max=h * w // side**2 - 1)
-        blocks = self.canvas[cells].transpose(1, 2).flatten(0, 1)  # (P N, side^2, C)
-        x_hat = self.x_hat.flatten(2)[:, :, coarse].permute(2, 0, 1).flatten(0, 1)[:, :, None, None]
-        place = (r % side * side + col % side).repeat_interleave(self.n)[:, None, None]  # (P N, 1, 1)
+        for node in nodes:
+            for source, dy, dx in node.reads():
+                ahead = dx >= 0 if source is self.x else dx > 0
+                if dy > 0 or (ahead and distance(node, source, dy) == 0):
+                    raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
+            rows_up[node] = min(distance(node, source, dy) for source, dy, _ in node.reads())
+            by_row = rows_up[node] > 0 and node is not self.output
+            node.when = (node.scale, "row" if by_row else "pixel")
+            early, late = [], []
+            for source, conv, dys in node.taps:
+                early.append((source, conv, [dy for dy in dys if distance(node, source, dy) > 0]))
+                late.append((source, conv, [dy for dy in dys if distance(node, source, dy) == 0]))
+            early, late = ([tap for tap in part if tap[2]] for part in (early, late))
+            if early and rows_up[node] == 0:  # split it
+                terms = [term for term in node.terms if distance(node, term) > 0]
+                when = (node.scale, "row")
+                above = dataclasses.replace(node, taps=early, terms=terms, when=when)
+                node.terms = [above] + [term for term in node.terms if term not in terms]
+                node.taps, node.bias = late, None
+                self.nodes.append(above)
+            self.nodes.append(node)
 
-        def interval(x, c):
-            filled = blocks.scatter(1, place.expand(-1, -1, x.shape[1]), x.flatten(1).unsqueeze(1))
-            filled = filled.transpose(1, 2).unflatten(2, (side, side))
-            return tuple(v[:, c].flatten(1).gather(1, place[:, :, 0]).unsqueeze(2) for v in psi.bounds(filled, x_hat))
+    def allocate(self):
+        """Images for the nodes that are read elsewhere or later, as wide as they are read. Where
+        rows are read by their own pixels alone, all rows are one and the same memory."""
+        kept, elsewhere = {self.x}, {self.x}
+        for node in self.nodes:
+            reads = [(term, None) for term in node.terms if isinstance(term, Node)]
+            for source, conv in reads + [(source, conv) for source, conv, _ in node.taps]:
+                if source.when != "known" and not node.finds_now(source, conv):
+                    kept.add(source)
+                if conv is not None:
+                    elsewhere.add(source)
+                    weight, (top, bottom), (left, right) = conv.v, conv.rows, conv.columns
+                    reach = (-top, bottom, -left, right)
+                    source.margin = tuple(map(max, source.margin, reach))
+        for node in kept:
+            above, below, left, right = node.margin
+            height, width = (side >> node.scale for side in self.size)
+            size = (self.n, above + height + below, left + width + right, node.channels)
+            rows = 1 if self.lag is None and node not in elsewhere else size[1]
+            node.image = weight.new_zeros(self.n, rows, *size[2:]).expand(size)
 
-        return interval
-
-    def step(self, layout, indices, runs, symbol, only=None):
-        """Evaluate what `layout` names, then draw. runs: see Schedule; only: draw this position alone (full pass)."""
-        n, length = self.n, dict(layout)
-        index = dict(zip(length, indices.split(list(length.values()))))
-        positions, slots = index.get(self.schedule.drawn), index.get(self.schedule.input)  # of the pixels to draw
-        for number, part in index.items():  # a slot has a row for each image
-            if number in runs:
-                index[number] = slice(runs[number] * n, (runs[number] + len(part)) * n)
-            elif n > 1:
-                index[number] = (part.view(-1, 1, self.schedule.indices[number][2].shape[1]) * n + self.images).view(-1)
-        now, rows = {}, 0
-
-        def rows_of(read, buffer, number):
-            if buffer is None:
-                return now[read]
-            at = index[number]
-            return (buffer[at] if isinstance(at, slice) else buffer.index_select(0, at)).view(rows, -1)
-
-        for own, reads, product, added, layer, residual, node, outputs in self.records:
-            if own not in index:
-                continue
-            rows = n * length[own]
-            taps = [rows_of(*read) for read in reads]
-            y = product(torch.cat(taps, 1) if len(taps) > 1 else taps[0],
-                        rows_of(*added) if isinstance(added, tuple) else added)
-            if residual:
-                y = layer.finish(y, rows_of(*residual))
-            for activation, buffer in outputs.items():
-                now[node, activation] = value = ACTIVATIONS[activation](y)
-                if buffer is not None:
-                    if isinstance(index[own], slice):
-                        buffer[index[own]] = value
-                    else:
-                        buffer.index_copy_(0, index[own], value)
-        if positions is None:
+    def steps(self):
+        """Of each step: ({when: Line to compute}, Line of the pixels then drawn, or None)."""
+        whens = {node.when for node in self.nodes}
+        height, width = self.size
+        if self.lag:
+            first = min(delay for _, delay in whens)
+            for step in range(first, self.lag * (height - 1) + width):
+                lines = {when: self.diagonal(step, *when) for when in whens}
+                lines = {when: line for when, line in lines.items() if line is not None}
+                yield lines, self.diagonal(step, 0, 0)
             return
-        if only is not None:
-            y = y.view(len(positions), n, -1)[only]
-            positions, slots = positions[only : only + 1], slots[only : only + 1]
-        head = self.factor.Head(y.double()[:, :, None, None], self.factor.levels, self.shift)
-        x = symbol(head, positions, self.limits(positions) if self.tight else None).view(len(positions), n, -1)
-        self.canvas.index_copy_(0, positions, x)
-        unit = F.pad(to_unit(x, self.factor.levels, self.factor.dtype), (0, 1), value=1.0)
-        self.input.view(-1, n, unit.shape[2]).index_copy_(0, slots, unit)
+        for row, column in itertools.product(range(height), range(width)):
+            lines = {}
+            for scale, what in whens:
+                r, c = row >> scale, column >> scale
+                if row == r << scale and what == "row" and column == 0:
+                    lines[scale, what] = Line(r, 0, 0, 1, width >> scale)
+                if row == r << scale and what == "pixel" and column == c << scale:
+                    lines[scale, what] = Line(r, c, 0, 1, 1)
+            yield lines, Line(row, column, 0, 1, 1)
 
-    def run(self, symbol, progress=None):
-        """-> uint8 (n, C, H, W); progress is called with the number of pixels done, at each step."""
-        c, h, w = self.factor.shape
-        if symbol is not self.symbol:  # the graphs read its noise
-            self.symbol, self.graphs, self.pool = symbol, {}, None
-        steps = list(itertools.product([None] if self.fast else range(h * w), self.schedule.steps))
-        with torch.inference_mode(), current(self.device):
-            for i, (only, (layout, indices, runs)) in enumerate(steps):
-                if self.captures and self.fast and isinstance(symbol, Draw):
-                    self.replay(layout, indices, symbol)
-                else:
-                    self.step(layout, indices, runs, symbol, only)
-                if progress:
-                    progress(self.n * h * w * (i + 1) // len(steps) - self.n * h * w * i // len(steps))
-        return self.canvas[: h * w].permute(1, 2, 0).reshape(self.n, c, h, w).to(torch.uint8)
+    def diagonal(self, step, scale, delay):
+        """The positions (r, c) with 2^scale (lag r + c) + delay = step, or None."""
+        wave, rest = divmod(step - delay, 2**scale)
+        height, width = (side >> scale for side in self.size)
+        first = max(0, -((width - 1 - wave) // self.lag))  # in the rows before, c is too large
+        last = min(height - 1, wave // self.lag)  # in the rows after, c is negative
+        if rest or last < first:
+            return None
+        return Line(first, wave - self.lag * first, 1, -self.lag, last - first + 1)
 
-    def replay(self, layout, indices, symbol):
-        """A layout's first step runs eagerly, the second is captured, and from then on the graph is replayed."""
-        if layout not in self.graphs:
-            self.graphs[layout] = None
-            return self.step(layout, indices, {}, symbol)
-        if self.graphs[layout] is None:
-            graph, static = torch.cuda.CUDAGraph(), indices.clone()
-            stream = torch.cuda.Stream(self.device)  # torch's own for this is of the device that captured first
-            with torch.cuda.graph(graph, self.pool, stream=stream, capture_error_mode="thread_local"):
-                self.step(layout, static, {}, symbol)
-            self.graphs[layout], self.pool = (graph, static), graph.pool()  # results are in buffers: one pool for all
-        graph, static = self.graphs[layout]
-        static.copy_(indices)
-        graph.replay()
+    def compute(self, lines):
+        """Compute all nodes on the lines of their `when` -> the output's values, (n count, C)."""
+        due, now = tuple(lines), {}
+        if due not in self.due:
+            self.due[due] = [node for node in self.nodes if node.when in lines]
+        for node in self.due[due]:
+            now[node] = node.compute(lines[node.when], now)
+        return now.get(self.output)
+
+    def computation(self, node):
+        """node.compute, which also keeps the values in node.image, if there is one."""
+        terms = [self.at(node, term) for term in node.terms]
+        if node.function is not None:
+            values_on = lambda line, now: node.function(*[term(line, now) for term in terms])
+        elif node.doubles():
+            values_on = self.doubling(node, terms)
+        else:
+            values_on = self.summation(node, terms)
+        if node.image is None:
+            return values_on
+        write = node.reader()
+
+        def compute(line, now):
+            values = values_on(line, now)
+            write(line).copy_(values.view(self.n, line.count, 1, -1))
+            return values
+
+        return compute
+
+    def at(self, node, term):
+        """The function (Line, now) -> what node reads at its own position, (n count, C)."""
+        if not isinstance(term, Node):
+            return lambda line, now: term
+        if node.finds_now(term):
+            return lambda line, now: now[term]
+        read = term.reader()
+        return lambda line, now: read(line).reshape(self.n * line.count, -1)
+
+    def summation(self, node, terms, parity=(0, 0)):
+        """The function (Line, now) -> bias + terms + taps of node, at positions of this parity."""
+        inputs, matrices = [], []
+        for source, conv, dys in node.taps:
+            dy, dx, skipped = dys[0], conv.columns[0], dys[0] - conv.rows[0]
+            weight = self.weights[conv][:, skipped : skipped + len(dys)]  # (F, rows, columns, C)
+            if conv.up:  # it reads at (p + d) / 2, where that is whole
+                row, column = (dy + parity[0]) % 2, (dx + parity[1]) % 2
+                dy, dx, weight = dy + row, dx + column, weight[:, row::2, column::2]
+            if weight.numel() > 0:
+                matrices.append(weight.flatten(1))
+                inputs.append(self.input(node, source, conv, dy, dx, *weight.shape[1:3]))
+        if matrices:
+            times = product(torch.cat(matrices, 1), self.n * self.usual_count(node))
+        bias = None if node.bias is None else node.bias.flatten()
+
+        def values_on(line, now):
+            total = bias
+            for term in terms:
+                total = term(line, now) if total is None else total + term(line, now)
+            if not inputs:
+                return total.expand(self.n * line.count, -1)
+            read = [values(line, now) for values in inputs]
+            return times(torch.cat(read, 1) if len(read) > 1 else read[0], total)
+
+        return values_on
+
+    def input(self, node, source, conv, dy, dx, rows, columns):
+        """The function (Line, now) -> what a tap reads, (n count, rows columns C)."""
+        if node.finds_now(source, conv):
+            return lambda line, now: now[source]
+        read = source.reader(dy, dx, rows, columns, conv.stride, conv.up)
+        return lambda line, now: read(line).reshape(self.n * line.count, -1)
+
+    def doubling(self, node, terms):
+        """The same where the resolution doubles: that is one convolution at even positions and
+        another one at odd ones. Every second position of a line has the same parity."""
+        by_parity = {}
+        for parity in itertools.product((0, 1), (0, 1)):
+            by_parity[parity] = self.summation(node, terms, parity)
+
+        def values_on(line, now):
+            weight = node.taps[0][1].v
+            values = weight.new_empty(self.n, line.count, node.channels)
+            for i in range(min(2, line.count)):
+                row, column = line.row + i * line.down, line.column + i * line.right
+                count = (line.count + 1 - i) // 2
+                half = Line(row, column, 2 * line.down, 2 * line.right, count)
+                part = by_parity[row % 2, column % 2](half, now)
+                values[:, i::2] = part.view(self.n, count, -1)
+            return values.flatten(0, 1)
+
+        return values_on
+
+    def usual_count(self, node):
+        width = self.size[1] >> node.scale
+        if self.lag:
+            return max(1, width // self.lag)
+        return width if node.when[1] == "row" else 1
+
+
+def product(weight, rows):
+    """The function (x, total) -> total + x weight^T. weight: (F, K); rows: of x, usually.
+
+    MKL packs the weight anew in each call. oneDNN keeps it packed, and takes half the time where
+    there is much to do. Its operators are private: where they are missing, addmm serves.
+    """
+    onednn, large = torch.ops.mkldnn, rows >= 8 and weight.numel() >= 60_000
+    cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    there = hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight")
+    if not (large and cpu and there and torch.backends.mkldnn.is_available()):
+        transposed = weight.t().contiguous()
+        return lambda x, total: torch.addmm(total, x, transposed)
+    packed = onednn._reorder_linear_weight(weight, None)
+
+    def times(x, total):
+        if total.dim() == 1:
+            return onednn._linear_pointwise(x, packed, total, "none", [], "")
+        return onednn._linear_pointwise.binary(x, total, packed, None, "add")
+
+    return times
+
+
+def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
+    """What sample_naive samples, in the time of a few passes. In exact arithmetic the images are
+    the same; float32 sums in another order, so that now and then a pixel, and those after it,
+    differ.
+    """
+    channels, height, width = factor.view.shape
+    # Cut to intervals, a pixel depends on those before it in its block, however little is read.
+    least_lag = factor.view.psi.cell if tight else 1
+    embeddings = factor.embeddings(x_hat)
+    plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
+    x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.weight.device)
+    planes = plan.x.reader()
+    for lines, pixels in plan.steps():
+        params = plan.compute(lines)
+        if pixels is None:
+            continue
+        rows, columns = pixels.positions()
+        head = factor.head(params.double()[:, :, None, None], shift)
+        interval = interval_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
+        drawn = draw(head, rows, columns, interval).view(n, -1, channels)  # (n, count, C)
+        x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
+        unit = to_unit(drawn, factor.view.levels, factor.weight.dtype)
+        planes(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
+        if progress:
+            progress(n * pixels.count)
+    return x
+
+
+def interval_at(psi, x, x_hat, rows, columns):
+    """The function drawn -> (lo, hi) of the next channel, (n P, 1, 1, 1), for P pixels of x
+    each."""
+    rows, columns = torch.tensor([rows, columns], device=x.device)
+    r, c = rows % psi.cell, columns % psi.cell  # in their blocks
+    inside = torch.arange(psi.cell, device=x.device)
+    block_rows = (rows - r)[:, None, None] + inside[:, None]  # (P, cell, 1)
+    block_columns = (columns - c)[:, None, None] + inside  # (P, 1, cell)
+    blocks = x[:, :, block_rows, block_columns]  # (n, C, P, cell, cell)
+    blocks = blocks.transpose(1, 2).flatten(0, 1)
+    views = x_hat[:, :, rows // psi.cell, columns // psi.cell].transpose(1, 2).flatten(0, 1)
+    each = torch.arange(len(blocks), device=x.device)
+    r, c = r.repeat(len(x)), c.repeat(len(x))
+
+    def interval(drawn):
+        for channel, values in enumerate(drawn):
+            blocks[each, channel, r, c] = values.flatten().to(torch.uint8)
+        bounds = psi.bounds(blocks, views[:, :, None, None])
+        return [bound[each, len(drawn), r, c][:, None, None, None] for bound in bounds]
+
+    return interval
+
+
+# --- Command line: train, eval, sample ----------------------------------------------------------
+
+# What stands around the method is loaded when it is asked for: {command: (module of tools/, help)}.
+TOOLS = {
+    "bench": ("bench", "speed, beside plain implementations in one process"),
+    "compress": ("codec", "images, losslessly, into .pxa files"),
+    "decompress": ("codec", ".pxa files into PNG files"),
+    "export": ("codec", "all factors in one small file, weights in bfloat16"),
+    "curves": ("curves", "a picture of a run's bits/dim over the time of training"),
+}
+
+
+def tool(name):
+    """The module tools/NAME.py. Raises Problem where this file stands alone."""
+    try:
+        return importlib.import_module(f"tools.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("tools", f"tools.{name}"):
+            raise
+        raise Problem(f"this needs tools/{name}.py, expected beside pixelaux.py") from None
+
+
+def plan_run(args, out):
+    """(config, data) of a new run in the folder `out`, or of the one that is there. Raises
+    Problem."""
+    flags = {name: value for name, value in vars(args).items() if value is not None}
+    chosen = {name: value for name, value in flags.items() if name in Config.__annotations__}
+    if args.minutes:
+        if args.steps:
+            raise Problem("--steps and --minutes exclude each other")
+        chosen["anneal"] = 1.0  # a run of any length ends annealed
+    begun, factor = (out / "config.json").exists(), out / f"factor-{args.factor}.pt"
+    if begun and not args.resume and (args.factor is None or factor.exists()):
+        raise Problem(f"--out: {out} holds a run; --resume goes on with it, or take another folder")
+    if begun or args.resume:
+        config = read_config(out)
+        for name, value in chosen.items():
+            flag, old = f"--{name.replace('_', '-')}", getattr(config, name)
+            if not unchanged(name, old, value):
+                raise Problem(f"{flag}: {out} was begun with {old}, not {value}; leave this flag "
+                              "out to go on, or take another folder")
+            if name in ("data", "data_dir"):
+                setattr(config, name, value)
+        data, _ = load_data(config.data, config.data_dir, config.size)
+        if config.data_set != describe(data):
+            raise Problem(f"--data: {out} was begun with {config.data_set}, now there are "
+                          f"{describe(data)}; --start takes its weights over to another folder")
+        return config, data
+    if args.minutes:
+        chosen["steps"] = (0,)
+    if args.size:  # a size that does not fit is refused before images are read
+        with torch.device("meta"):
+            PixelAux(make_config(**chosen))
+    data, size = load_data(args.data or "shapes", args.data_dir or "data", args.size)
+    chosen = dict(flip=data.flip) | chosen | dict(size=size, data_set=describe(data))
+    return make_config(**chosen), data
+
+
+def unchanged(name, old, new):
+    """Where data lie may change in the course of a run, and nothing else."""
+    moved = name == "data_dir"
+    if name == "data":
+        folders = old.startswith("folder:") and new.startswith("folder:")
+        moved = folders or (old.endswith(".npy") and new.endswith(".npy"))
+    return old == new or moved
+
+
+def command_train(args):
+    import PIL.Image, tqdm  # noqa: F401, E401  what a run needs shall be missed when it begins
+
+    device = args.device
+    if not dist.is_torchelastic_launched():
+        return train(args, device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    patience = datetime.timedelta(hours=3)  # while one process reads the data
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    try:
+        train(args, device)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise Failure(f"process {rank()} lost another one; --resume goes on") from None
+    dist.destroy_process_group()
+
+
+def train(args, device):
+    kind = pathlib.Path((args.data or "shapes").partition(":")[0]).stem
+    out = args.out or pathlib.Path("runs", f"{args.model or 'pyramid'}-{kind}")
+    first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
+    for turn in (True, False):  # of the processes on a machine one fetches the data first
+        if turn == first:
+            config, data = plan_run(args, out)
+        if world_size() > 1:
+            dist.barrier()
+    model = PixelAux(config).to(device, memory_format=torch.channels_last)
+    if config.start:
+        start_from(model, config.start)
+    factors = range(len(model.factors)) if args.factor is None else [args.factor]
+    if factors[-1] not in range(len(model.factors)):
+        raise Problem(f"--factor {args.factor}: expected 0..{len(model.factors) - 1}")
+    if len(config.minutes) not in (1, len(model.factors)):
+        raise Problem(f"--minutes: expected one number, or {len(model.factors)}, one a factor")
+    if config.batch_size % world_size():
+        n = config.batch_size
+        raise Problem(f"--batch-size: {world_size()} processes cannot share {n} images equally")
+    if len(data.test) < 32:
+        warn(f"{len(data.test)} test images only: bits/dim. will be rough")
+    with contextlib.ExitStack() as held:
+        if rank() == 0:
+            for k in factors:
+                held.enter_context(locked(out, f"factor-{k}"))
+            begin(out, config, args.argv, device)
+        stop = held.enter_context(signals_noted())
+        held.enter_context(torch.random.fork_rng())  # as training seeds torch's own generators
+        for k in factors:
+            show = functools.partial(show_samples, model, k, factors[0], data, out, stop)
+            train_factor(model, k, data, out, stop, args.compile, args.save_every, show)
+        if rank() > 0:
+            return
+        show()
+    if args.factor is None:
+        few = data.test[:256]
+        print(report(model, *evaluate(model, few), data, few)[0])
+        print(f"\nsamples: {out / 'samples.png'}\nnext: python pixelaux.py eval {out}")
+        print(f"      python pixelaux.py sample {out}")
+    else:
+        print(f"factor {args.factor} is in {out / f'factor-{args.factor}.pt'}")
+
+
+def start_from(model, run):
+    """Give the model the weights of another run or checkpoint. Raises Problem."""
+    try:
+        model.load_state_dict(load(pathlib.Path(run).expanduser()).state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise Problem(f"--start: {run} is of another model: {reason}") from None
+
+
+def begin(out, config, argv, device):
+    """Write down what is trained, by which command, and on what."""
+    with locked(out, "config", wait=True):
+        if (out / "config.json").exists():  # with what other processes have found out meanwhile
+            config.steps = read_config(out).steps
+        write_config(out, config)
+    record = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *argv]),
+                  processes=world_size(), hardware=hardware(device), torch=torch.__version__)
+    with open(out / "commands.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = pathlib.Path("/proc/cpuinfo")
+    name = re.search("model name.*: (.*)|$", cpu.read_text() if cpu.exists() else "")[1]
+    return f"{torch.get_num_threads()} threads of {name or platform.processor()}"
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """SIGINT and SIGTERM are only noted, as no step may be cut in two. -> the function that
+    tells."""
+    noted, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # no other may set signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, frame: noted.append(number))
+    try:
+        yield lambda: len(noted) > 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_samples(model, k, first, data, out, stop):
+    """Pictures during training: samples of the views up to k, of which those before `first` are of
+    test images, and curves. If they cannot be made, training goes on without."""
+
+    def look(pixels):
+        if stop():
+            raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
+
+    try:
+        given = model.views_of(to_tensor(data.test[:16]))[first - 1] if first else None
+        n = 16 if given is None else len(given)
+        views = model.sample(n, model.config.seed, tight=model.config.tight, given=given,
+                             given_view=first - 1 if first else None, until=k + 1, progress=look)
+        save_samples(model, views, out / "samples.png", first)
+        with contextlib.suppress(Problem):  # where this file stands alone
+            tool("curves").save_curves(out, model.names)
+    except Exception as error:  # whatever it is, it is only a picture
+        warn(f"no picture: {type(error).__name__}: {error}")
+
+
+def run_data(args, model):
+    """The data that a run was trained on, or what --data and --data-dir say."""
+    config = model.config
+    if (args.run / "config.json").exists():  # it knows where the data are now
+        config = read_config(args.run)
+    data, _ = load_data(args.data or config.data, args.data_dir or config.data_dir, config.size)
+    if not args.data and config.data_set not in ("", describe(data)):
+        warn(f"{config.data}: trained on {config.data_set}, now there are {describe(data)}")
+    return data
+
+
+def result_path(args, *words):
+    """Where a result goes, without its ending: beside the weights, named by what was used for
+    it."""
+    folder, own = (args.run, []) if args.run.is_dir() else (args.run.parent, [args.run.stem])
+    data = [pathlib.Path(args.data.rpartition(":")[2]).stem] if args.data else []
+    return folder / "-".join([words[0], *own, *data, *filter(None, words[1:])])
+
+
+def command_eval(args):
+    if args.coded:
+        import constriction  # noqa: F401  if it is missing, say so before the evaluation
+
+    model = load(args.run, args.device)
+    data = run_data(args, model)
+    images = data.test[: args.n]
+    bound, exact = evaluate(model, images, args.batch_size)
+    text, result = report(model, bound, exact, data, images)
+    if data.shapes:
+        samples = model.sample(64, args.seed or 0, tight=model.config.tight)[-1]
+        result["decodable"] = float(data.shapes.decodable(to_array(samples)).mean())
+        text += f"\nsamples whose shape decodes: {result['decodable']:.0%} of 64"
+    if args.coded:
+        nats = exact.sum(0)[: args.coded]
+        coded, result["coded"] = tool("codec").coded(model, images[: args.coded], nats)
+        text += f"\n{coded}"
+    print(text)
+    some = str(len(images)) if len(images) < len(data.test) else ""
+    path = f"{result_path(args, 'eval', some)}.json"
+    write_atomically(path, json.dumps(result, indent=1).encode())
+
+
+def given_images(args, model):
+    """Images for --given and the number of their view: as they are, or X reduced to --view."""
+    finest = len(model.views) - 1
+    if args.view is not None and args.view not in range(finest):
+        raise Problem(f"--view {args.view}: expected a view coarser than X, 0..{finest - 1}")
+    if args.given == "test":
+        images = run_data(args, model).test
+    elif args.given.endswith(".npy"):
+        images = read_npy(args.given, channels={view.shape[0] for view in model.views})
+    else:
+        image = tool("images").read_image(pathlib.Path(args.given).expanduser())
+        images = image[None].repeat(args.n, 0)
+    x = to_tensor(images[: args.n])
+    if tuple(x.shape[1:]) != model.views[-1].shape:
+        return x, model.view_like(x, args.view)
+    k = finest - 1 if args.view is None else args.view
+    return model.views_of(x)[k], k
+
+
+def command_sample(args):
+    if args.shift and args.mode == "map":
+        raise Problem("--shift: --mode map draws no values, so there is no variance to change")
+    if args.view is not None and not args.given:
+        raise Problem("--view: goes with --given, whose view it is")
+    model, seed = load(args.run, args.device), args.seed or 0
+    tight = model.config.tight if args.tight is None else args.tight
+    given, k = given_images(args, model) if args.given else (None, -1)
+    n = args.n if given is None else len(given)
+    pixels = sum(math.prod(view.shape[1:]) for view in model.views[k + 1 :])
+    with progress(total=n * pixels, unit="pixel", unit_scale=True, delay=0.3) as bar:
+        views = model.sample(n, seed, args.mode, args.shift, tight, given, not args.naive,
+                             k if args.given else None, progress=bar.update)
+    name = result_path(
+        args, f"sample-{args.mode}-{seed}", args.shift and f"shift{args.shift:g}",
+        args.given and f"given-{pathlib.Path(args.given).stem}",
+        args.view is not None and f"view{k}", tight != model.config.tight and ("tight" if tight else "no-tight"))
+    out = re.sub(r"\.(png|npz)$", "", str(args.out or name))
+    arrays = {view.name: to_array(x) for view, x in zip(model.views, views)}
+    write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
+    save_samples(model, views, f"{out}.png", k + 1)
+    shapes = ", ".join(f"{name!r} {array.shape}" for name, array in arrays.items())
+    print(f"{out}.png: a row for each view, coarsest first\n{out}.npz: uint8 arrays {shapes}")
+
+
+def checked(kind, expected, valid=lambda value: True):
+    """A type for argparse: kind(text), which must be valid; the error tells what was expected."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError, RuntimeError, AssertionError, NotImplementedError):
+            if valid(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+
+    return parse
+
+
+def sides(text):
+    height, _, width = text.lower().partition("x")
+    return int(height), int(width or height)
+
+
+COUNT = checked(int, "a whole number above 0", lambda value: value > 0)
+NUMBER = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
+STEPS = checked(lambda text: (int(text),), "a whole number above 0", lambda value: value[0] > 0)
+MINUTES = checked(lambda text: tuple(map(float, text.split(","))), "minutes, such as 10 or 6,14,40",
+                  lambda value: 0 < min(value) <= max(value) < 1e9)
+SIZE = checked(sides, "SIDE or HEIGHTxWIDTH, such as 32 or 48x64", lambda value: min(value) > 0)
+SEED = checked(int, "0..2147483648", lambda value: 0 <= value <= 2**31)
+SHIFT = checked(float, "a finite number", math.isfinite)
+PATH = checked(lambda text: pathlib.Path(text).expanduser(), "a path")
+DEVICE = checked(torch.device, "cpu or cuda, as available here",
+                 lambda value: torch.ones(1, device=value).item())
+YES, YES_NO = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
+BEST = "cuda" if torch.cuda.is_available() else "cpu"
+
+# flag: (the commands that take it, help, what else argparse is told); tools take some of them, too
+FLAGS = {
+    "run": ("eval sample", "output folder of train, or a checkpoint file",
+            dict(metavar="RUN", type=PATH)),
+    "--model": ("train", "default pyramid", dict(choices=MODELS)),
+    "--preset": ("train", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: "
+                 "the paper's", dict(choices=PRESETS)),
+    "--data": ("train eval sample", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default: "
+               "shapes, or the run's)", {}),
+    "--data-dir": ("train eval sample", "where cifar10 or celeba lie or go (default: data)",
+                   dict(metavar="FOLDER")),
+    "--size": ("train", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)",
+               dict(type=SIZE)),
+    "--out": ("train sample", "where results go", dict(type=PATH)),
+    "--resume": ("train", "go on with the run in --out", YES),
+    "--start": ("train", "begin with the weights of this run or checkpoint",
+                dict(metavar="RUN", type=checked(str, "a run or a checkpoint", len))),
+    "--factor": ("train", "train factor K alone, 0 is the coarsest", dict(type=int, metavar="K")),
+    "--steps": ("train", "for each factor (default: the preset's)", dict(type=STEPS)),
+    "--minutes": ("train", "for each factor, in place of --steps, which the first steps then fix; "
+                  "or by factor, coarsest first: 6,14,40", dict(type=MINUTES)),
+    "--batch-size": ("train eval", "images at once (default: the preset's, or what fits)",
+                     dict(type=COUNT, metavar="N")),
+    "--lr": ("train", "learning rate of Adam (default: the preset's)", dict(type=NUMBER)),
+    "--flip": ("train", "mirror half of the images (default: of cifar10, celeba, folder)", YES_NO),
+    "--tight": ("train sample", "cut distributions to what the coarser view leaves possible: the "
+                "exact likelihood in place of the bound, consistent samples (default: the "
+                "preset's)", YES_NO),
+    "--look-right": ("train", "no: light networks look up and left only, to sample in a third of "
+                     "the steps", YES_NO),
+    "--precision": ("train", "of the networks in training (default: bfloat16 on CUDA)",
+                    dict(choices=["float32", "bfloat16"])),
+    "--compile": ("train", "torch.compile (default: no)", YES_NO),
+    "--save-every": ("train", "default 120", dict(type=NUMBER, default=120, metavar="SECONDS")),
+    "--n": ("eval sample", "how many images (default: all; sample: 16)", dict(type=COUNT)),
+    "--coded": ("eval", "code N images, restore them, compare with PNG and WebP",
+                dict(type=COUNT, metavar="N")),
+    "--mode": ("sample", "map: the paper's MAP sampling",
+               dict(choices=["random", "map"], default="random")),
+    "--shift": ("sample", "added to the log-scales; below 0: less variance",
+                dict(type=SHIFT, default=0.0)),
+    "--given": ("sample", "begin with these, of a view's size or of X's: test, an image or a .npy "
+                "file", {}),
+    "--view": ("sample", "the view that --given is of, or is reduced to; 0 is the coarsest "
+               "(default: the one next to X)", dict(type=int, metavar="K")),
+    "--naive": ("sample", "by a pass of the network for every pixel", YES),
+    "--seed": ("train eval sample", "of all that is random (default 0)", dict(type=SEED)),
+    "--device": ("train eval sample", "cpu, cuda, cuda:1 (default: cuda, if any)",
+                 dict(type=DEVICE, default=BEST)),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"pixelaux: {message}; see {self.prog} --help\n")
+
+    def add(self, *names, **changes):
+        """Add arguments of FLAGS."""
+        for name in names:
+            _, text, options = FLAGS[name]
+            self.add_argument(name, **{"help": text, **options, **changes})
+
+
+def parser():
+    top = Parser(prog="pixelaux.py", description="PixelCNN models with auxiliary variables")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, function, text in (
+            ("train", command_train, "train all factors of a model in turn, or one of them"),
+            ("eval", command_eval, "bits/dim on the whole test set, by factor and resolution"),
+            ("sample", command_sample, "a picture of samples, and the arrays")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(function=function, parser=command)
+        command.add(*(flag for flag in FLAGS if name in FLAGS[flag][0].split()))
+    commands.choices["sample"].set_defaults(n=16)
+    for name, (_, text) in TOOLS.items():
+        commands.add_parser(name, help=text)
+    return top
+
+
+def main(argv=None):
+    """Run a command -> exit status. What the user can mend is one line on stderr."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if argv and argv[0] in TOOLS:
+            tool(TOOLS[argv[0]][0]).main(argv)
+            return 0
+        args, unknown = parser().parse_known_args(argv)
+        if unknown:  # let the command say it, whose --help lists what there is
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        args.argv = argv
+        args.function(args)
+        return 0
+    except (Problem, Failure, OSError, ImportError, KeyboardInterrupt) as error:
+        message, status = str(error) or "interrupted", 2
+        if isinstance(error, KeyboardInterrupt):
+            status = 130
+        elif isinstance(error, Failure):
+            status = 1
+        elif isinstance(error, ImportError):
+            message = f"{error.name} is not installed: pip install -r requirements.txt"
+        elif isinstance(error, OSError):
+            message = f"{error.filename or 'output'}: {error.strerror or error}"
+        print(f"pixelaux: {message}", file=Quiet())
+        return status
 
 
 if __name__ == "__main__":
-    here = pathlib.Path(__file__).resolve().parent
-    if not (here / "commands.py").exists():
-        print("pixelaux: commands.py, the command line, is not here: expected it beside pixelaux.py", file=sys.stderr)
-        sys.exit(2)
-    sys.path.insert(0, str(here))
-    sys.modules["pixelaux"] = sys.modules["__main__"]  # commands.py works with this very module
-    from commands import main
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+    from pixelaux import main  # so that the tools and we share one copy of this module
 
     sys.exit(main())

@@ -19,9 +19,8 @@
 #
 # DATA_DIR (default data) is where CIFAR-10 and CelebA are, RUNS (default runs) where results go. CIFAR-10 is
 # downloaded; CelebA's img_align_celeba.zip has to be fetched by hand (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html).
-# More arguments go to `train`, again when it is resumed: the same ones, or another RUNS; a larger budget alone goes on
-# with a finished run:
-#   bash reproduce.sh cifar10-pyramid --budget 6,14,40       minutes a factor, coarsest first
+# More arguments go to `train`, again when it is resumed: the same ones, or another RUNS:
+#   bash reproduce.sh cifar10-pyramid --minutes 6,14,40      minutes a factor, coarsest first
 #   NPROC=8 bash reproduce.sh celeba-pyramid --batch-size 64 on 8 GPUs, by torchrun
 set -euo pipefail
 trap 'exit 143' TERM  # sent to all, as timeout does: bash waits until the program has saved
@@ -32,12 +31,12 @@ target=${1:-help}
 shift || true
 
 run() {  # run NAME train-arguments...
-  local out=$RUNS/$1 launch=$PYTHON resume=
+  local out=$RUNS/$1 launch=("$PYTHON") resume=
   shift
-  [ -z "${NPROC:-}" ] || launch="$PYTHON -m torch.distributed.run --standalone --nproc_per_node=$NPROC"
+  [ -z "${NPROC:-}" ] || launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$NPROC")
   if [ "$(cat "$out/finished" 2> /dev/null)" != "$*" ]; then
     [ ! -e "$out/config.json" ] || resume=--resume
-    $launch pixelaux.py train --out "$out" "$@" $resume
+    "${launch[@]}" pixelaux.py train --out "$out" "$@" $resume
     echo "$*" > "$out/finished"
   fi
   part "$out/eval.json" eval "$out"
@@ -76,10 +75,10 @@ settings() {  # settings TARGET; shares: of the minutes, coarsest factor first
 
 half_hour() {  # half_hour TARGET train-arguments...
   settings "${1:-}"
-  local budget
-  budget=$(awk -v minutes="${MINUTES:-18}" '{ for (i = 1; i <= NF; i++) printf "%s%g", (i > 1 ? "," : ""), minutes * $i }' \
+  local minutes
+  minutes=$(awk -v minutes="${MINUTES:-18}" '{ for (i = 1; i <= NF; i++) printf "%s%g", (i > 1 ? "," : ""), minutes * $i }' \
     <<< "$shares")
-  run "$name" --model $model --data $data --data-dir "$DATA_DIR" --preset "$preset" --budget "$budget" "${@:2}"
+  run "$name" --model $model --data $data --data-dir "$DATA_DIR" --preset "$preset" --minutes "$minutes" "${@:2}"
   part "$RUNS/$name/weights.pt" export "$RUNS/$name" "$RUNS/$name/weights.pt"
   pack "$RUNS/$name/weights.pt" "$RUNS/$name/parts"
   benchmarks "$1"

@@ -1,0 +1,213 @@
+"""How fast it is, beside plain implementations in one process. Command bench train|sample.
+
+The machine may be shared with others. So what is compared takes turns, and of each the fastest turn
+counts.
+"""
+import copy
+import dataclasses
+import math
+import os
+import resource
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixelaux import (
+    Conv, Draw, Parser, Plan, Problem, bfloat16, build, evaluating, hardware, sample_fast,
+    six_stages, training_step, wrapped)
+
+
+def main(argv):
+    """bench train or bench sample."""
+    parser = Parser(prog="pixelaux.py bench", description="speed, beside plain implementations")
+    parser.add_argument("what", choices=("train", "sample"))
+    parser.add("--model", "--preset", "--size", "--precision", "--compile", "--seed", "--device")
+    parser.add("--batch-size", help="default: the preset's; bench sample: 1, 16 and 64")
+    args = parser.parse_args(argv[1:])
+    if args.what == "sample" and (args.precision or args.compile is not None):
+        raise Problem("--precision and --compile are for bench train; "
+                      "sampling is in float32 and not compiled")
+    print(f"torch {torch.__version__}, {hardware(args.device)}, seed {args.seed or 0}")
+    if args.what == "train":
+        bench_train(args)
+    else:
+        bench_sample(args)
+
+
+def seconds(device, turns, *functions):
+    """Wall-clock time of each function, the fastest of some turns; they alternate."""
+    wait = torch.get_device_module(device).synchronize
+    fastest = [math.inf] * len(functions)
+    for _ in range(turns):
+        for i, function in enumerate(functions):
+            wait(device)
+            start = time.perf_counter()
+            function()
+            wait(device)
+            fastest[i] = min(fastest[i], time.perf_counter() - start)
+    return fastest
+
+
+# --- Training ----------------------------------------------------------------------------------
+
+
+class PlainConv(nn.Module):
+    """A Conv as people usually write it: torch's own weight norm, padding by a copy, NCHW."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.rows, self.columns = conv.rows, conv.columns
+        self.stride, self.up = conv.stride, conv.up
+        self.v = nn.Parameter(conv.v.detach().contiguous())
+        self.b = nn.Parameter(conv.b.detach().clone())
+        weight_norm(self, "v")  # from now on self.v is what v and its norms, the g of Conv, make
+        self.parametrizations.v.original0.data.copy_(conv.g.detach().view(-1, 1, 1, 1))
+
+    def forward(self, x):
+        """As Conv's."""
+        (top, bottom), (left, right) = self.rows, self.columns
+        height, width = x.shape[2:]
+        x = x.contiguous()
+        if self.up:
+            y = F.conv_transpose2d(x, self.v.transpose(0, 1), self.b, 2)
+            return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
+        return F.conv2d(F.pad(x, (-left, right, -top, bottom)), self.v, self.b, self.stride)
+
+
+def plain(factor):
+    """A copy of a factor that computes the same, each Conv as people usually write it."""
+    factor = copy.deepcopy(factor).to(memory_format=torch.contiguous_format)
+    for name, module in list(factor.named_modules()):
+        if isinstance(module, Conv):
+            factor.set_submodule(name, PlainConv(module))
+    return factor
+
+
+def step_of(factor, forward, pair, config, dims, **options):
+    """The function that makes a training step. forward: the factor, or what it was compiled to."""
+    adam = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, **options)
+    average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    return lambda: training_step(forward, pair, adam, average, config, dims)
+
+
+def peak_flops(device, dtype):
+    """FLOP/s of a product of two large matrices; a multiplication and an addition are two."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / seconds(device, 4, lambda: a @ a)[0]
+
+
+def memory(device):
+    """GiB, the most so far: of tensors on CUDA, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+TRAIN = """\
+training steps (gradient, Adam, moving average) of a batch of {}, model {}, preset {}, ours in {}.
+plain: float32 (torch's default: TF32 on CUDA), NCHW, padding by copy, torch's weight norm.
+Peak: a product of large matrices in {}, {:.3g} TFLOP/s. Memory: ours, the most so far.
+factor               images/s: ours    plain   ratio   GFLOP/image   TFLOP/s   of peak     GiB"""
+
+
+def bench_train(args):
+    """Prints, of each factor, a training step of ours beside a plain one."""
+    device = args.device
+    model = build(args.model or "pyramid", args.size or 32, args.preset or "tiny", args.seed or 0,
+                  precision=args.precision or "auto").train()
+    config = model.config
+    n = args.batch_size or config.batch_size
+    x = torch.randint(config.levels, (n, *model.views[-1].shape), dtype=torch.uint8)
+    model.initialise(x)
+    model.to(device, memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if bfloat16(config, device) else torch.float32
+    peak = peak_flops(device, dtype)
+    print(TRAIN.format(n, config.model, config.preset, dtype, dtype, peak / 1e12))
+    many = 10 if device.type == "cuda" else 1  # so that it is not the host that is measured
+
+    for name, factor, pair in zip(model.names, model.factors, model.pairs(x)):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with FlopCounterMode(display=False) as counter:
+            step_of(factor, factor, pair, config, model.dims, fused=True)()
+        gflop = counter.get_total_flops() / 1e9
+        forward = wrapped(factor, pair, config.tight, args.compile)
+        our_step = step_of(factor, forward, pair, config, model.dims, fused=True)
+        our_step()
+        gib = memory(device)
+        other = plain(factor)
+        float32 = dataclasses.replace(config, precision="float32")
+        plain_step = step_of(other, other, pair, float32, model.dims)
+        ours, theirs = seconds(device, 4, lambda: [our_step() for _ in range(many)],
+                               lambda: [plain_step() for _ in range(many)])
+        ours, theirs = ours / many, theirs / many
+        rate = gflop / ours / 1e3
+        print(f"{name:21}{n / ours:14.1f}{n / theirs:9.1f}{theirs / ours:8.2f}{gflop / n:14.3f}"
+              f"{rate:10.3g}{1e12 * rate / peak:10.0%}{gib:8.2f}", flush=True)
+
+
+# --- Sampling ----------------------------------------------------------------------------------
+
+SAMPLE = """\
+the finest factor alone, float32, random weights. pass: a teacher-forced pass of the batch, f_w
+included. naive: a pass of the network, f_w not included, for every pixel, of which one is timed.
+network                      batch steps s/image:naive   fast  pass us/pixel fast/pass naive/fast"""
+
+# Of PixelCNN++'s own size: 5 blocks a stage.
+CASES = [("pyramid", "celeba", 128, {}), ("pixelcnn", "cifar10", 32, dict(layout=six_stages(5)))]
+
+
+def bench_sample(args):
+    """Prints times of the samplers of the finest factor, and of a pyramid's whole chain."""
+    cases = [(args.model, "tiny", 32, {})] if args.model else CASES
+    print(SAMPLE)
+    for name, preset, side, changes in cases:
+        preset, size = args.preset or preset, args.size or (side, side)
+        model = build(name, size, preset, args.seed or 0, **changes)
+        model.to(args.device, memory_format=torch.channels_last)
+        label = f"{name} {preset} {size[0]}x{size[1]}"
+        with evaluating(model):
+            for n in [args.batch_size] if args.batch_size else (1, 16, 64):
+                print(f"{label:29}{n:5}{sampler_row(model, n)}", flush=True)
+            if "pyramid" in name:
+                chain = seconds(args.device, 2, lambda: model.sample(1))[0]
+                print(f"{label:29}{1:5}  the whole chain, f_w included: {chain:.2f} s")
+    print("for reference: the paper 4,000 us/pixel (Titan X, nothing kept from pass to pass), "
+          "PixelCNN++ 50,000 (as the paper quotes it)")
+
+
+def sampler_row(model, n):
+    """The rest of the table's row, for n images."""
+    device, factor = model.device, model.factors[-1]
+    channels, height, width = factor.view.shape
+    gib = available(device) / 2**30
+    if n > factor.at_once * gib / 4:  # at_once fits into 4 GiB
+        return f"  left out: needs more than {gib:.0f} GiB"
+    x = torch.randint(model.config.levels, (n, *factor.view.shape), dtype=torch.uint8)
+    x, x_hat = model.pairs(x)[-1]
+    noise = torch.rand(n, 2 * channels, height, width, dtype=torch.float64, device=device)
+    embeddings = factor.embeddings(x_hat)
+    plan = Plan(factor.net, channels + 1, n, (height, width), embeddings)
+    steps = sum(1 for _ in plan.steps())
+    of_pass, of_naive, fast = seconds(
+        device, 3 if n < 4 else 2,
+        lambda: factor.params(x, factor.embeddings(x_hat)),
+        lambda: factor.params(x, embeddings),
+        lambda: sample_fast(factor, n, x_hat, Draw(noise)))
+    pixels = height * width
+    naive = pixels * of_naive
+    return (f"{steps:6}{naive / n:14.1f}{fast / n:7.3f}{of_pass / n:6.3f}"
+            f"{fast / n / pixels * 1e6:9.1f}{fast / of_pass:10.2f}{naive / fast:11.0f}")
+
+
+def available(device):
+    """Bytes of memory: what is free on a GPU, or all that the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -4,8 +4,8 @@
     ICML 2017 ("Sec." and "Eq." refer to it); Salimans et al., "PixelCNN++", ICLR 2017
 
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
-and nearly all of them are texture. The shape of things, which is what a person sees, is a few
-thousandths of a bit beside it; so samples look like cloth.
+and nearly all of them are texture. The shape of things, which is what a person sees, is a hundredth
+of a bit per sub-pixel beside it; so samples look like cloth.
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, in which there is no texture, has a network of its own; and a
@@ -22,7 +22,7 @@ terms.
     Sec. 3.1    X^ is a 4-bit gray image                     Gray, Categorical
     Sec. 3.2    X^ is half as large, recursively             Half
     Sec. 3.3    X^ enters through an embedding f_w(X^)       EmbeddingNet, Factor
-    Sec. 4.2    MAP sampling, reduced variance               LogisticMixture.sample, its shift
+    Sec. 4.2    MAP sampling, reduced variance               LogisticMixture: sample's mode, shift
     beyond      the bound made exact: "tight"                feasible, psi.bounds
     beyond      sampling in the time of a few passes         Plan, sample_fast
 
@@ -32,6 +32,7 @@ is in nats, of an image unless said otherwise; bits/dim are bits per sub-pixel o
 deviate from the paper, or the paper is silent, the docstring concerned says so.
 """
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -87,7 +88,8 @@ class Config:
     """A model and its training. The defaults are the paper's for CIFAR-10, where it gives them.
 
     A layout is a row of stages (times halved, residual blocks): ((0, 3), (1, 6), (0, 3), (-1, 3))
-    is 3 blocks, 6 at half the resolution, 3 at the input's again, 3 at double the resolution.
+    is 3 blocks, 6 at half the resolution, 3 at the input's again, 3 at double the resolution (the
+    input of an embedding is X^, so that this is the resolution of the view it is for).
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
     """
@@ -103,12 +105,12 @@ class Config:
     layout_cond: tuple = six_stages(4)  # of p(X | gray) and its embedding: 24 blocks (Sec. 4.1)
     layout_light: tuple = ((0, 3),)  # of the pyramid's causal networks (Sec. 4.2)
     layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))  # of the pyramid's embeddings
-    look_right: bool = True  # False: light networks look up and left only, and sample faster
+    look_right: bool = True  # False: only the first layers of light networks do; samples faster
     dropout: float = 0.5
 
     tight: bool = False  # train the exact likelihood in place of the paper's bound
     batch_size: int = 64
-    epochs: tuple = (30, 200)  # of 50,000 images where they are made on the fly
+    epochs: tuple = (30, 200)  # if images are made on the fly, an epoch is 50,000 of them
     steps: tuple = (0,)  # in place of epochs; 0: from epochs
     minutes: tuple = (0.0,)  # in place of both; 0: not by time
     lr: float = 1e-3
@@ -202,7 +204,7 @@ def feasible(values, weights, low, high, top):
 
 
 class Psi:
-    """A function that makes a view. All else in this file knows no more of it than:
+    """A function that makes a view. Likelihood and sampling know no more of it than:
 
     psi(x): uint8 (N, C, H, W) -> x_hat: uint8 (N, channels_out, H / cell, W / cell) of levels_out
     levels, in which a pixel depends on a block of cell x cell pixels of x; psi.bounds(x, x_hat) ->
@@ -247,15 +249,16 @@ class Half(Psi):
 class Gray(Psi):
     """4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, one channel of 16 levels.
 
-    The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. Every
-    value of an interval can be completed if no weight exceeds 4096 (16 levels and more).
+    The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. The
+    4096 sums that a view leaves hold a multiple of every weight up to 4096: no interval is empty.
     """
 
     label = "gray"
 
     def __init__(self, channels=3, levels=256):
-        if channels != 3 or 255 % (levels - 1):
-            raise Problem(f"gray needs 3 channels, and levels - 1 must divide 255, got {levels=}")
+        if channels != 3 or levels < 16 or 255 % (levels - 1):
+            raise Problem("gray needs 3 channels of 16 levels or more, levels - 1 dividing 255, "
+                          f"got {channels=}, {levels=}")
         super().__init__(1, 16)
         self.levels = levels
         self.weights = [weight * 255 // (levels - 1) for weight in (77, 150, 29)]
@@ -340,6 +343,7 @@ def logistic_between(a, b, u):
     flip = a + b > 0  # compute in the left tail, where the cdf keeps its precision
     low, high, u = torch.where(flip, -b, a), torch.where(flip, -a, b), torch.where(flip, 1 - u, u)
     ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))
+    # The cdf there is sigma(low) + u (sigma(high) - sigma(low)), and its logit is the value.
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))
     return torch.where(flip, -z, z)
@@ -349,7 +353,7 @@ class LogisticMixture:
     """Mixture of K discretized logistics over (R, G, B) (PixelCNN++ Sec. 2.1, 2.2).
 
     params: (N, 10 K, H, W), in PixelCNN++'s order: K mixture logits; then for each of R, G, B: K
-    means, K log-scales, K coefficients (of R in G; of R in B; of G in B). levels: of a sub-pixel.
+    means, K log-scales, K coefficients (of R in G; R in B; G in B). levels: of a sub-pixel.
     shift: added to the log-scales to reduce the variance (Sec. 4.2 subtracts constants).
     """
 
@@ -382,7 +386,8 @@ class LogisticMixture:
         means = self.means[:, c]  # (N, K, H, W)
         for j in range(c):
             unit = to_unit(x[j], self.levels, means.dtype)
-            means = torch.addcmul(means, self.coeffs[:, c - 1 + j], unit)
+            which = c - 1 + j  # R in G: 0, R in B: 1, G in B: 2
+            means = torch.addcmul(means, self.coeffs[:, which], unit)
         return means
 
     def log_prob(self, x, bounds=None):
@@ -502,15 +507,15 @@ class Categorical:
 # --- Causal convolutions -----------------------------------------------------------------------
 #
 # By Eq. 1 what the network says of pixel o may depend on the pixels before o, in raster order, and
-# on no others. A convolution whose kernel lies above and to the left of o sees to that. But a stack
-# of such layers is blind: a step to the right is to be had only together with a step up, so that
-# however many layers there are, the pixels marked "?" are never seen, though they come before o.
-# Therefore PixelCNN++ (after Gated PixelCNN) has two streams of layers:
+# on no others. A kernel that reads the row above, and in its own row what is left of o, sees to
+# that. But a stack of such layers is blind: a step to the right is to be had only together with a
+# step up, so that however many layers there are, the pixels marked "?" are never seen, though they
+# come before o. Therefore PixelCNN++ (after Gated PixelCNN) has two streams of layers:
 #
 #     one stream, blind        v, the vertical stream     h, the horizontal stream
-#     x x x x x x x ?          x x x x x x x x            reads h to the left and above,
-#     x x x x x x ? ?          x x x x x x x x            and v at its own place, which
-#     x x x x x ? ? ?          x x x x x x x x            has seen all the rows above
+#     x x x x x x x x          x x x x x x x x            reads h to the left and above,
+#     x x x x x x x ?          x x x x x x x x            and v at its own place, which
+#     x x x x x x ? ?          x x x x x x x x            has seen all the rows above
 #     x x x x o                        o
 #
 # v's first layer reads the rows above alone, so that v in o's row knows nothing of that row.
@@ -536,7 +541,8 @@ class Conv(nn.Module):
         super().__init__()
         for first, last in (rows, columns):
             if not first <= last <= -first or (up and last < 0):
-                raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= -first")
+                raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
+                              "-first")
         self.rows, self.columns, self.stride, self.up = rows, columns, stride, up
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
         self.exact = exact  # float32 in bfloat16 training, too
@@ -648,9 +654,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Stage i of a layout: of each stream a convolution that leads into it from another resolution,
-    `enter`, and `blocks`. nr_aux: of each stream, how many auxiliary inputs its blocks have,
-    besides a skip where an earlier stage has the same resolution."""
+    """The modules of stage i of a layout, which CausalNet and EmbeddingNet run. enter: if the
+    resolution changes, a convolution for each stream. blocks: each has a Block for each stream,
+    with as many auxiliary inputs as nr_aux says, and a skip if an earlier stage has its resolution.
+    """
 
     def __init__(self, layout, i, filters, dropout, reaches, nr_aux):
         super().__init__()
@@ -689,8 +696,7 @@ class CausalNet(nn.Module):
         self.head = Conv(filters, c_out, **POINT, gain=0.03, exact=True)
 
     def forward(self, x, embeddings=()):
-        """x: (N, C_in, H, W); embeddings: of the resolutions 1, 1/2, 1/4, .. -> (N, C_out, H,
-        W)."""
+        """x: (N, C_in, H, W); embeddings: number i has been halved i times -> (N, C_out, H, W)."""
         v = self.v_first(x)
         h = self.h_above(x) + self.h_left(x)
         made = {}  # resolution -> the outputs of the last stage there
@@ -870,7 +876,7 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.weight.device)
     embeddings = factor.embeddings(x_hat)
     for r, c in itertools.product(range(height), range(width)):
-        pixel = x[:, :, r : r + 1, c : c + 1]
+        pixel = x[:, :, r : r + 1, c : c + 1]  # a part of x: what is written to it, is in x
         params = factor.params(x, embeddings)[:, :, r : r + 1, c : c + 1]
 
         def interval(drawn):
@@ -901,8 +907,8 @@ class PixelAux(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             for view in self.views:
-                kinds = [view.psi] if view.psi else MODELS[config.model][-1:]
-                light = any(kind.cell > 1 for kind in kinds)  # the coarsest view: as the last psi's
+                kinds = [type(view.psi)] if view.psi else MODELS[config.model][-1:]
+                light = any(kind.cell > 1 for kind in kinds)  # the coarsest view: by the last psi
                 self.factors.append(Factor(config, view, light))
         self.check_size()
 
@@ -922,7 +928,7 @@ class PixelAux(nn.Module):
 
     def check(self, x, k):
         """x, tensor or array, as images of view k on the model's device. Raises Problem."""
-        if isinstance(x, np.ndarray):
+        if not isinstance(x, torch.Tensor):
             x = torch.from_numpy(np.require(x, requirements=("C", "W")))
         view = self.views[k]
         if x.dtype != torch.uint8 or tuple(x.shape[1:]) != view.shape or len(x) == 0:
@@ -983,7 +989,8 @@ class PixelAux(nn.Module):
         """
         if n < 1 or (given is not None and len(given) != n):
             got = f"n = {n}" if given is None else f"n = {n} and {len(given)} given"
-            raise Problem(f"expected n of 1 or more, and as many images if any are given, got {got}")
+            raise Problem(f"expected n of 1 or more, and as many images if any are given, got "
+                          f"{got}")
         one_of("mode", mode, ("random", "map"))
         views = [] if given is None else self.views_of(given, self.view_like(given, given_view))
         sampler = sample_fast if fast else sample_naive
@@ -1001,7 +1008,8 @@ class PixelAux(nn.Module):
     def view_like(self, x, k=None):
         """The number of the view of which x are images: k, or by their shape. Raises Problem."""
         alike = [j for j, view in enumerate(self.views) if tuple(x.shape[1:]) == view.shape]
-        if k not in range(len(self.views)) if k is not None else len(alike) != 1:
+        told = k in range(len(self.views)) if k is not None else len(alike) == 1
+        if not told:
             views = ", ".join(f"{j}: {view.name} {view.shape}" for j, view in enumerate(self.views))
             raise Problem(f"given images (N, C, H, W) are {tuple(x.shape)}: expected the shape of "
                           f"one view, or its number, given_view, where several are alike: {views}")
@@ -1168,7 +1176,7 @@ def log_pmf_of(noise, pmf):
 @dataclasses.dataclass
 class Dataset:
     """train, test: uint8 (N, H, W, 3), arrays or Rows; train is None if `shapes` makes images on
-    the fly. flip: whether mirror images are as good. fingerprint: of the training set."""
+    the fly. flip: whether mirror images are as good. fingerprint: of all images."""
 
     train: object
     test: object
@@ -1269,7 +1277,10 @@ def load_data(spec, folder="data", size=None):
         return Dataset(None, shapes.sample(512, (0, 20170806)), shapes=shapes), shapes.size
     if spec.endswith(".npy"):
         images = read_npy(spec)
-        train, test = split(images)
+        try:
+            train, test = split(images)
+        except Problem as error:
+            raise Problem(f"{spec}: {error}") from None
         data = Dataset(Rows(images, train), Rows(images, test), fingerprint=fingerprint(images))
     else:
         data = tool("images").load(spec, folder, size)
@@ -1357,8 +1368,9 @@ def load(run, device="cpu"):
     run = pathlib.Path(run)
     paths = [run]
     if run.is_dir():
-        exported = sorted(run.glob("weights.pt"))
-        paths = sorted(run.glob("factor-*.pt")) or exported or [run / "factor-0.pt"]
+        paths = sorted(run.glob("factor-*.pt")) or sorted(run.glob("weights.pt"))
+        if not paths:
+            raise Problem(f"{run} holds no run: expected factor-0.pt, .. or weights.pt there")
     first = read_checkpoint(paths[0])
     try:
         model = PixelAux(make_config(**first["config"]))
@@ -1412,12 +1424,15 @@ def locked(out, name, wait=False):
 
 def record_steps(out, config, k, steps):
     """Write down how many steps factor k takes; processes that train others do so for theirs."""
-    with locked(out, "config", wait=True):
-        there = read_config(out)
-        numbers = [of_factor(there.steps, j) for j in range(len(make_views(config)))]
-        numbers[k] = steps
-        config.steps = there.steps = tuple(numbers)
-        write_config(out, there)
+    numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
+    numbers[k] = steps
+    config.steps = tuple(numbers)
+    if rank() == 0:
+        with locked(out, "config", wait=True):
+            there = read_config(out)
+            numbers = [of_factor(there.steps, j) for j in range(len(numbers))]
+            numbers[k] = steps
+            write_config(out, dataclasses.replace(there, steps=tuple(numbers)))
 
 
 def read_metrics(out):
@@ -1539,6 +1554,12 @@ def batch_of(model, k, data, step):
     return model.pairs(x[rank() :: world_size()])[k]
 
 
+def time_to_look(step, steps):
+    """At the loss: some 100 times in all, after 20 steps at the latest."""
+    every = 1 if steps == math.inf else min(20, max(1, steps // 100))
+    return step % every == 0 or step == steps
+
+
 def training_step(forward, batch, optimizer, average, config, dims):
     """Gradient, Adam, moving average of the weights -> the loss: bits per sub-pixel of X."""
     device = batch[0].device
@@ -1568,7 +1589,7 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     factor = model.factors[k].train()
     average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
-    model.factors[k] = average.module  # which is what everybody else sees
+    model.factors[k] = average.module  # the model has the average; `factor` is the one we train
     optimizer = torch.optim.Adam(factor.parameters(), betas=config.betas, fused=True)
     step, seconds = restore(saved, path, factor, average, optimizer)
     steps = steps_of(config, k, data)
@@ -1582,10 +1603,8 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
         batch = batch_of(model, k, data, step)
         total += training_step(forward, batch, optimizer, average, config, model.dims)
         step += 1
-        every = 1 if steps == math.inf else min(20, max(1, steps // 100))
-        if step % every and step < steps and (world_size() > 1 or not stop()):
+        if not time_to_look(step, steps) and (world_size() > 1 or not stop()):
             continue
-
         # Now and then: here the host waits for the device, and the processes for each other.
         seconds += time.monotonic() - clock
         bits = float(total) / (step - looked)
@@ -1594,19 +1613,21 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
             good = path if path.exists() else "not there"
             raise Failure(f"factor {k}: the loss is not finite at step {step} (--lr too high?); "
                           f"the last good checkpoint is {good}")
-        if steps == math.inf:
-            times.append(seconds)
+        times.append(seconds)
+        fixed = steps == math.inf
+        if fixed:
             steps = steps_in_time(of_factor(config.minutes, k), step, times)
-            if steps < math.inf:
-                record_steps(out, config, k, steps)
+            fixed = steps < math.inf
         quarter = 4 * step // steps > 4 * looked // steps
         test = test_bits(model, k, data.test[:128]) if quarter else None
         log.write(step, steps, bits, seconds, test)
-        if (quarter or stopping or time.monotonic() > save_at) and rank() == 0:
+        if (quarter or stopping or fixed or time.monotonic() > save_at) and rank() == 0:
             training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(),
                             step=step, seconds=seconds)
             write_checkpoint(path, config, {k: average.module.state_dict()}, training=training)
             save_at = time.monotonic() + save_every
+        if fixed:  # after saving: what came before was done at another learning rate
+            record_steps(out, config, k, steps)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
@@ -1704,15 +1725,17 @@ def report(model, bound, exact, data, images):
         for name, first, dims in (("of_x", k, model.dims), ("own", k, own), ("cumulative", 0, own)):
             bits = bits_per_dim(both[:, first : k + 1].sum(1).mean(1), dims)
             row[f"bound_{name}"], row[f"exact_{name}"] = bits.tolist()
-        lines.append(f"{model.names[k]:21}" + ("{:8.4f}{:8.4f}  " * 3).format(*row.values()))
+        numbers = ("{:8.4f}{:8.4f}  " * 3).format(*row.values())
+        lines.append(f"{model.names[k]:21}{numbers}".rstrip())
         factors.append(dict(factor=model.names[k], shape=view.shape, **row))
     bits = bits_per_dim(both.sum(1), model.dims)  # (2, N)
     resampled = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)  # bootstrap
     intervals = np.percentile(resampled, [2.5, 97.5], axis=1).T.tolist()
     total = bits.mean(1).tolist()
     lines.append("{:21}{:8.4f}{:8.4f}".format("total", *total))
-    of_bound, of_exact = ["{:.4f}..{:.4f}".format(*interval) for interval in intervals]
-    lines.append(f"95% interval over the images: bound {of_bound}, exact {of_exact}")
+    if n > 1:
+        of_bound, of_exact = ["{:.4f}..{:.4f}".format(*interval) for interval in intervals]
+        lines.append(f"95% interval over the images: bound {of_bound}, exact {of_exact}")
     result = dict(images=n, factors=factors, bound=total[0], exact=total[1],
                   bound_interval=intervals[0], exact_interval=intervals[1])
     if data.shapes:
@@ -1786,11 +1809,12 @@ def save_samples(model, views, path, given=0):
 # before, and pixels that do not depend on each other can be drawn together.
 #
 # What does pixel (r, c) need in the pyramid's light network? h at its place, so v at its place.
-# Each of v's 1 + 6 convolutions looks one column to the right, the first of them in the row above:
-# so v needs pixel (r - 1, c + 7), and none further to the right. If (r, c) is drawn at step
-# lag r + c, that pixel must come before: lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8.
-# The pixels of a step lie on a diagonal, and this wavefront crosses 128x128 pixels in
-# 8 * 127 + 128 = 1,144 steps:
+# Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one column to the
+# right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none further to
+# the right. If (r, c) is drawn at step lag r + c, that pixel must come before:
+# lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8. The pixels of a step lie on a diagonal,
+# and this wavefront crosses 128x128 in 8 * 127 + 128 = 1,144 steps (and 6 before, for the first
+# layers):
 #
 #     step of each pixel     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     with lag 8; those of   row 1   (8)  9  10  11  12  13  14  15  16  17  18
@@ -1803,10 +1827,11 @@ def save_samples(model, views, path, given=0):
 # give each value the largest delay that serves all its readers. That of x must come out as 1 or
 # more, as a pixel is known only after its step; the lag is the smallest for which it does.
 #
-# If no lag below the width will do (PixelCNN++ at 32x32 looks further to the right than the image
-# is wide), pixels are drawn one by one, in raster order. What depends on the rows above alone is
-# then computed a row at a time: the vertical stream, and those rows of the horizontal kernels that
-# lie above, for which convolutions are split. The rest is computed pixel by pixel.
+# If no lag below the width will do (8 is not below 8 in the pyramid's 8x8; PixelCNN++ at 32x32
+# looks further to the right than the image is wide), pixels are drawn one by one, in raster order.
+# What depends on the rows above alone is then computed a row at a time: the vertical stream, and
+# those rows of the horizontal kernels that lie above, for which convolutions are split. The rest is
+# computed pixel by pixel.
 #
 # Of CausalNet nothing is known here: what there is to compute is recorded from its forward pass, by
 # torch.fx. Any network will do that is made of Conv and of functions of values at one position, and
@@ -2020,7 +2045,7 @@ class Plan:
     """
 
     def __init__(self, net, channels, n, size, embeddings=(), least_lag=1):
-        self.n, self.size = n, size
+        self.n, self.size, self.threads = n, size, torch.get_num_threads()
         self.x = Node(0, channels)
         recorder = Recorder(net, n, size)
         try:
@@ -2043,9 +2068,11 @@ class Plan:
             self.split_by_rows()
         self.allocate()
         self.due = {}  # the nodes that some `when` have, in order
+        self.work = collections.Counter()  # of each `when`: multiplications at one position
         self.weights = {}  # of each convolution, (F, rows, columns, C)
         for node in self.nodes:
-            for _, conv, _ in node.taps:
+            for _, conv, dys in node.taps:
+                self.work[node.when] += self.n * len(dys) * conv.v[:, :, 0].numel()
                 if conv not in self.weights:
                     weight = conv.weight().flip(2, 3) if conv.up else conv.weight()  # see Conv
                     self.weights[conv] = weight.permute(0, 2, 3, 1).contiguous()
@@ -2094,6 +2121,7 @@ class Plan:
         """Images for the nodes that are read elsewhere or later, as wide as they are read. Where
         rows are read by their own pixels alone, all rows are one and the same memory."""
         kept, elsewhere = {self.x}, {self.x}
+        weight = next(node.taps[0][1].v for node in self.nodes if node.taps)
         for node in self.nodes:
             reads = [(term, None) for term in node.terms if isinstance(term, Node)]
             for source, conv in reads + [(source, conv) for source, conv, _ in node.taps]:
@@ -2101,7 +2129,7 @@ class Plan:
                     kept.add(source)
                 if conv is not None:
                     elsewhere.add(source)
-                    weight, (top, bottom), (left, right) = conv.v, conv.rows, conv.columns
+                    (top, bottom), (left, right) = conv.rows, conv.columns
                     reach = (-top, bottom, -left, right)
                     source.margin = tuple(map(max, source.margin, reach))
         for node in kept:
@@ -2136,7 +2164,8 @@ class Plan:
         """The positions (r, c) with 2^scale (lag r + c) + delay = step, or None."""
         wave, rest = divmod(step - delay, 2**scale)
         height, width = (side >> scale for side in self.size)
-        first = max(0, -((width - 1 - wave) // self.lag))  # in the rows before, c is too large
+        # (wave - width + 1) / lag rounded up; in the rows before, c is beyond the right edge.
+        first = max(0, -((width - 1 - wave) // self.lag))
         last = min(height - 1, wave // self.lag)  # in the rows after, c is negative
         if rest or last < first:
             return None
@@ -2145,6 +2174,9 @@ class Plan:
     def compute(self, lines):
         """Compute all nodes on the lines of their `when` -> the output's values, (n count, C)."""
         due, now = tuple(lines), {}
+        work = sum(self.work[when] * line.count for when, line in lines.items())
+        # Small products gain little from threads, and beside other load they wait long for each.
+        torch.set_num_threads(self.threads if work > 100_000_000 else 1)
         if due not in self.due:
             self.due[due] = [node for node in self.nodes if node.when in lines]
         for node in self.due[due]:
@@ -2275,19 +2307,22 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
     x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.weight.device)
     planes = plan.x.reader()
-    for lines, pixels in plan.steps():
-        params = plan.compute(lines)
-        if pixels is None:
-            continue
-        rows, columns = pixels.positions()
-        head = factor.head(params.double()[:, :, None, None], shift)
-        interval = interval_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
-        drawn = draw(head, rows, columns, interval).view(n, -1, channels)  # (n, count, C)
-        x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
-        unit = to_unit(drawn, factor.view.levels, factor.weight.dtype)
-        planes(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
-        if progress:
-            progress(n * pixels.count)
+    try:
+        for lines, pixels in plan.steps():
+            params = plan.compute(lines)
+            if pixels is None:
+                continue
+            rows, columns = pixels.positions()
+            head = factor.head(params.double()[:, :, None, None], shift)
+            interval = interval_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
+            drawn = draw(head, rows, columns, interval).view(n, -1, channels)  # (n, count, C)
+            x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
+            unit = to_unit(drawn, factor.view.levels, factor.weight.dtype)
+            planes(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
+            if progress:
+                progress(n * pixels.count)
+    finally:
+        torch.set_num_threads(plan.threads)
     return x
 
 
@@ -2341,6 +2376,8 @@ def plan_run(args, out):
     Problem."""
     flags = {name: value for name, value in vars(args).items() if value is not None}
     chosen = {name: value for name, value in flags.items() if name in Config.__annotations__}
+    for name in {"data", "data_dir", "start"} & chosen.keys():
+        chosen[name] = from_anywhere(chosen[name])
     if args.minutes:
         if args.steps:
             raise Problem("--steps and --minutes exclude each other")
@@ -2367,9 +2404,19 @@ def plan_run(args, out):
     if args.size:  # a size that does not fit is refused before images are read
         with torch.device("meta"):
             PixelAux(make_config(**chosen))
-    data, size = load_data(args.data or "shapes", args.data_dir or "data", args.size)
+    chosen = dict(data_dir=from_anywhere("data")) | chosen
+    data, size = load_data(chosen.get("data", "shapes"), chosen["data_dir"], args.size)
     chosen = dict(flip=data.flip) | chosen | dict(size=size, data_set=describe(data))
     return make_config(**chosen), data
+
+
+def from_anywhere(place):
+    """A path, FILE.npy or folder:PATH, as it is called from any working directory."""
+    kind = "folder:" if place.startswith("folder:") else ""
+    path = place.removeprefix(kind)
+    if path in ("", "shapes", "cifar10", "celeba"):
+        return place
+    return kind + str(pathlib.Path(path).expanduser().absolute())
 
 
 def unchanged(name, old, new):
@@ -2411,11 +2458,11 @@ def train(args, device):
         if world_size() > 1:
             dist.barrier()
     model = PixelAux(config).to(device, memory_format=torch.channels_last)
-    if config.start:
-        start_from(model, config.start)
     factors = range(len(model.factors)) if args.factor is None else [args.factor]
     if factors[-1] not in range(len(model.factors)):
         raise Problem(f"--factor {args.factor}: expected 0..{len(model.factors) - 1}")
+    if config.start and not all((out / f"factor-{k}.pt").exists() for k in factors):
+        start_from(model, config.start)
     if len(config.minutes) not in (1, len(model.factors)):
         raise Problem(f"--minutes: expected one number, or {len(model.factors)}, one a factor")
     if config.batch_size % world_size():
@@ -2427,7 +2474,7 @@ def train(args, device):
         if rank() == 0:
             for k in factors:
                 held.enter_context(locked(out, f"factor-{k}"))
-            begin(out, config, args.argv, device)
+            begin(out, config, factors, args, device)
         stop = held.enter_context(signals_noted())
         held.enter_context(torch.random.fork_rng())  # as training seeds torch's own generators
         for k in factors:
@@ -2454,13 +2501,21 @@ def start_from(model, run):
         raise Problem(f"--start: {run} is of another model: {reason}") from None
 
 
-def begin(out, config, argv, device):
-    """Write down what is trained, by which command, and on what."""
+def begin(out, config, factors, args, device):
+    """Write down what is trained, by which command, and on what. The factors are locked by now: if
+    another process has been here since we planned, it must have had the same in mind."""
     with locked(out, "config", wait=True):
-        if (out / "config.json").exists():  # with what other processes have found out meanwhile
-            config.steps = read_config(out).steps
+        if (out / "config.json").exists():
+            there = read_config(out)
+            if config.minutes == there.minutes != (0.0,):
+                config.steps = there.steps
+            same = dict(data=config.data, data_dir=config.data_dir)
+            if dataclasses.replace(there, **same) != config:
+                raise Problem(f"--out: {out} was begun meanwhile with other settings")
+        if not args.resume and any((out / f"factor-{k}.pt").exists() for k in factors):
+            raise Problem(f"--out: {out} holds a run by now; --resume goes on with it")
         write_config(out, config)
-    record = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *argv]),
+    record = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *args.argv]),
                   processes=world_size(), hardware=hardware(device), torch=torch.__version__)
     with open(out / "commands.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
@@ -2480,7 +2535,7 @@ def signals_noted():
     tells."""
     noted, before = [], {}
     if threading.current_thread() is threading.main_thread():  # no other may set signals
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             before[number] = signal.signal(number, lambda number, frame: noted.append(number))
     try:
         yield lambda: len(noted) > 0
@@ -2564,10 +2619,17 @@ def given_images(args, model):
         image = tool("images").read_image(pathlib.Path(args.given).expanduser())
         images = image[None].repeat(args.n, 0)
     x = to_tensor(images[: args.n])
-    if tuple(x.shape[1:]) != model.views[-1].shape:
-        return x, model.view_like(x, args.view)
     k = finest - 1 if args.view is None else args.view
-    return model.views_of(x)[k], k
+    if tuple(x.shape[1:]) == model.views[-1].shape:
+        return model.views_of(x)[k], k
+    alike = [j for j in range(finest) if tuple(x.shape[1:]) == model.views[j].shape]
+    if args.view is None and len(alike) == 1:
+        return x, alike[0]
+    if args.view in alike:
+        return x, args.view
+    known = ", ".join(f"{j}: {view.name} {view.shape}" for j, view in enumerate(model.views))
+    raise Problem(f"--given {args.given}: (C, H, W) is {tuple(x.shape[1:])}, expected a view's, and "
+                  f"--view, its number, where several are alike: {known}")
 
 
 def command_sample(args):
@@ -2586,7 +2648,8 @@ def command_sample(args):
     name = result_path(
         args, f"sample-{args.mode}-{seed}", args.shift and f"shift{args.shift:g}",
         args.given and f"given-{pathlib.Path(args.given).stem}",
-        args.view is not None and f"view{k}", tight != model.config.tight and ("tight" if tight else "no-tight"))
+        args.view is not None and f"view{k}",
+        tight != model.config.tight and ("tight" if tight else "no-tight"))
     out = re.sub(r"\.(png|npz)$", "", str(args.out or name))
     arrays = {view.name: to_array(x) for view, x in zip(model.views, views)}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
@@ -2654,8 +2717,8 @@ FLAGS = {
     "--tight": ("train sample", "cut distributions to what the coarser view leaves possible: the "
                 "exact likelihood in place of the bound, consistent samples (default: the "
                 "preset's)", YES_NO),
-    "--look-right": ("train", "no: light networks look up and left only, to sample in a third of "
-                     "the steps", YES_NO),
+    "--look-right": ("train", "no: only the first layers of light networks look to the right, "
+                     "to sample in a third of the steps", YES_NO),
     "--precision": ("train", "of the networks in training (default: bfloat16 on CUDA)",
                     dict(choices=["float32", "bfloat16"])),
     "--compile": ("train", "torch.compile (default: no)", YES_NO),
@@ -2714,6 +2777,9 @@ def main(argv=None):
         if argv and argv[0] in TOOLS:
             tool(TOOLS[argv[0]][0]).main(argv)
             return 0
+        for i, flag in enumerate(argv[:-1]):  # argparse takes -1e-1 for a flag
+            if flag == "--shift":
+                argv[i : i + 2] = [f"--shift={argv[i + 1]}"]
         args, unknown = parser().parse_known_args(argv)
         if unknown:  # let the command say it, whose --help lists what there is
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -2738,4 +2804,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
     from pixelaux import main  # so that the tools and we share one copy of this module
 
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # names of files may be any bytes
     sys.exit(main())

@@ -6,7 +6,6 @@ import json
 import multiprocessing.pool
 import os
 import pathlib
-import sys
 import tarfile
 import tempfile
 import urllib.request
@@ -15,7 +14,8 @@ import zipfile
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pixelaux import Dataset, Problem, Rows, fingerprint, progress, split, write_atomically
+from pixelaux import (
+    Dataset, Problem, Quiet, Rows, fingerprint, progress, split, write_atomically)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -257,7 +257,8 @@ def load(spec, folder, size=None):
     """
     kind, _, path = spec.partition(":")
     if kind not in SIZES or (kind == "folder") != bool(path):
-        raise Problem(f"unknown data {shown(spec)}: expected cifar10, celeba or folder:PATH")
+        raise Problem(f"unknown data {shown(spec)}: expected shapes, cifar10, "
+                      "celeba, folder:PATH or FILE.npy")
     folder = pathlib.Path(os.path.expanduser(path or folder))
     size = tuple(size or SIZES[kind])
     if kind == "cifar10":
@@ -293,8 +294,8 @@ def load(spec, folder, size=None):
         raise Problem(f"{shown(folder)}: {error}") from None
     lines = sorted(lines + notes["told"], key=lambda line: line.startswith("skipped"))
     for line in lines[:12]:
-        print(f"pixelaux: {line}", file=sys.stderr)
+        print(f"pixelaux: {line}", file=Quiet())
     if len(lines) > 12:
-        print(f"pixelaux: and {len(lines) - 12} more lines", file=sys.stderr)
+        print(f"pixelaux: and {len(lines) - 12} more lines", file=Quiet())
     train = np.setdiff1d(np.arange(len(images)), notes["test"])
     return Dataset(Rows(images, train), Rows(images, notes["test"]), True, notes["fingerprint"])

@@ -2628,8 +2628,9 @@ def given_images(args, model):
     if args.view in alike:
         return x, args.view
     known = ", ".join(f"{j}: {view.name} {view.shape}" for j, view in enumerate(model.views))
-    raise Problem(f"--given {args.given}: (C, H, W) is {tuple(x.shape[1:])}, expected a view's, and "
-                  f"--view, its number, where several are alike: {known}")
+    shape = tuple(x.shape[1:])
+    raise Problem(f"--given {args.given}: (C, H, W) is {shape}, expected a view's, and --view, its "
+                  f"number, where several are alike: {known}")
 
 
 def command_sample(args):

@@ -4265,7 +4265,7 @@ def test_the_command_curves_draws_or_says_what_is_missing(tool_run, tmp_path, ca
     assert not (tmp_path / "curves.png").exists()
 
 
-# --- All of them -------------------------------------------------------------------------------
+# --- All tools -------------------------------------------------------------------------------
 
 
 def names_used(path):
@@ -4330,72 +4330,7 @@ def grays(folder, size=(4, 4)):
     return sorted(image[..., 0].tolist() for image in everything)
 
 
-# ------------------------------------------------------------- helpers that go to pixelaux.py
-
-
-def test_a_file_is_written_whole_by_one_writer_or_not_at_all(tmp_path):
-    """Two writers of one path, one in the midst of the other, under one process id."""
-    path = tmp_path / "deep" / "file"
-
-    def slowly(file):
-        file.write(b"first ")
-        pixelaux.write_atomically(path, b"between")
-        assert path.read_bytes() == b"between"
-        file.write(b"last")
-
-    pixelaux.write_atomically(path, slowly)
-    assert path.read_bytes() == b"first last" and os.listdir(path.parent) == ["file"]
-
-    def failing(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pixelaux.write_atomically(path, failing)
-    assert path.read_bytes() == b"first last" and os.listdir(path.parent) == ["file"]
-    names = set()
-    for _ in range(3):
-        pixelaux.write_atomically(path, lambda file: names.add(os.path.basename(file.name)))
-    assert len(names) == 3
-
-
-@given(st.lists(st.integers(0, 400), min_size=2, max_size=60), st.integers(0, 3), st.randoms())
-def test_an_image_stays_on_its_side_whatever_comes_or_goes(values, seed, random):
-    """The sides of a set, of a shuffled part of it, and of the whole world are the same."""
-    world = np.arange(401, dtype=np.uint16).view(np.uint8).reshape(401, 1, 2, 1).repeat(3, 3)
-    if len(set(values)) < 2:
-        with pytest.raises(Problem, match="two different"):
-            pixelaux.split(world[values], seed)
-        return
-    train, test = pixelaux.split(world[values], seed)
-    assert sorted([*train, *test]) == list(range(len(values))) and len(train) and len(test)
-    assert (np.diff(train) > 0).all() and (np.diff(test) > 0).all()
-    chosen = {values[row] for row in test}
-    assert chosen.isdisjoint(values[row] for row in train)  # copies go together
-    everywhere = set(pixelaux.split(world, seed)[1].tolist())
-    assert chosen == everywhere & set(values) or (not everywhere & set(values) and len(chosen) == 1)
-    random.shuffle(values)
-    assert chosen == {values[row] for row in pixelaux.split(world[values], seed)[1]}
-
-
-def test_some_5_percent_are_for_the_test_and_the_seed_chooses_them():
-    world = np.random.default_rng(0).integers(256, size=(4000, 2, 2, 3), dtype=np.uint8)
-    sides = [set(pixelaux.split(world, seed)[1].tolist()) for seed in (0, 1)]
-    for side in sides:
-        assert 0.035 < len(side) / 4000 < 0.065  # 4.4 standard deviations
-    assert len(sides[0] & sides[1]) < 30  # of 10 expected by chance
-
-
-def test_the_fingerprint_tells_sets_apart_and_not_orders():
-    world = np.random.default_rng(0).integers(256, size=(50, 2, 2, 3), dtype=np.uint8)
-    mark = pixelaux.fingerprint(world)
-    assert re.fullmatch("[0-9a-f]{8,}", mark) and mark == pixelaux.fingerprint(world[::-1])
-    other = world.copy()
-    other[7, 1, 1, 2] ^= 1
-    assert len({mark, pixelaux.fingerprint(other), pixelaux.fingerprint(world[1:])}) == 3
-
-
-# ------------------------------------------------------------- the cache
+# --- Image files: the cache ----------------------------------------------------------------------
 
 
 def test_a_folder_is_decoded_once_and_read_lazily(pics, cache, monkeypatch):
@@ -4519,7 +4454,7 @@ def test_without_a_home_the_temporary_folder_serves(pics, tmp_path, monkeypatch,
         read(pics)
 
 
-# ------------------------------------------------------------- which files
+# --- Image files: which files --------------------------------------------------------------------
 
 
 HIDDEN = [".ipynb_checkpoints/a.png", "deep/.thumbnails/large/a.png", ".Trash-0/files/a.png",
@@ -4612,7 +4547,7 @@ def test_what_the_user_can_mend_is_one_line_that_names_it(tmp_path, monkeypatch,
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------- one image
+# --- Image files: one image ----------------------------------------------------------------------
 
 
 def png(path, mode, size=(40, 50), **options):
@@ -4669,7 +4604,7 @@ def test_exact_refuses_what_8_bit_rgb_cannot_hold(tmp_path):
         images.read_image(tmp_path / "x.tif", exact=True)
 
 
-# ------------------------------------------------------------- what white is
+# --- Image files: what white is ------------------------------------------------------------------
 
 
 def save(path, values, dtype):
@@ -4738,7 +4673,7 @@ def test_types_that_tell_their_range_are_not_guessed(tmp_path):
     assert (images.read_image(tmp_path / "d.tif") == 128).all()
 
 
-# ------------------------------------------------------------- CelebA
+# --- Image files: CelebA -------------------------------------------------------------------------
 
 
 def face():
@@ -4809,7 +4744,7 @@ def test_a_damaged_member_of_a_zip_file_is_named(tmp_path, capfd):
     assert f"skipped {path}/damaged.png: " in capfd.readouterr().err
 
 
-# ------------------------------------------------------------- CIFAR-10
+# --- Image files: CIFAR-10 -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -5060,3 +4995,136 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
             continue  # --help
         assert main(arguments) == 0, line
     assert np.array_equal(np.array(Image.open("restored/picture.png")), made[0])
+
+
+# --- What users ran into ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["-1e-1", "-1.", "-.5", "-2", "+0.5", "1e-1", "0"])
+def test_signed_numbers_are_taken_in_every_usual_form(run, tmp_path, number):
+    """Other samples for other numbers (control: 0)."""
+    assert command(f"sample {run} --n 1 --shift {number} --out {tmp_path / 'x'}") == 0
+    assert command(f"sample {run} --n 1 --out {tmp_path / 'plain'}") == 0
+    ours, plain = (np.load(tmp_path / f"{name}.npz")["8x8"] for name in ("x", "plain"))
+    assert np.array_equal(ours, plain) == (float(number) == 0)
+
+
+def test_mirroring_is_a_flag_whose_default_goes_by_the_data(small_preset, tmp_path, monkeypatch):
+    """A .npy file is not mirrored, a folder is, unless --flip or --no-flip says otherwise."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pictures = random_images(40)
+    np.save(tmp_path / "x.npy", pictures)
+    (tmp_path / "pics").mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / "pics" / f"{i}.png")
+    places = {"npy": tmp_path / "x.npy", "folder": f"folder:{tmp_path / 'pics'} --size 16"}
+    for name, flag, expected in (
+            ("npy", "", False), ("npy", "--flip", True),
+            ("folder", "", True), ("folder", "--no-flip", False)):
+        out = tmp_path / f"{name}{flag}"
+        assert command(f"train --data {places[name]} {flag} --steps 1 --out {out}") == 0
+        assert json.loads((out / "config.json").read_text())["flip"] is expected
+
+
+def test_names_of_any_bytes_are_printed_and_all_is_done(run, tmp_path):
+    """Also to a stdout that is strict about its encoding."""
+    file = os.fsencode(tmp_path) + b"/\xff.pt"
+    result = subprocess.run(
+        [sys.executable, HERE / "pixelaux.py", "export", run, file], capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert result.returncode == 0 and b"?.pt: " in result.stdout, result.stderr
+    assert os.path.exists(file)
+
+
+def test_many_samples_are_made_by_chunks_kept_first_and_shown_in_part(run, tmp_path, monkeypatch):
+    """Noise for a chunk at a time; arrays are there if the picture cannot be made; of 300 images
+    the picture shows 128."""
+    counts, noise_for = [], pixelaux.noise_for
+    monkeypatch.setattr(pixelaux.Factor, "at_once", 100)
+    monkeypatch.setattr(
+        pixelaux, "noise_for", lambda seed, k, some, shape: (
+            counts.append(len(some)), noise_for(seed, k, some, shape))[1])
+    assert command(f"sample {run} --n 300 --out {tmp_path / 'many'}") == 0
+    assert set(counts) == {100} and len(np.load(tmp_path / "many.npz")["16x16"]) == 300
+    height = Image.open(tmp_path / "many.png").height
+    assert command(f"sample {run} --n 128 --out {tmp_path / 'some'}") == 0
+    assert height == Image.open(tmp_path / "some.png").height
+    assert command(f"sample {run} --n 64 --out {tmp_path / 'few'}") == 0
+    assert height > Image.open(tmp_path / "few.png").height  # control
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", "picture")
+
+    monkeypatch.setattr(pixelaux, "save_samples", fail)
+    assert command(f"sample {run} --n 2 --out {tmp_path / 'array'}") == 2
+    assert len(np.load(tmp_path / "array.npz")["8x8"]) == 2
+
+
+def test_a_tilde_in_a_flag_is_the_home(run, tmp_path, monkeypatch):
+    """--out=~/x, which the shell leaves to us."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert command(f"sample {run} --n 1 --out=~/there/x") == 0
+    assert (tmp_path / "there" / "x.npz").exists() and not (tmp_path / "~").exists()
+
+
+def test_small_products_run_on_one_thread_and_the_count_is_put_back(monkeypatch):
+    """Large ones on as many as there are (control)."""
+    model, seen = small("pyramid", (16, 16)), []
+    before = torch.get_num_threads()
+    try:
+        for channels in (1, 10**9):  # multiplications at a position
+            torch.set_num_threads(2)
+            plan = Plan(model.factors[0].net, 4, 1, (8, 8))
+            plan.work = collections.Counter({when: channels for when in plan.work})
+            node = plan.nodes[0]
+            compute = node.compute
+            node.compute = lambda line, now: (seen.append(torch.get_num_threads()),
+                                              compute(line, now))[1]
+            lines, _ = next(iter(plan.steps()))
+            plan.compute(lines)
+        assert seen == [1, 2]
+        torch.set_num_threads(2)
+        model.sample(1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_runs_that_begin_at_one_moment_are_told_apart(small_preset, tmp_path, capsys, monkeypatch):
+    """One plans, then another run begins in the folder; of other settings it is refused, and a run
+    that has ended by then is not taken for one's own."""
+    plan_run = pixelaux.plan_run
+    for first, second in ((f"{TRAIN} --factor 0 --seed 0", f"{TRAIN} --factor 1 --seed 1"),
+                          (f"{TRAIN} --seed 0", f"{TRAIN} --seed 0")):
+        out = tmp_path / str(len(os.listdir(tmp_path)))
+
+        def late(args, folder):
+            planned = plan_run(args, folder)
+            monkeypatch.setattr(pixelaux, "plan_run", plan_run)
+            assert command(first, "--out", out) == 0
+            return planned
+
+        monkeypatch.setattr(pixelaux, "plan_run", late)
+        assert command(second, "--out", out) == 2
+        assert "--out" in said(capsys)[-1]
+
+
+def test_minutes_are_fixed_after_saving(small_preset, tmp_path, monkeypatch):
+    """A kill right where the number of steps is written down costs nothing: what was done before, at
+    a rate that was not yet annealed, is in the checkpoint."""
+    clock = itertools.count(0, 1)
+    monkeypatch.setattr(pixelaux.time, "monotonic", lambda: float(next(clock)))
+    record_steps = pixelaux.record_steps
+    out = tmp_path / "run"
+
+    def killed(*arguments):
+        record_steps(*arguments)
+        raise SystemExit(9)
+
+    monkeypatch.setattr(pixelaux, "record_steps", killed)
+    line = "train --model pyramid --batch-size 2 --minutes 0.5 --factor 0 --save-every 1e9"
+    assert command(line, "--out", out) == 9
+    done = torch.load(out / "factor-0.pt", weights_only=True)["training"]["step"]
+    assert done >= 3
+    assert json.loads((out / "config.json").read_text())["steps"][0] > done

@@ -1573,6 +1573,7 @@ def training_step(forward, batch, optimizer, average, config, dims):
     return loss.detach()
 
 
+@torch.random.fork_rng()  # dropout takes its noise from torch's own generators
 def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_every=120, show=None):
     """Train factor k of `model` on `data`, or go on from its checkpoint in the folder `out`. In the
     end the model has the averaged weights.
@@ -2476,7 +2477,6 @@ def train(args, device):
                 held.enter_context(locked(out, f"factor-{k}"))
             begin(out, config, factors, args, device)
         stop = held.enter_context(signals_noted())
-        held.enter_context(torch.random.fork_rng())  # as training seeds torch's own generators
         for k in factors:
             show = functools.partial(show_samples, model, k, factors[0], data, out, stop)
             train_factor(model, k, data, out, stop, args.compile, args.save_every, show)

@@ -5128,3 +5128,15 @@ def test_minutes_are_fixed_after_saving(small_preset, tmp_path, monkeypatch):
     done = torch.load(out / "factor-0.pt", weights_only=True)["training"]["step"]
     assert done >= 3
     assert json.loads((out / "config.json").read_text())["steps"][0] > done
+
+
+def test_training_by_the_function_leaves_the_random_state_alone(tmp_path):
+    """Its dropout is seeded in each step; dropout did draw (control: two seeds, two weights)."""
+    data, _ = pixelaux.load_data("shapes", size=(12, 12))
+    before, weights = torch.random.get_rng_state(), []
+    for seed in (0, 1):
+        model = build("pixelcnn", 12, seed=seed, **SMALL_RUN)
+        pixelaux.train_factor(model, 0, data, tmp_path / str(seed))
+        weights.append(model.factors[0].net.head.b.detach())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(*weights)

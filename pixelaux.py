@@ -61,9 +61,9 @@ import typing
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.fx
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import wrap_torch_function
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -555,6 +555,7 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels (Salimans & Kingma 2016)."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
+    @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
         if not self.exact:
@@ -622,11 +623,13 @@ def data_dependent_init(network, *inputs):
 #     32x32 | 16x16    N 3 32 32      N 3 16 16 -> 8x8 .. -> 32x32       N F 32 32 -> N 10K 32 32
 
 
+@wrap_torch_function(lambda x: (x,))
 def concat_elu(x):
     """(N, C, ..) -> (N, 2 C, ..): elu of x and of -x (PixelCNN++)."""
     return F.elu(torch.cat([x, -x], 1), inplace=True)
 
 
+@wrap_torch_function(lambda x, y: (x, y))
 def gate(x, y):
     """x + a sigmoid(b), where a and b are the halves of y: (N, C, ..), (N, 2 C, ..) -> (N, C,
     ..)."""
@@ -1828,31 +1831,38 @@ def save_samples(model, views, path, given=0):
 # give each value the largest delay that serves all its readers. That of x must come out as 1 or
 # more, as a pixel is known only after its step; the lag is the smallest for which it does.
 #
-# If no lag below the width will do (8 is not below 8 in the pyramid's 8x8; PixelCNN++ at 32x32
-# looks further to the right than the image is wide), pixels are drawn one by one, in raster order.
-# What depends on the rows above alone is then computed a row at a time: the vertical stream, and
-# those rows of the horizontal kernels that lie above, for which convolutions are split. The rest is
-# computed pixel by pixel.
+# What is read in the row above was there some lag steps before. So the rows of a kernel that lie
+# above need not be multiplied position by position: a convolution is split by kernel row, and the
+# part above is computed for a block of lag columns at a time, whenever one begins. One large
+# product takes half the time of lag small ones.
 #
-# Of CausalNet nothing is known here: what there is to compute is recorded from its forward pass, by
-# torch.fx. Any network will do that is made of Conv and of functions of values at one position, and
-# that changes no value in place.
-
-
-POINT_READS = ((0, 0), (0, 0), 1, False)  # of a Conv that reads at its own position alone
+#     * a block of the part above, for the 8 positions . that follow in the row below
+#                               row r - 1    * * * * * * * *
+#                               row r        . . . . . . . .
+#
+# If no lag below the width will do (8 is not below 8 in the pyramid's 8x8; PixelCNN++ at 32x32
+# looks further to the right than the image is wide), the lag is the width: raster order, a pixel a
+# step. Then a block is a row, and what depends on the rows above alone, such as the vertical
+# stream, is computed a row at a time by the same rule.
+#
+# Of CausalNet nothing is known here: what there is to compute is read from its forward pass. Any
+# network will do that is made of Conv and of functions of values at one position.
 
 
 class Line(typing.NamedTuple):
-    """Positions (row + i down, column + i right), i < count: a pixel, a row or a diagonal."""
+    """Positions (row + i down, column + i right + j across), i < count, j < width: a pixel, a
+    diagonal, a row, the blocks along a diagonal."""
 
     row: int
     column: int
-    down: int
-    right: int
-    count: int
+    down: int = 0
+    right: int = 0
+    count: int = 1
+    width: int = 1
+    across: int = 1
 
     def positions(self):
-        """Their rows, and their columns."""
+        """The rows and the columns of a diagonal."""
         rows = [self.row + i * self.down for i in range(self.count)]
         columns = [self.column + i * self.right for i in range(self.count)]
         return rows, columns
@@ -1863,8 +1873,8 @@ class Node:
     """A value inside the network, at every position of an image of 2^-scale of the resolution.
 
     It is x; or known from the start; or function(*terms) of nodes at the same position; or, without
-    a function, bias + sum of terms at the same position + sum of taps. A tap (source, conv, dys) is
-    a convolution, or those rows of its kernel.
+    a function, bias + sum of terms at the same position + sum of taps. A tap (source, conv, dy) is
+    one row of a convolution's kernel, that at dy.
     """
 
     scale: int
@@ -1872,163 +1882,161 @@ class Node:
     function: object = None
     terms: list = dataclasses.field(default_factory=list)  # Nodes, and what else a function takes
     taps: list = dataclasses.field(default_factory=list)
-    bias: torch.Tensor | None = None  # (C, 1, 1), or of every position, (n, C, H, W)
-    when: object = None  # nodes of the same `when` are computed at the same positions
+    bias: torch.Tensor | None = None  # (C,)
+    known: bool = False
+    delay: int = 0
+    width: int = 1  # of its blocks
     image: torch.Tensor | None = None  # (n, H, W, C), if it is read elsewhere or later
     margin: tuple = (0, 0, 0, 0)  # of zeros in `image`: above, below, left, right
-    compute: object = None  # the function (Line, {node: its values now}) -> values, (n count, C)
+    compute: object = None  # the function Line -> values, (positions, C)
+
+    @property
+    def when(self):
+        """Nodes of the same `when` are computed at the same positions."""
+        return self.scale, self.delay, self.width
 
     def reads(self):
         """(source, dy, last dx) of all that it reads, in pixels of the finer of both
         resolutions."""
         for term in self.terms:
-            if isinstance(term, Node) and term.when != "known":
+            if isinstance(term, Node) and not term.known:
                 yield term, 0, 0
-        for source, conv, dys in self.taps:
-            for dy in dys:
-                yield source, dy, conv.columns[1]
+        for tap in self.taps:
+            yield read_of(tap)
 
     def finds_now(self, source, conv=None):
-        """Whether what it reads of source has been computed in the same step."""
-        if conv is not None and (conv.rows, conv.columns, conv.stride, conv.up) != POINT_READS:
-            return False
-        return source.when == self.when
+        """Whether what it reads of source was computed in this step, or with the block at hand."""
+        here = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
+        computed = source.terms or source.taps  # others are x, or known
+        return here and computed and source.when[:2] == self.when[:2]
 
-    def doubles(self):
-        return any(conv.up for _, conv, _ in self.taps)
-
-    def reader(self, dy=0, dx=0, rows=1, columns=1, stride=1, up=False):
-        """The function Line -> (n, count, rows, columns C): what a Conv of this stride, the first
-        of whose rows and columns are dy and dx, reads from each position. Positions on a line are
-        equally far from each other in memory: this is a strided view, no copy."""
-        n, width = len(self.image), columns * self.channels
+    def reader(self, dy=0, dx=0, columns=1, stride=1, shrink=1):
+        """The function Line -> (n, count, width, columns C): from each position p what a kernel row
+        reads of `image`, from (stride p + (dy, dx)) / shrink on. Positions of a Line are equally
+        far from each other in memory: this is a strided view, no copy."""
+        n, length = len(self.image), columns * self.channels
         image, row, column, _ = self.image.stride()
         start = self.margin[0] * row + self.margin[2] * column
 
         def read(line):
-            r, c, down, right, count = line
-            if up:
-                r, c, down, right = (r + dy) // 2, (c + dx) // 2, down // 2, right // 2
-            else:
-                r, c, down, right = stride * r + dy, stride * c + dx, stride * down, stride * right
-            step = max(0, down * row + right * column)  # negative: of a single position, no matter
-            strides, offset = (image, step, row, 1), start + r * row + c * column
-            return self.image.as_strided((n, count, rows, width), strides, offset)
+            r, c, down, right, count, width, across = line
+            offset = start + (stride * r + dy) // shrink * row + (stride * c + dx) // shrink * column
+            step = (stride * down // shrink) * row + (stride * right // shrink) * column
+            step = max(0, step)  # it is negative for a single position, where it does not matter
+            strides = (image, step, stride * across // shrink * column, 1)
+            return self.image.as_strided((n, count, width, length), strides, offset)
 
         return read
 
 
-class Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, module, name):
-        return isinstance(module, Conv) or super().is_leaf_module(module, name)
+class Symbol(torch.Tensor):
+    """Stands for a node while a network is read: whatever function of torch is called with it,
+    Conv.forward, concat_elu and gate among them, is recorded in its place."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        symbols = [a for a in args if isinstance(a, Symbol)]
+        if not symbols:
+            raise Problem(f"sample_fast: {function} takes values in a list or by keyword")
+        return symbols[0].recorder.record(function, args, kwargs or {})
 
 
-class Recorder(torch.fx.Interpreter):
-    """Runs a network's forward pass on Nodes in place of tensors; `nodes` lists what it computes.
+class Recorder:
+    """Lists in `nodes` what a network computes, by a forward pass on Symbols.
 
-    What does not depend on x is computed here, for the whole image. Equal expressions are one node.
-    Raises Problem for what cannot be computed position by position. (While torch.fx traces, no
-    other thread may call a module.)
+    What does not depend on x is computed in this pass, for the whole image. Equal expressions are
+    one node. Raises Problem for what cannot be computed position by position.
     """
 
-    def __init__(self, net, n, size):
-        self.nodes, self.recorded, self.n, self.size = [], {}, n, size
-        self.dtype = next(net.parameters()).dtype
-        try:
-            graph = Tracer(autowrap_functions=(concat_elu, gate)).trace(net)
-        except torch.fx.proxy.TraceError as error:
-            raise Problem(f"sample_fast cannot read the network: {error}") from None
-        super().__init__(torch.fx.GraphModule(net, graph), garbage_collect_values=False)
+    def __init__(self, n, size, dtype):
+        self.nodes, self.symbols, self.n, self.size, self.dtype = [], {}, n, size, dtype
 
-    def call_module(self, target, args, kwargs):
-        return self.call_function(self.fetch_attr(target), args, kwargs)
+    def symbol(self, node):
+        symbol = torch.empty(0).as_subclass(Symbol)
+        symbol.recorder, symbol.node = self, node
+        return symbol
 
-    def call_method(self, target, args, kwargs):
-        return self.call_function(getattr(torch.Tensor, target), args, kwargs)
-
-    def call_function(self, target, args, kwargs):
-        found = []
-        torch.fx.node.map_aggregate((args, kwargs), found.append)
-        if not any(isinstance(a, Node) for a in found):
-            return target(*args, **kwargs)
-        if any(isinstance(a, Node) and not any(a is b for b in args) for a in found):
-            raise Problem(f"sample_fast: {target} takes values in a list or by keyword")
-        expression = (target, *map(id, args), repr(kwargs))
-        if expression not in self.recorded:
-            node = self.record(target, args, kwargs)
-            self.recorded[expression] = node
+    def record(self, function, args, kwargs):
+        expression = (function, *map(id, args), repr(kwargs))
+        if expression not in self.symbols:
+            node = self.node(function, args, kwargs)
             self.nodes.append(node)
-        return self.recorded[expression]
+            self.symbols[expression] = self.symbol(node), args  # args: so that their ids stay theirs
+        return self.symbols[expression][0]
 
-    def record(self, target, args, kwargs):
-        first = next(a for a in args if isinstance(a, Node))
-        if isinstance(target, Conv):
-            taps = [(first, target, range(target.rows[0], target.rows[1] + 1))]
-            scale = first.scale + (target.stride == 2) - target.up
-            return Node(scale, len(target.b), taps=taps, bias=target.b.view(-1, 1, 1))
-        if target is torch.add and not kwargs:
-            target = operator.add
-        function = functools.partial(target, **kwargs) if kwargs else target
-        terms = [self.known(a, first.scale) for a in args]
-        return Node(first.scale, self.channels(function, terms), function, terms)
+    def node(self, function, args, kwargs):
+        if function is Conv.forward:
+            conv, source = args[0], args[1].node
+            taps = [(source, conv, dy) for dy in range(conv.rows[0], conv.rows[1] + 1)]
+            scale = source.scale + (conv.stride == 2) - conv.up
+            return Node(scale, len(conv.b), taps=taps, bias=conv.b)
+        scale = next(a.node.scale for a in args if isinstance(a, Symbol))
+        terms = [self.term(a, scale) for a in args]
+        function = functools.partial(function, **kwargs) if kwargs else function
+        node = Node(scale, self.channels(function, terms), function, terms)
+        if function in (torch.add, torch.Tensor.add):
+            self.merge(node)
+        return node
 
-    def known(self, values, scale):
-        """A Node of known values, (n, C, H, W) or broadcast to that; no tensors: as they are."""
-        if not isinstance(values, torch.Tensor) or values.dim() == 0:
-            return values
-        channels = values.shape[-3] if values.dim() > 2 else 1
-        image = values.expand(self.n, channels, *(side >> scale for side in self.size))
+    def term(self, value, scale):
+        """A Node for a Symbol, or for known values (n, C, H, W), or what can be broadcast to
+        that; numbers as they are."""
+        if isinstance(value, Symbol):
+            return value.node
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        channels = value.shape[-3] if value.dim() > 2 else 1
+        try:
+            image = value.expand(self.n, channels, *(side >> scale for side in self.size))
+        except RuntimeError:
+            raise Problem(f"sample_fast: a tensor {tuple(value.shape)} is no image") from None
         image = image.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        return Node(scale, channels, when="known", image=image)
+        return Node(scale, channels, known=True, image=image)
 
     def channels(self, function, terms):
         """How many channels it returns. Of a function of values at one position an image and the
-        row of its positions must make the same."""
+        row of its positions must make the same; and it must leave its arguments as they are."""
         images = []
         for term in terms:
             if isinstance(term, Node):
                 size = (2, term.channels, 2, 3)
                 term = torch.linspace(-1, 1, math.prod(size), dtype=self.dtype).view(size)
             images.append(term)
+        rows = [as_rows(image) for image in images]
         try:
-            expected = as_rows(function(*images))
-            made = function(*map(as_rows, images))
-            if made.dim() == 2 and torch.allclose(expected, made):
+            expected, made = as_rows(function(*copy.deepcopy(images))), function(*rows)
+            unchanged = all(torch.equal(as_rows(a), b) for a, b in zip(images, rows) if a is not b)
+            if made.dim() == 2 and torch.allclose(expected, made) and unchanged:
                 return made.shape[1]
         except Exception:  # it may raise any kind
             pass
         raise Problem(f"sample_fast: {function} is no function of values at one position")
 
-    def finish(self, output):
-        """`nodes` without what nothing needs. Sums take in the convolutions that only they read:
-        such a sum is one matrix product."""
-        needed, readers = {output}, {}
-        for node in reversed(self.nodes):
-            for source in {source for source, _, _ in node.reads()} if node in needed else ():
-                needed.add(source)
-                readers.setdefault(source, []).append(node)
-        self.nodes = [node for node in self.nodes if node in needed]
-        for node in list(self.nodes):
-            parts = [term for term in node.terms if isinstance(term, Node) and term.taps]
-            parts = [term for term in parts if not term.doubles() and readers[term] == [node]]
-            parts = [term for term in parts if term.channels == node.channels]
-            if node.function is operator.add and parts and node.terms.count(parts[0]) == 1:
-                self.merge(node, parts)
-
-    def merge(self, node, parts):
-        terms, node.function, node.terms, node.bias = node.terms, None, [], 0.0
-        for term in terms:
-            if term in parts:
-                self.nodes.remove(term)
-                node.bias = node.bias + term.bias
-                node.terms += term.terms
+    def merge(self, node):
+        """A sum takes in the convolutions that are its terms, so that it is one matrix product."""
+        convs = [term for term in node.terms if isinstance(term, Node) and term.taps]
+        convs = [conv for conv in convs if conv.channels == node.channels and not doubles(conv)]
+        if not convs or not all(isinstance(term, Node) for term in node.terms):
+            return
+        node.function, terms = None, []
+        for term in node.terms:
+            if term in convs:
+                node.bias = term.bias if node.bias is None else node.bias + term.bias
                 node.taps = node.taps + term.taps
-            elif isinstance(term, Node) and term.when == "known":
-                node.bias = node.bias + term.image.permute(0, 3, 1, 2)
-            elif isinstance(term, Node):
-                node.terms.append(term)
+                terms += term.terms
             else:
-                node.bias = node.bias + term
+                terms.append(term)
+        node.terms = terms
+
+
+def read_of(tap):
+    source, conv, dy = tap
+    return source, dy, conv.columns[1]
+
+
+def doubles(node):
+    """Whether its resolution is twice that of what it reads."""
+    return any(conv.up for _, conv, _ in node.taps)
 
 
 def as_rows(value):
@@ -2041,43 +2049,52 @@ def as_rows(value):
 class Plan:
     """What is computed when, for n images of size (H, W), and how: see above. Raises Problem.
 
-    lag: None in raster order. nodes: in the order of computation within a step, without x.
-    least_lag: if pixels are not to be drawn together though the network would allow it.
+    nodes: in the order of computation within a step, without x. least_lag: if pixels are not to be
+    drawn together though the network would allow it.
     """
 
     def __init__(self, net, channels, n, size, embeddings=(), least_lag=1):
         self.n, self.size, self.threads = n, size, torch.get_num_threads()
-        self.x = Node(0, channels)
-        recorder = Recorder(net, n, size)
-        try:
-            self.output = recorder.run(self.x, embeddings)
-        except Problem as error:  # to which torch.fx adds where it was
-            raise Problem(str(error).splitlines()[0]) from None
-        recorder.finish(self.output)
-        self.nodes = recorder.nodes
-        for node in self.nodes:
-            if node.bias is not None and node.bias.dim() == 4:
-                node.terms.append(recorder.known(node.bias, node.scale))
-                node.bias = None
-        lags = range(least_lag, size[1])
-        self.lag = next((lag for lag in lags if self.delays(lag)[self.x] > 0), None)
-        if self.lag:
-            delays = self.delays(self.lag)
-            for node in self.nodes:
-                node.when = (node.scale, delays[node])
-        else:
-            self.split_by_rows()
-        self.allocate()
+        self.x = Node(0, channels, delay=1)  # a pixel is known only after its step
+        weight = next(net.parameters())
+        recorder = Recorder(n, size, weight.dtype)
+        output = net(recorder.symbol(self.x), embeddings)
+        if not isinstance(output, Symbol):
+            raise Problem("sample_fast: the network's output does not depend on x")
+        self.output = output.node
+        self.nodes = self.needed(recorder.nodes)
+        self.lag = self.set_delays(least_lag)
+        self.set_blocks()
+        self.allocate(weight)
+        self.now = {}  # node -> its values at the positions where it was computed last
         self.due = {}  # the nodes that some `when` have, in order
         self.work = collections.Counter()  # of each `when`: multiplications at one position
-        self.weights = {}  # of each convolution, (F, rows, columns, C)
+        self.weights = {}  # of each convolution, (rows, F, columns, C)
         for node in self.nodes:
-            for _, conv, dys in node.taps:
-                self.work[node.when] += self.n * len(dys) * conv.v[:, :, 0].numel()
+            for _, conv, _ in node.taps:
+                self.work[node.when] += n * conv.v[:, :, 0].numel()
                 if conv not in self.weights:
                     weight = conv.weight().flip(2, 3) if conv.up else conv.weight()  # see Conv
-                    self.weights[conv] = weight.permute(0, 2, 3, 1).contiguous()
+                    self.weights[conv] = weight.permute(2, 0, 3, 1).contiguous()
             node.compute = self.computation(node)
+
+    def needed(self, nodes):
+        """Those that the output needs."""
+        needed = {self.output}
+        for node in reversed(nodes):
+            if node in needed:
+                needed.update(source for source, _, _ in node.reads())
+        return [node for node in nodes if node in needed]
+
+    def set_delays(self, least_lag):
+        """Gives every node its delay -> the lag."""
+        for lag in range(least_lag, self.size[1]):
+            delays = self.delays(lag)
+            if delays[self.x] > 0:
+                for node in self.nodes:
+                    node.delay = delays[node]
+                return lag
+        return self.size[1]  # raster order, without delays
 
     def delays(self, lag):
         """{node: its delay}, from the output back."""
@@ -2088,48 +2105,49 @@ class Plan:
                 delays[source] = min(delays.get(source, latest), latest)
         return delays
 
-    def split_by_rows(self):
-        """Raster order: which nodes are computed a row at a time, and which pixel by pixel."""
+    def set_blocks(self):
+        """Which nodes are computed in blocks: those that find all that a block reads when it
+        begins. Sums of which this is true in part are split."""
         nodes, self.nodes = self.nodes, []
-        rows_up = {self.x: 0}  # from a node's position to the nearest pixels that it depends on
-
-        def distance(node, source, dy=0):
-            return rows_up.get(source, math.inf) - 2 ** min(node.scale, source.scale) * dy
-
         for node in nodes:
-            for source, dy, dx in node.reads():
-                ahead = dx >= 0 if source is self.x else dx > 0
-                if dy > 0 or (ahead and distance(node, source, dy) == 0):
-                    raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
-            rows_up[node] = min(distance(node, source, dy) for source, dy, _ in node.reads())
-            by_row = rows_up[node] > 0 and node is not self.output
-            node.when = (node.scale, "row" if by_row else "pixel")
-            early, late = [], []
-            for source, conv, dys in node.taps:
-                early.append((source, conv, [dy for dy in dys if distance(node, source, dy) > 0]))
-                late.append((source, conv, [dy for dy in dys if distance(node, source, dy) == 0]))
-            early, late = ([tap for tap in part if tap[2]] for part in (early, late))
-            if early and rows_up[node] == 0:  # split it
-                terms = [term for term in node.terms if distance(node, term) > 0]
-                when = (node.scale, "row")
-                above = dataclasses.replace(node, taps=early, terms=terms, when=when)
+            # So wide, the blocks along a diagonal begin together.
+            block = math.gcd(self.size[1] >> node.scale, self.lag)
+            reads = list(node.reads())
+            late = [read for read in reads if not self.in_time(node, read, block)]
+            if not all(self.in_time(node, read, 1) for read in late):
+                raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
+            taps = [tap for tap in node.taps if read_of(tap) not in late]
+            if not late and node is not self.output:
+                node.width = block
+            elif block > 1 and taps:
+                terms = [term for term in node.terms if (term, 0, 0) not in late]
+                above = dataclasses.replace(node, taps=taps, terms=terms, width=block)
                 node.terms = [above] + [term for term in node.terms if term not in terms]
-                node.taps, node.bias = late, None
+                node.taps = [tap for tap in node.taps if tap not in taps]
+                node.bias = None
                 self.nodes.append(above)
             self.nodes.append(node)
 
-    def allocate(self):
-        """Images for the nodes that are read elsewhere or later, as wide as they are read. Where
-        rows are read by their own pixels alone, all rows are one and the same memory."""
-        kept, elsewhere = {self.x}, {self.x}
-        weight = next(node.taps[0][1].v for node in self.nodes if node.taps)
+    def in_time(self, node, read, width):
+        """Whether what node reads is there when the first of so many columns is due."""
+        source, dy, dx = read
+        finer, row = 2 ** min(node.scale, source.scale), self.size[1]
+        ahead = finer * dx + 2**node.scale * (width - 1)  # the last column that is read
+        if source is not self.x and source.width << source.scale == row:
+            ahead = 0  # its rows are computed as a whole
+        elif width << node.scale == row:
+            ahead = min(ahead, row - 1)  # there are no more columns
+        return source.delay + self.lag * finer * dy + ahead <= node.delay
+
+    def allocate(self, weight):
+        """Images for x and the nodes that are read elsewhere or later, as wide as they are read."""
+        kept = {self.x}
         for node in self.nodes:
             reads = [(term, None) for term in node.terms if isinstance(term, Node)]
             for source, conv in reads + [(source, conv) for source, conv, _ in node.taps]:
-                if source.when != "known" and not node.finds_now(source, conv):
+                if not source.known and not node.finds_now(source, conv):
                     kept.add(source)
                 if conv is not None:
-                    elsewhere.add(source)
                     (top, bottom), (left, right) = conv.rows, conv.columns
                     reach = (-top, bottom, -left, right)
                     source.margin = tuple(map(max, source.margin, reach))
@@ -2137,141 +2155,134 @@ class Plan:
             above, below, left, right = node.margin
             height, width = (side >> node.scale for side in self.size)
             size = (self.n, above + height + below, left + width + right, node.channels)
-            rows = 1 if self.lag is None and node not in elsewhere else size[1]
-            node.image = weight.new_zeros(self.n, rows, *size[2:]).expand(size)
+            node.image = weight.new_zeros(size)
 
     def steps(self):
         """Of each step: ({when: Line to compute}, Line of the pixels then drawn, or None)."""
         whens = {node.when for node in self.nodes}
         height, width = self.size
-        if self.lag:
-            first = min(delay for _, delay in whens)
-            for step in range(first, self.lag * (height - 1) + width):
-                lines = {when: self.diagonal(step, *when) for when in whens}
-                lines = {when: line for when, line in lines.items() if line is not None}
-                yield lines, self.diagonal(step, 0, 0)
-            return
-        for row, column in itertools.product(range(height), range(width)):
-            lines = {}
-            for scale, what in whens:
-                r, c = row >> scale, column >> scale
-                if row == r << scale and what == "row" and column == 0:
-                    lines[scale, what] = Line(r, 0, 0, 1, width >> scale)
-                if row == r << scale and what == "pixel" and column == c << scale:
-                    lines[scale, what] = Line(r, c, 0, 1, 1)
-            yield lines, Line(row, column, 0, 1, 1)
+        first = min(delay for _, delay, _ in whens)
+        for step in range(first, self.lag * (height - 1) + width):
+            lines = {when: self.line(step, *when) for when in whens}
+            lines = {when: line for when, line in lines.items() if line is not None}
+            yield lines, self.line(step, 0, 0, 1)
 
-    def diagonal(self, step, scale, delay):
-        """The positions (r, c) with 2^scale (lag r + c) + delay = step, or None."""
+    def line(self, step, scale, delay, block):
+        """The positions (r, c) with 2^scale (lag r + c) + delay = step at which a block of this
+        width begins, or None."""
         wave, rest = divmod(step - delay, 2**scale)
         height, width = (side >> scale for side in self.size)
         # (wave - width + 1) / lag rounded up; in the rows before, c is beyond the right edge.
         first = max(0, -((width - 1 - wave) // self.lag))
         last = min(height - 1, wave // self.lag)  # in the rows after, c is negative
-        if rest or last < first:
+        if rest or wave % block or last < first:
             return None
-        return Line(first, wave - self.lag * first, 1, -self.lag, last - first + 1)
+        return Line(first, wave - self.lag * first, 1, -self.lag, last - first + 1, block)
 
     def compute(self, lines):
         """Compute all nodes on the lines of their `when` -> the output's values, (n count, C)."""
-        due, now = tuple(lines), {}
-        work = sum(self.work[when] * line.count for when, line in lines.items())
-        # Small products gain little from threads, and beside other load they wait long for each.
-        torch.set_num_threads(self.threads if work > 100_000_000 else 1)
+        due = tuple(lines)
+        work = sum(self.work[when] * lines[when].count * lines[when].width for when in lines)
+        torch.set_num_threads(self.threads if worth_threads(work) else 1)
         if due not in self.due:
             self.due[due] = [node for node in self.nodes if node.when in lines]
         for node in self.due[due]:
-            now[node] = node.compute(lines[node.when], now)
-        return now.get(self.output)
+            self.now[node] = node.compute(lines[node.when])
+        return self.now[self.output] if self.output.when in lines else None
 
     def computation(self, node):
-        """node.compute, which also keeps the values in node.image, if there is one."""
-        terms = [self.at(node, term) for term in node.terms]
-        if node.function is not None:
-            values_on = lambda line, now: node.function(*[term(line, now) for term in terms])
-        elif node.doubles():
-            values_on = self.doubling(node, terms)
+        """The function Line -> values of node there, which are also kept in node.image, if any."""
+        if node.function is None:
+            values_on = self.summation(node)
         else:
-            values_on = self.summation(node, terms)
+            terms = [self.at(node, term) for term in node.terms]
+            values_on = lambda line: node.function(*[term(line) for term in terms])
         if node.image is None:
             return values_on
         write = node.reader()
 
-        def compute(line, now):
-            values = values_on(line, now)
-            write(line).copy_(values.view(self.n, line.count, 1, -1))
+        def compute(line):
+            values, place = values_on(line), write(line)
+            place.copy_(values.view(place.shape))
             return values
 
         return compute
 
     def at(self, node, term):
-        """The function (Line, now) -> what node reads at its own position, (n count, C)."""
+        """The function Line -> what node reads at its own position, (positions, C)."""
         if not isinstance(term, Node):
-            return lambda line, now: term
-        if node.finds_now(term):
-            return lambda line, now: now[term]
-        read = term.reader()
-        return lambda line, now: read(line).reshape(self.n * line.count, -1)
+            return lambda line: term
+        if not node.finds_now(term):
+            read = term.reader()
+            return lambda line: read(line).reshape(-1, term.channels)
+        if term.width == node.width:
+            return lambda line: self.now[term]
 
-    def summation(self, node, terms, parity=(0, 0)):
-        """The function (Line, now) -> bias + terms + taps of node, at positions of this parity."""
-        inputs, matrices = [], []
-        for source, conv, dys in node.taps:
-            dy, dx, skipped = dys[0], conv.columns[0], dys[0] - conv.rows[0]
-            weight = self.weights[conv][:, skipped : skipped + len(dys)]  # (F, rows, columns, C)
-            if conv.up:  # it reads at (p + d) / 2, where that is whole
-                row, column = (dy + parity[0]) % 2, (dx + parity[1]) % 2
-                dy, dx, weight = dy + row, dx + column, weight[:, row::2, column::2]
-            if weight.numel() > 0:
-                matrices.append(weight.flatten(1))
-                inputs.append(self.input(node, source, conv, dy, dx, *weight.shape[1:3]))
-        if matrices:
-            times = product(torch.cat(matrices, 1), self.n * self.usual_count(node))
-        bias = None if node.bias is None else node.bias.flatten()
+        def column(line):  # of the block at hand
+            blocks = self.now[term].view(-1, term.width, term.channels)
+            return blocks[:, line.column % term.width]
 
-        def values_on(line, now):
-            total = bias
+        return column
+
+    def summation(self, node):
+        """The function Line -> bias + terms + taps of node."""
+        terms, taps = [self.at(node, term) for term in node.terms], {}
+        for parity in itertools.product((0, 1), (0, 1)) if doubles(node) else [(0, 0)]:
+            taps[parity] = [self.tap(node, *tap, parity) for tap in node.taps]
+
+        def add_terms(line):
+            total = node.bias
             for term in terms:
-                total = term(line, now) if total is None else total + term(line, now)
-            if not inputs:
-                return total.expand(self.n * line.count, -1)
-            read = [values(line, now) for values in inputs]
-            return times(torch.cat(read, 1) if len(read) > 1 else read[0], total)
+                total = term(line) if total is None else total + term(line)
+            return total
 
-        return values_on
+        def add_taps(line, total, parity=(0, 0)):
+            for tap in taps[parity]:
+                total = tap(line, total)
+            return total
 
-    def input(self, node, source, conv, dy, dx, rows, columns):
-        """The function (Line, now) -> what a tap reads, (n count, rows columns C)."""
-        if node.finds_now(source, conv):
-            return lambda line, now: now[source]
-        read = source.reader(dy, dx, rows, columns, conv.stride, conv.up)
-        return lambda line, now: read(line).reshape(self.n * line.count, -1)
+        def double(line):
+            """Each convolution is four, for even and odd rows and columns. Every second position
+            of a line has the same parity."""
+            _, _, down, right, count, width, _ = line
+            before = add_terms(line).expand(self.n * count * width, -1)
+            before = before.reshape(self.n, count, width, -1)
+            values = before.new_empty(before.shape)
+            for i, j in itertools.product(range(min(2, count)), range(min(2, width))):
+                row, column = line.row + i * down, line.column + i * right + j
+                part = before[:, i::2, j::2]
+                some = Line(row, column, 2 * down, 2 * right, *part.shape[1:3], 2)
+                total = add_taps(some, part.flatten(0, 2), (row % 2, column % 2))
+                values[:, i::2, j::2] = total.view(part.shape)
+            return values.flatten(0, 2)
 
-    def doubling(self, node, terms):
-        """The same where the resolution doubles: that is one convolution at even positions and
-        another one at odd ones. Every second position of a line has the same parity."""
-        by_parity = {}
-        for parity in itertools.product((0, 1), (0, 1)):
-            by_parity[parity] = self.summation(node, terms, parity)
+        return double if doubles(node) else lambda line: add_taps(line, add_terms(line))
 
-        def values_on(line, now):
-            weight = node.taps[0][1].v
-            values = weight.new_empty(self.n, line.count, node.channels)
-            for i in range(min(2, line.count)):
-                row, column = line.row + i * line.down, line.column + i * line.right
-                count = (line.count + 1 - i) // 2
-                half = Line(row, column, 2 * line.down, 2 * line.right, count)
-                part = by_parity[row % 2, column % 2](half, now)
-                values[:, i::2] = part.view(self.n, count, -1)
-            return values.flatten(0, 1)
-
-        return values_on
-
-    def usual_count(self, node):
+    def tap(self, node, source, conv, dy, parity):
+        """The function (Line, total) -> total + what this kernel row adds."""
+        dx, weight = conv.columns[0], self.weights[conv][dy - conv.rows[0]]  # (F, columns, C)
+        if conv.up:  # it reads at (p + d) / 2, where that is whole
+            if (parity[0] + dy) % 2:
+                return lambda line, total: total
+            odd = (parity[1] + dx) % 2
+            dx, weight = dx + odd, weight[:, odd::2]
+        columns = weight.shape[1]
+        if columns == 0:
+            return lambda line, total: total
         width = self.size[1] >> node.scale
-        if self.lag:
-            return max(1, width // self.lag)
-        return width if node.when[1] == "row" else 1
+        rows = self.n * node.width * max(1, width // self.lag)
+        times = product(weight.flatten(1), rows)
+        if node.finds_now(source, conv):
+            read = self.at(node, source)
+            return lambda line, total: times(read(line), total)
+        read, length = source.reader(dy, dx, columns, conv.stride, 1 + conv.up), weight[0].numel()
+        return lambda line, total: times(read(line).reshape(-1, length), total)
+
+
+def worth_threads(work):
+    """Whether so many multiplications, of a step or of a layer, are shared between threads. Small
+    products gain little from that, and beside other load threads wait long for each other."""
+    return work > 100_000_000
 
 
 def product(weight, rows):
@@ -2280,7 +2291,7 @@ def product(weight, rows):
     MKL packs the weight anew in each call. oneDNN keeps it packed, and takes half the time where
     there is much to do. Its operators are private: where they are missing, addmm serves.
     """
-    onednn, large = torch.ops.mkldnn, rows >= 8 and weight.numel() >= 60_000
+    onednn, large = torch.ops.mkldnn, rows >= 16 and weight.numel() >= 60_000
     cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     there = hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight")
     if not (large and cpu and there and torch.backends.mkldnn.is_available()):
@@ -2291,7 +2302,7 @@ def product(weight, rows):
     def times(x, total):
         if total.dim() == 1:
             return onednn._linear_pointwise(x, packed, total, "none", [], "")
-        return onednn._linear_pointwise.binary(x, total, packed, None, "add")
+        return onednn._linear_pointwise.binary(x, total.contiguous(), packed, None, "add")
 
     return times
 
@@ -2304,26 +2315,36 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     channels, height, width = factor.view.shape
     # Cut to intervals, a pixel depends on those before it in its block, however little is read.
     least_lag = factor.view.psi.cell if tight else 1
-    embeddings = factor.embeddings(x_hat)
-    plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
-    x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.weight.device)
-    planes = plan.x.reader()
+    layers = [conv.v.numel() for conv in factor.modules() if isinstance(conv, Conv)]
+    threads = torch.get_num_threads()
     try:
-        for lines, pixels in plan.steps():
-            params = plan.compute(lines)
-            if pixels is None:
-                continue
-            rows, columns = pixels.positions()
-            head = factor.head(params.double()[:, :, None, None], shift)
-            interval = interval_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
-            drawn = draw(head, rows, columns, interval).view(n, -1, channels)  # (n, count, C)
-            x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
-            unit = to_unit(drawn, factor.view.levels, factor.weight.dtype)
-            planes(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
-            if progress:
-                progress(n * pixels.count)
+        if not worth_threads(n * height * width * max(layers)):
+            torch.set_num_threads(1)
+        embeddings = factor.embeddings(x_hat)
+        torch.set_num_threads(threads)
+        plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
+        return sample_by(plan, factor, n, x_hat, draw, tight, shift, progress)
     finally:
-        torch.set_num_threads(plan.threads)
+        torch.set_num_threads(threads)
+
+
+def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
+    channels = factor.view.shape[0]
+    x = torch.zeros(n, *factor.view.shape, dtype=torch.uint8, device=factor.weight.device)
+    planes = plan.x.reader()
+    for lines, pixels in plan.steps():
+        params = plan.compute(lines)
+        if pixels is None:
+            continue
+        rows, columns = pixels.positions()
+        head = factor.head(params.double()[:, :, None, None], shift)
+        interval = interval_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
+        drawn = draw(head, rows, columns, interval).view(n, -1, channels)  # (n, count, C)
+        x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
+        unit = to_unit(drawn, factor.view.levels, factor.weight.dtype)
+        planes(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
+        if progress:
+            progress(n * pixels.count)
     return x
 
 

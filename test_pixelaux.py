@@ -1120,7 +1120,7 @@ def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size
     net = CausalNet(4, 20, layout, 2, 0.0, False).double()
     with torch.no_grad():
         plan = Plan(net, 4, 1, size)
-    assert plan.lag == lag
+    assert plan.lag == (lag or size[1])
     steps, drawn, done = list(plan.steps()), {}, {}
     for step, (lines, pixels) in enumerate(steps):
         for when, line in lines.items():
@@ -1296,7 +1296,7 @@ def test_a_network_of_ones_own_is_sampled_fast(net, size, lag):
     assert torch.equal(ours, expected)
     with torch.no_grad():
         plan = Plan(own.net, 2, 3, size)
-    assert plan.lag == lag
+    assert plan.lag == (lag or size[1])
 
 
 FUNCTIONS = ["tanh", "sigmoid", "elu", "module", "number", "square", "concat"]
@@ -1430,9 +1430,10 @@ def test_networks_made_at_random_are_causal_and_of_many_kinds():
         grad, = torch.autograd.grad(out[0, :, 5, 6].abs().sum(), planes)
         assert not grad.flatten(2)[0, :, 5 * 12 + 6 :].any() and grad.any()
         with torch.no_grad():
-            lags += [Plan(net, 2, 1, (8, 12), own.embeddings(None)).lag,
-                     Plan(net, 2, 1, (4, 4), (torch.ones(1, 3, 4, 4).double(),)).lag]
-    assert None in lags and {1, 2, 3} <= set(lags)
+            plans = [Plan(net, 2, 1, (8, 12), own.embeddings(None)),
+                     Plan(net, 2, 1, (4, 4), (torch.ones(1, 3, 4, 4).double(),))]
+        lags += ["raster" if plan.lag == plan.size[1] else plan.lag for plan in plans]
+    assert {1, 2, 3, "raster"} <= set(lags)
 
 
 class Around(nn.Module):
@@ -1474,6 +1475,12 @@ def module_in_place(net, h, x):
     return net.elu_in_place(h) * more + h
 
 
+def plus_equals(net, h, x):
+    more = net.more(h)
+    h += 1.0
+    return h * more + net.more(h)
+
+
 AT_ONE_POSITION = {  # functions of values at one position: they must be right
     "none": lambda net, h, x: h,
     "functions": lambda net, h, x: torch.clamp(F.leaky_relu(h, 0.2), min=-0.5) ** 2 / 3 - (1 - h),
@@ -1504,7 +1511,7 @@ REFUSED_OR_RIGHT = {
     "parameter (1, C, H, W)": lambda net, h, x: F.elu(h) * net.place,
     "parameter (1, C, H, W) added": lambda net, h, x: net.more(h) + net.place,
     "parameter by keyword": lambda net, h, x: torch.mul(h, other=net.scale),
-    "in place": elu_in_place, "module in place": module_in_place,
+    "+=": plus_equals, "in place": elu_in_place, "module in place": module_in_place,
     "method in place": lambda net, h, x: net.more(h) + h.relu_(),
     "over the columns: softmax": lambda net, h, x: h.softmax(-1),
     "over the columns: cumsum": lambda net, h, x: h.cumsum(-1),
@@ -1857,6 +1864,31 @@ def test_threads_that_sample_at_once_get_the_images_of_one():
     assert None not in found  # or a thread has failed
     assert all(same(found[i][j], expected[(i + j) % 4]) for i in range(8) for j in range(3))
     assert all(module.training for module in model.modules())
+
+
+def test_likelihoods_of_one_thread_are_those_of_before_while_another_samples():
+    """Networks are read and sampled by one thread; another calls them all the while."""
+    model, other = small("pyramid", (8, 8), halvings=1), small("pixelcnn")
+    x, x_other = (random_batch(2, m.views[-1].shape) for m in (model, other))
+    expected = [model.log_prob(x), other.log_prob(x_other)]
+    sampled, done = [], threading.Event()
+
+    def sample():
+        try:
+            for _ in range(6):
+                sampled.append(model.sample(1)[-1])
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    calls = 0
+    while calls < 3 or not done.is_set():
+        found = [model.log_prob(x), other.log_prob(x_other)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        calls += 1
+    thread.join()
+    assert len(sampled) == 6 and all(torch.equal(x, sampled[0]) for x in sampled)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -5080,8 +5112,7 @@ def test_small_products_run_on_one_thread_and_the_count_is_put_back(monkeypatch)
             plan.work = collections.Counter({when: channels for when in plan.work})
             node = plan.nodes[0]
             compute = node.compute
-            node.compute = lambda line, now: (seen.append(torch.get_num_threads()),
-                                              compute(line, now))[1]
+            node.compute = lambda line: (seen.append(torch.get_num_threads()), compute(line))[1]
             lines, _ = next(iter(plan.steps()))
             plan.compute(lines)
         assert seen == [1, 2]

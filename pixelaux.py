@@ -1438,14 +1438,28 @@ def record_steps(out, config, k, steps):
             write_config(out, dataclasses.replace(there, steps=tuple(numbers)))
 
 
+def append_record(path, record):
+    """Add a line of JSON to a file; other processes may do so, too."""
+    with open(path, "a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        cut = file.read() not in (b"", b"\n")  # a kill has cut the last line
+        file.write(b"\n" * cut + json.dumps(record).encode() + b"\n")
+
+
 def read_metrics(out):
-    """The records of OUT/metrics.jsonl, without a last line that a kill has cut."""
-    path = out / "metrics.jsonl"
-    try:
-        with open(path) as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]
-    except ValueError:
-        raise Problem(f"{path}: expected a JSON record on each line") from None
+    """The records of OUT/metrics.jsonl, in order. A run that was stopped and resumed has done some
+    steps again, those after its checkpoint: the later records of a step count."""
+    records = {}  # factor -> records
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        try:
+            record = json.loads(line)
+            of_factor = records.setdefault(record["factor"], [])
+            while of_factor and of_factor[-1]["step"] >= record["step"]:
+                of_factor.pop()
+        except (ValueError, TypeError, KeyError):  # cut by a kill
+            continue
+        of_factor.append(record)
+    return [record for k in sorted(records) for record in records[k]]
 
 
 class Quiet:
@@ -1660,21 +1674,13 @@ class Log:
     def __init__(self, out, k, step):
         self.path, self.k, self.step = out / "metrics.jsonl", k, step
         self.bar = progress(initial=step, desc=f"factor {k}", unit="step")
-        if rank() == 0 and self.path.exists():  # a resumed run does again what its checkpoint lacks
-            with locked(out, "metrics", wait=True):
-                lines = read_metrics(out)
-                keep = [line for line in lines if line["factor"] != k or line["step"] <= step]
-                text = "".join(json.dumps(line) + "\n" for line in keep)
-                if text != self.path.read_text():
-                    write_atomically(self.path, text.encode())
 
     def write(self, step, steps, bits, seconds, test_bits):
         record = dict(factor=self.k, step=step, bits_per_dim=bits, seconds=round(seconds, 3))
         if test_bits is not None:
             record["test_bits_per_dim"] = test_bits
         if rank() == 0:
-            with locked(self.path.parent, "metrics", wait=True), open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            append_record(self.path, record)
         self.bar.total = None if steps == math.inf else steps
         self.bar.set_postfix_str(f"{bits:.3f} bits/dim", refresh=False)
         self.bar.update(step - self.step)
@@ -1771,22 +1777,19 @@ def distance_to_truth(model, bound, exact, shapes, images):
     return lines, result
 
 
-def save_picture(path, rows, labels, columns=8, height=64):
-    """A PNG with, for every `columns` images, a row of each kind; labels: of the rows.
-
-    rows: uint8 arrays (N, h, w, 3), which are shown equally large by repetition of pixels.
-    """
+def save_picture(path, rows, labels, columns=8):
+    """A PNG with, for every `columns` images, a row of each kind. labels: of the rows; rows: uint8
+    arrays (N, h, w, 3), shown equally large by repetition of pixels, a row 512 px wide or more."""
     from PIL import Image, ImageDraw, ImageFont
 
-    tall, wide = rows[-1].shape[1:3]
-    enlarge, gap = max(1, height // tall), 4
+    n, tall, wide = rows[-1].shape[:3]
+    columns = min(n, columns)
+    enlarge, gap = math.ceil(512 / (columns * max(tall, wide))), 4
     tall, wide = enlarge * tall, enlarge * wide
     font = ImageFont.load_default(14)
     left = 3 * gap + math.ceil(max(font.getlength(label) for label in labels))
-    n = len(rows[-1])
     groups, group_height = math.ceil(n / columns), len(rows) * (tall + gap) + 2 * gap
-    size = (left + min(n, columns) * (wide + gap), groups * group_height)
-    picture = Image.new("RGB", size, "white")
+    picture = Image.new("RGB", (left + columns * (wide + gap), groups * group_height), "white")
     for group, (j, images) in itertools.product(range(groups), enumerate(rows)):
         top = group * group_height + j * (tall + gap) + gap
         ImageDraw.Draw(picture).text((gap, top + tall // 2), labels[j], "black", font, anchor="lm")
@@ -2380,6 +2383,7 @@ TOOLS = {
     "decompress": ("codec", ".pxa files into PNG files"),
     "export": ("codec", "all factors in one small file, weights in bfloat16"),
     "curves": ("curves", "a picture of a run's bits/dim over the time of training"),
+    "figures": ("figures", "the paper's figures from a run's model"),
 }
 
 
@@ -2396,40 +2400,56 @@ def tool(name):
 def plan_run(args, out):
     """(config, data) of a new run in the folder `out`, or of the one that is there. Raises
     Problem."""
-    flags = {name: value for name, value in vars(args).items() if value is not None}
-    chosen = {name: value for name, value in flags.items() if name in Config.__annotations__}
-    for name in {"data", "data_dir", "start"} & chosen.keys():
-        chosen[name] = from_anywhere(chosen[name])
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    fields = {name: value for name, value in given.items() if name in Config.__annotations__}
+    for name in {"data", "data_dir", "start"} & fields.keys():
+        fields[name] = from_anywhere(fields[name])
     if args.minutes:
         if args.steps:
             raise Problem("--steps and --minutes exclude each other")
-        chosen["anneal"] = 1.0  # a run of any length ends annealed
-    begun, factor = (out / "config.json").exists(), out / f"factor-{args.factor}.pt"
-    if begun and not args.resume and (args.factor is None or factor.exists()):
+        fields["anneal"] = 1.0  # a run of any length ends annealed
+    if args.resume:
+        return resumed_run(out, fields)
+    if not (out / "config.json").exists():
+        return new_run(fields)
+    if args.factor is None or (out / f"factor-{args.factor}.pt").exists():
         raise Problem(f"--out: {out} holds a run; --resume goes on with it, or take another folder")
-    if begun or args.resume:
-        config = read_config(out)
-        for name, value in chosen.items():
-            flag, old = f"--{name.replace('_', '-')}", getattr(config, name)
-            if not unchanged(name, old, value):
-                raise Problem(f"{flag}: {out} was begun with {old}, not {value}; leave this flag "
-                              "out to go on, or take another folder")
-            if name in ("data", "data_dir"):
-                setattr(config, name, value)
-        data, _ = load_data(config.data, config.data_dir, config.size)
-        if config.data_set != describe(data):
-            raise Problem(f"--data: {out} was begun with {config.data_set}, now there are "
-                          f"{describe(data)}; --start takes its weights over to another folder")
-        return config, data
-    if args.minutes:
-        chosen["steps"] = (0,)
-    if args.size:  # a size that does not fit is refused before images are read
+    return resumed_run(out, fields)  # a factor that it does not have yet
+
+
+def new_run(fields):
+    if "minutes" in fields:
+        fields["steps"] = (0,)
+    if "size" in fields:  # a size that does not fit is refused before images are read
         with torch.device("meta"):
-            PixelAux(make_config(**chosen))
-    chosen = dict(data_dir=from_anywhere("data")) | chosen
-    data, size = load_data(chosen.get("data", "shapes"), chosen["data_dir"], args.size)
-    chosen = dict(flip=data.flip) | chosen | dict(size=size, data_set=describe(data))
-    return make_config(**chosen), data
+            PixelAux(make_config(**fields))
+    folder = fields.setdefault("data_dir", from_anywhere("data"))
+    data, size = load_data(fields.get("data", "shapes"), folder, fields.get("size"))
+    fields = dict(flip=data.flip) | fields | dict(size=size, data_set=describe(data))
+    return make_config(**fields), data
+
+
+def resumed_run(out, fields):
+    """Where the data lie may have changed since the run was begun, and nothing else."""
+    config = read_config(out)
+    for name, new in fields.items():
+        flag, old = f"--{name.replace('_', '-')}", getattr(config, name)
+        moved = name == "data_dir" or (name == "data" and kind_of(old) == kind_of(new))
+        if old != new and not moved:
+            raise Problem(f"{flag}: {out} was begun with {old}, not {new}; leave this flag out to "
+                          "go on, or take another folder")
+        if moved:
+            setattr(config, name, new)
+    data, _ = load_data(config.data, config.data_dir, config.size)
+    if config.data_set != describe(data):
+        raise Problem(f"--data: {out} was begun with {config.data_set}, now there are "
+                      f"{describe(data)}; --start takes its weights over to another folder")
+    return config, data
+
+
+def kind_of(data):
+    """folder, .npy, or the name of a data set."""
+    return ".npy" if data.endswith(".npy") else data.partition(":")[0]
 
 
 def from_anywhere(place):
@@ -2439,15 +2459,6 @@ def from_anywhere(place):
     if path in ("", "shapes", "cifar10", "celeba"):
         return place
     return kind + str(pathlib.Path(path).expanduser().absolute())
-
-
-def unchanged(name, old, new):
-    """Where data lie may change in the course of a run, and nothing else."""
-    moved = name == "data_dir"
-    if name == "data":
-        folders = old.startswith("folder:") and new.startswith("folder:")
-        moved = folders or (old.endswith(".npy") and new.endswith(".npy"))
-    return old == new or moved
 
 
 def command_train(args):
@@ -2538,8 +2549,7 @@ def begin(out, config, factors, args, device):
         write_config(out, config)
     record = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *args.argv]),
                   processes=world_size(), hardware=hardware(device), torch=torch.__version__)
-    with open(out / "commands.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    append_record(out / "commands.jsonl", record)
 
 
 def hardware(device):

@@ -913,17 +913,28 @@ class PixelAux(nn.Module):
                 kinds = [type(view.psi)] if view.psi else MODELS[config.model][-1:]
                 light = any(kind.cell > 1 for kind in kinds)  # the coarsest view: by the last psi
                 self.factors.append(Factor(config, view, light))
-        self.check_size()
+        height, width = config.size
+        if min(height, width) < self.unit or height % self.unit or width % self.unit:
+            raise Problem(f"size {height}x{width} does not fit model {config.model}: height and "
+                          f"width must be multiples of {self.unit}")
 
-    def check_size(self):
-        need, cell = 1, 1  # cell: how many pixels of X, in height, one of the view stands for
+    @property
+    def unit(self):
+        """Of which the height and the width of X must be multiples."""
+        unit, cell = 1, 1  # cell: how many pixels of X, in height, one of the view stands for
         for factor in reversed(self.factors):
-            need = max(need, cell * factor.multiple)
+            unit = math.lcm(unit, cell * factor.multiple)
             cell *= factor.view.psi.cell if factor.view.psi else 1
-        height, width = self.config.size
-        if min(height, width) < need or height % need or width % need:
-            raise Problem(f"size {height}x{width} does not fit model {self.config.model}: "
-                          f"height and width must be multiples of {need}")
+        return unit
+
+    def resized(self, size):
+        """The same weights, with as many views, for images of another size (H, W). Raises
+        Problem."""
+        halvings = sum(isinstance(view.psi, Half) for view in self.views)
+        other = PixelAux(dataclasses.replace(self.config, size=tuple(size), halvings=halvings))
+        other.to(self.device, self.factors[0].weight.dtype, memory_format=torch.channels_last)
+        other.load_state_dict(self.state_dict())
+        return other.eval()
 
     @property
     def device(self):
@@ -2318,7 +2329,7 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     channels, height, width = factor.view.shape
     # Cut to intervals, a pixel depends on those before it in its block, however little is read.
     least_lag = factor.view.psi.cell if tight else 1
-    layers = [conv.v.numel() for conv in factor.modules() if isinstance(conv, Conv)]
+    layers = [conv.v.numel() for conv in factor.net.modules() if isinstance(conv, Conv)]
     threads = torch.get_num_threads()
     try:
         if not worth_threads(n * height * width * max(layers)):
@@ -2637,55 +2648,27 @@ def command_eval(args):
     write_atomically(path, json.dumps(result, indent=1).encode())
 
 
-def given_images(args, model):
-    """Images for --given and the number of their view: as they are, or X reduced to --view."""
-    finest = len(model.views) - 1
-    if args.view is not None and args.view not in range(finest):
-        raise Problem(f"--view {args.view}: expected a view coarser than X, 0..{finest - 1}")
-    if args.given == "test":
-        images = run_data(args, model).test
-    elif args.given.endswith(".npy"):
-        images = read_npy(args.given, channels={view.shape[0] for view in model.views})
-    else:
-        image = tool("images").read_image(pathlib.Path(args.given).expanduser())
-        images = image[None].repeat(args.n, 0)
-    x = to_tensor(images[: args.n])
-    k = finest - 1 if args.view is None else args.view
-    if tuple(x.shape[1:]) == model.views[-1].shape:
-        return model.views_of(x)[k], k
-    alike = [j for j in range(finest) if tuple(x.shape[1:]) == model.views[j].shape]
-    if args.view is None and len(alike) == 1:
-        return x, alike[0]
-    if args.view in alike:
-        return x, args.view
-    known = ", ".join(f"{j}: {view.name} {view.shape}" for j, view in enumerate(model.views))
-    shape = tuple(x.shape[1:])
-    raise Problem(f"--given {args.given}: (C, H, W) is {shape}, expected a view's, and --view, its "
-                  f"number, where several are alike: {known}")
-
-
 def command_sample(args):
     if args.shift and args.mode == "map":
         raise Problem("--shift: --mode map draws no values, so there is no variance to change")
-    if args.view is not None and not args.given:
-        raise Problem("--view: goes with --given, whose view it is")
-    model, seed = load(args.run, args.device), args.seed or 0
+    if args.given:
+        return tool("given").command(args)
+    for name in ("view", "reduce", "answers", "rows"):
+        if getattr(args, name) is not None:
+            raise Problem(f"--{name}: goes with --given, the images that it is about")
+    model, seed, n = load(args.run, args.device), args.seed or 0, args.n or 16
     tight = model.config.tight if args.tight is None else args.tight
-    given, k = given_images(args, model) if args.given else (None, -1)
-    n = args.n if given is None else len(given)
-    pixels = sum(math.prod(view.shape[1:]) for view in model.views[k + 1 :])
+    pixels = sum(math.prod(view.shape[1:]) for view in model.views)
     with progress(total=n * pixels, unit="pixel", unit_scale=True, delay=0.3) as bar:
-        views = model.sample(n, seed, args.mode, args.shift, tight, given, not args.naive,
-                             k if args.given else None, progress=bar.update)
+        views = model.sample(n, seed, args.mode, args.shift, tight, fast=not args.naive,
+                             progress=bar.update)
     name = result_path(
         args, f"sample-{args.mode}-{seed}", args.shift and f"shift{args.shift:g}",
-        args.given and f"given-{pathlib.Path(args.given).stem}",
-        args.view is not None and f"view{k}",
         tight != model.config.tight and ("tight" if tight else "no-tight"))
     out = re.sub(r"\.(png|npz)$", "", str(args.out or name))
     arrays = {view.name: to_array(x) for view, x in zip(model.views, views)}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
-    save_samples(model, views, f"{out}.png", k + 1)
+    save_samples(model, views, f"{out}.png")
     shapes = ", ".join(f"{name!r} {array.shape}" for name, array in arrays.items())
     print(f"{out}.png: a row for each view, coarsest first\n{out}.npz: uint8 arrays {shapes}")
 
@@ -2755,17 +2738,23 @@ FLAGS = {
                     dict(choices=["float32", "bfloat16"])),
     "--compile": ("train", "torch.compile (default: no)", YES_NO),
     "--save-every": ("train", "default 120", dict(type=NUMBER, default=120, metavar="SECONDS")),
-    "--n": ("eval sample", "how many images (default: all; sample: 16)", dict(type=COUNT)),
+    "--n": ("eval sample", "how many images (default: all; sample: 16, but of a folder all)",
+            dict(type=COUNT)),
     "--coded": ("eval", "code N images, restore them, compare with PNG and WebP",
                 dict(type=COUNT, metavar="N")),
     "--mode": ("sample", "map: the paper's MAP sampling",
                dict(choices=["random", "map"], default="random")),
     "--shift": ("sample", "added to the log-scales; below 0: less variance",
                 dict(type=SHIFT, default=0.0)),
-    "--given": ("sample", "begin with these, of a view's size or of X's: test, an image or a .npy "
-                "file", {}),
+    "--given": ("sample", "begin with these: test, a .npy file, an image or a folder of images, "
+                "which may have any size and are doubled or colourised", {}),
+    "--reduce": ("sample", "images of --given are X: reduce them to the view first", YES),
     "--view": ("sample", "the view that --given is of, or is reduced to; 0 is the coarsest "
                "(default: the one next to X)", dict(type=int, metavar="K")),
+    "--rows": ("sample", "complete images X of --given, of which the first R rows are kept",
+               dict(type=COUNT, metavar="R")),
+    "--answers": ("sample", "how many for each of --given (default 1)",
+                  dict(type=COUNT, metavar="A")),
     "--naive": ("sample", "by a pass of the network for every pixel", YES),
     "--seed": ("train eval sample", "of all that is random (default 0)", dict(type=SEED)),
     "--device": ("train eval sample", "cpu, cuda, cuda:1 (default: cuda, if any)",
@@ -2796,7 +2785,6 @@ def parser():
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function, parser=command)
         command.add(*(flag for flag in FLAGS if name in FLAGS[flag][0].split()))
-    commands.choices["sample"].set_defaults(n=16)
     for name, (_, text) in TOOLS.items():
         commands.add_parser(name, help=text)
     return top

@@ -136,18 +136,6 @@ def mark_of(model):
     return digest.digest()[:8]
 
 
-def resized(model, size):
-    """The same weights and as many views for images of another size (H, W). Raises Problem."""
-    if tuple(size) == tuple(model.config.size):
-        return model
-    halvings = sum(isinstance(view.psi, Half) for view in model.views)
-    other = PixelAux(dataclasses.replace(model.config, size=tuple(size), halvings=halvings))
-    dtype = model.factors[0].weight.dtype
-    other.to(model.device, dtype, memory_format=torch.channels_last)
-    other.load_state_dict(model.state_dict())
-    return other.eval()
-
-
 def crc_of(x):
     return zlib.crc32(x.cpu().contiguous().numpy().tobytes())
 
@@ -174,7 +162,7 @@ def parse(model, file):
     if mark != mark_of(model):
         raise Problem("was compressed with another model")
     words = np.frombuffer(body[HEADER.size :], "<u4").astype(np.uint32)
-    return crc, resized(model, (height, width)), tight, words
+    return crc, model.resized((height, width)), tight, words
 
 
 def unpack(model, file, show=None):
@@ -310,7 +298,7 @@ def read_fitting(model, path):
     """(the model for its size, uint8 (3, H, W)) of an image file. Raises Problem."""
     image = tool("images").read_image(path, exact=True)
     with naming(path):
-        fitting = resized(model, image.shape[:2])
+        fitting = model.resized(image.shape[:2])
         return fitting, fitting.check(to_tensor(image[None]), -1)[0]
 
 

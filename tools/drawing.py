@@ -52,36 +52,27 @@ class Completing:
         return torch.where(keep, known[:, :, None, None].long(), drawn)
 
 
-def unit_of(model):
-    """The number of which the height and the width of X must be multiples."""
-    unit, cell = 1, 1  # cell: how many pixels of X, in height, one of the view stands for
-    for factor in reversed(model.factors):
-        unit = math.lcm(unit, cell * factor.multiple)
-        cell *= factor.view.psi.cell if factor.view.psi else 1
-    return unit
-
-
 def padded(model, image, scale):
     """(the image, uint8 (H, W, C), its lower and right edges repeated until X, `scale` times as
     large, fits the model's weights; the model for that size, with as many views)."""
-    unit = unit_of(model)
+    unit = model.unit
     step = unit // math.gcd(unit, scale)
     more = [(0, -side % step) for side in image.shape[:2]]
     image = np.pad(image, [*more, (0, 0)], mode="edge")
-    return image, tool("codec").resized(model, [scale * side for side in image.shape[:2]])
+    return image, model.resized([scale * side for side in image.shape[:2]])
 
 
 def bands_of(model, k):
     """(factor k for bands, their rows, how many of these neighbours share), so that one image of a
     band's size takes some 4 GiB at most; a single band, if the whole image does."""
-    (height, width), unit = model.config.size, unit_of(model)
+    (height, width), unit = model.config.size, model.unit
     scale = height // model.views[k].shape[1]
     margin = unit * math.ceil(MARGIN * scale / unit)  # this, too, in rows of X
-    strip = tool("codec").resized(model, (unit, width))
+    strip = model.resized((unit, width))
     rows = max(3 * margin, unit * strip.factors[k].at_once)
     if rows >= height:
         return model.factors[k], height // scale, 0
-    band = tool("codec").resized(model, (rows, width))
+    band = model.resized((rows, width))
     return band.factors[k], rows // scale, margin // scale
 
 

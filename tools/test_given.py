@@ -13,7 +13,7 @@ from pixelaux import Factor, Gray, Half, build, to_array, to_tensor
 from test_pixelaux import (
     SMALL_RUN, TINY, all_images, chi_square, command, enumerable, fits, halved, places,
     random_batch, random_images, said, same, saved, small)
-from tools import codec, drawing
+from tools import drawing
 
 
 def how(seed=0, mode="random", shift=0.0, tight=True, naive=False):
@@ -45,7 +45,7 @@ def save_image(path, size, seed=0):
 def test_answers_at_another_size_are_the_naive_samplers(name, size):
     """From each view, of weights made at another size: given images stay, psi of what is drawn is
     what it was drawn from; answer a to image i has the noise of sample a n + i."""
-    model = codec.resized(small(name, (16, 16), halvings=1), size)
+    model = small(name, (16, 16), halvings=1).resized(size)
     views = model.views_of(random_batch(2, (3, *size)))
     for k, view in enumerate(views[:-1]):
         with pixelaux.evaluating(model):

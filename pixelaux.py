@@ -4,8 +4,9 @@
     ICML 2017 ("Sec." and "Eq." refer to it); Salimans et al., "PixelCNN++", ICLR 2017
 
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
-and nearly all of them are texture. The shape of things, which is what a person sees, is a hundredth
-of a bit per sub-pixel beside it; so samples look like cloth.
+and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
+pixel), of which the shape of things, all that a person sees, is a hundredth of a bit or so: a model
+that ignores it loses next to nothing. So samples look like cloth.
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, in which there is no texture, has a network of its own; and a
@@ -13,8 +14,8 @@ view may have a view in turn:  X_0 = X,  X_1 = psi_0(X_0),  ..,  X_K = psi_{K-1}
 
     log p(X) >= log p(X_0, .., X_K) = log p(X_K) + log p(X_{K-1} | X_K) + .. + log p(X_0 | X_1)
 
-It is a bound because p(X) is the sum of p(X, X^) over all X^, and a sum is at least one of its
-terms.
+It is a bound because p(X) is the sum of p(X, X^) over all X^, and a sum of terms that are 0 or more
+is no smaller than any one of them.
 
     Eq. 1       p(X) = product of p(pixel | earlier ones)    Conv, CausalNet
     Eq. 2, 3    p(X, X^) = p(X^) p(X | X^)                   PixelAux.log_prob_factors, .sample
@@ -27,9 +28,10 @@ terms.
     beyond      sampling in the time of a few passes         Plan, sample_fast
 
 Words: a *view* is one of the X_i; a *factor* one term of the sum, with the networks for it. Lists
-of both are coarsest first. A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob
-is in nats, of an image unless said otherwise; bits/dim are bits per sub-pixel of X. Where we
-deviate from the paper, or the paper is silent, the docstring concerned says so.
+of both are coarsest first, so that views[0] is X_K and factor 0 is p(X_K): code counts from there,
+formulas from X_0 = X. A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in
+nats, of an image unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from
+the paper, or the paper is silent, the docstring concerned says so.
 """
 import argparse
 import collections
@@ -66,6 +68,8 @@ from torch import nn
 from torch.overrides import wrap_torch_function
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+__version__ = "1.0"
+
 
 class Problem(ValueError):
     """Something that the user can mend: the command line prints it as one line, exit status 2."""
@@ -76,6 +80,10 @@ class Failure(Exception):
 
 
 # --- Configuration -----------------------------------------------------------------------------
+#
+# All that a run depends on, for reference: the words are explained where the parts are built. A
+# residual *block* is a few convolutions added to their input (Networks); an *embedding* is the
+# network that reads X^; *light* is the pyramid's small causal network; *tight*: see psi.
 
 
 def six_stages(blocks):
@@ -85,7 +93,8 @@ def six_stages(blocks):
 
 @dataclasses.dataclass
 class Config:
-    """A model and its training. The defaults are the paper's for CIFAR-10, where it gives them.
+    """A model and its training. The defaults are the paper's for CIFAR-10, where it gives them;
+    the command line begins with the preset `tiny`.
 
     A layout is a row of stages (times halved, residual blocks): ((0, 3), (1, 6), (0, 3), (-1, 3))
     is 3 blocks, 6 at half the resolution, 3 at the input's again, 3 at double the resolution (the
@@ -105,16 +114,16 @@ class Config:
     layout_cond: tuple = six_stages(4)  # of p(X | gray) and its embedding: 24 blocks (Sec. 4.1)
     layout_light: tuple = ((0, 3),)  # of the pyramid's causal networks (Sec. 4.2)
     layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))  # of the pyramid's embeddings
-    look_right: bool = True  # False: only the first layers of light networks do; samples faster
+    look_right: bool = True  # see VERTICAL_LEFT; False samples faster (see Sampling fast)
     dropout: float = 0.5
 
     tight: bool = False  # train the exact likelihood in place of the paper's bound
     batch_size: int = 64
     epochs: tuple = (30, 200)  # if images are made on the fly, an epoch is 50,000 of them
     steps: tuple = (0,)  # in place of epochs; 0: from epochs
-    minutes: tuple = (0.0,)  # in place of both; 0: not by time
+    minutes: tuple = (0.0,)  # become steps when the pace is known; 0: not by time
     lr: float = 1e-3
-    lr_decay: float = 0.99999  # factor on the learning rate after each step
+    lr_decay: float = 0.99999  # the learning rate is multiplied by it after each step
     warmup: int = 0  # steps in which the learning rate grows to its full value
     anneal: float = 0.0  # share of the steps, the last ones, in which it falls linearly to 0
     betas: tuple = (0.95, 0.9995)  # of Adam, PixelCNN++'s
@@ -144,15 +153,15 @@ PRESETS = {
 
 def make_config(preset="tiny", **fields):
     """The Config of a preset with some fields changed. Raises Problem, naming what there is."""
-    one_of("preset", preset, PRESETS)
-    one_of("model", fields.get("model", Config.model), MODELS)
+    check_one_of("preset", preset, PRESETS)
+    check_one_of("model", fields.get("model", Config.model), MODELS)
     for name in fields:
-        one_of("option", name, Config.__annotations__)
+        check_one_of("option", name, Config.__annotations__)
     fields = {"preset": preset, **PRESETS[preset], **fields}
     return Config(**{name: as_tuple(value) for name, value in fields.items()})
 
 
-def one_of(what, name, known):
+def check_one_of(what, name, known):
     if name not in known:
         raise Problem(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
 
@@ -169,7 +178,7 @@ def of_factor(numbers, k):
 
 # --- psi: simpler views of an image ------------------------------------------------------------
 #
-# A view leaves information out, but it also rules images out. Take the four pixels of a 2x2 block,
+# A view leaves information out, but it also rules images out. Take the four pixels of a 2x2 cell,
 # in one channel, whose rounded mean is known to be 10: their sum is 38, 39, 40 or 41. If they are
 # drawn one after the other, what is left for each of them is an interval of levels:
 #
@@ -180,7 +189,8 @@ def of_factor(numbers, k):
 # A network does not know this, and the paper's p(X | X^) wastes probability on images that have
 # other views. If each distribution is cut to its interval and scaled to sum to 1 again, then p(X,
 # X^) is 0 unless X^ = psi(X); the sum over X^ that makes p(X) has one term only, and the bound is
-# an equality, never below the paper's. We call this *tight*.
+# an equality. It is never below the paper's, as dividing by a mass of at most 1 only raises it. We
+# call this *tight*.
 
 
 def feasible(values, weights, low, high, top):
@@ -207,9 +217,9 @@ class Psi:
     """A function that makes a view. Likelihood and sampling know no more of it than:
 
     psi(x): uint8 (N, C, H, W) -> x_hat: uint8 (N, channels_out, H / cell, W / cell) of levels_out
-    levels, in which a pixel depends on a block of cell x cell pixels of x; psi.bounds(x, x_hat) ->
-    (lo, hi), int64 like x: the interval, both ends included, that is left for each sub-pixel by
-    x_hat and the sub-pixels before it in its block (raster order, then channels).
+    levels, in which a pixel depends on a cell of cell x cell pixels of x; psi.bounds(x, x_hat) ->
+    (lo, hi), int64 of x's shape: the interval, both ends included, that is left for each sub-pixel
+    by x_hat and the sub-pixels before it in its cell (raster order, then channels).
     """
 
     cell = 1
@@ -222,7 +232,7 @@ class Psi:
 
 
 class Half(Psi):
-    """Half the resolution (Sec. 3.2): (sum of each 2x2 block + 2) // 4, in each channel.
+    """Half the resolution (Sec. 3.2): (sum of each 2x2 cell + 2) // 4, in each channel.
 
     Each view is made from the one before it. (The authors' demo shrinks the full image for each;
     then X_2 is not a function of X_1.)
@@ -231,26 +241,27 @@ class Half(Psi):
     cell = 2
 
     def __call__(self, x):
-        return ((sum(self.block(x)) + 2) // 4).to(torch.uint8)
+        return ((sum(self.four(x)) + 2) // 4).to(torch.uint8)
 
-    def block(self, x):
-        """The four pixels of each block, in raster order: int64 (N, C, H / 2, W / 2) each."""
+    def four(self, x):
+        """The four pixels of each cell, in raster order: int64 (N, C, H / 2, W / 2) each."""
         return F.pixel_unshuffle(x.long(), 2).unflatten(1, (-1, 4)).unbind(2)
 
     def bounds(self, x, x_hat):
         low = 4 * x_hat.long() - 2
-        lo, hi = feasible(self.block(x), (1, 1, 1, 1), low, low + 3, self.levels - 1)
-        return self.unblock(lo), self.unblock(hi)
+        lo, hi = feasible(self.four(x), (1, 1, 1, 1), low, low + 3, self.levels - 1)
+        return self.joined(lo), self.joined(hi)
 
-    def unblock(self, values):
+    def joined(self, values):
         return F.pixel_shuffle(torch.stack(values, 2).flatten(1, 2), 2)
 
 
 class Gray(Psi):
     """4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, one channel of 16 levels.
 
-    The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. The
-    4096 sums that a view leaves hold a multiple of every weight up to 4096: no interval is empty.
+    The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. A
+    view leaves a run of 4096 sums, and a run at least as long as a weight contains a multiple of
+    it: so no interval is empty.
     """
 
     label = "gray"
@@ -318,13 +329,14 @@ def edges(means, log_scales, lo, hi, levels):
 def log_mass(means, log_scales, lo, hi, levels):
     """Log of a logistic's mass on the levels lo..hi. All arguments broadcast.
 
-    log(sigma(b) - sigma(a)) = log sigma(b) + log sigma(-a) + log(1 - exp(a - b)), where b is
-    infinite at the last level, and -a at 0: exact and stable everywhere. (Widely copied code takes
-    the density where the mass is below 1e-5: up to 1.4e-5 of the mass is lost, and 3 bits in a
-    tail.)
+    As sigma(b) - sigma(a) = (e^b - e^a) / ((1 + e^b) (1 + e^a)) = sigma(b) sigma(-a) (1 - e^(a-b)),
+    its log is log sigma(b) + log sigma(-a) + log(1 - e^(a-b)), where b is infinite at the last
+    level, and -a at 0: exact and stable everywhere. (Widely copied code takes the density where the
+    mass is below 1e-5: up to 1.4e-5 of the mass is lost, and 3 bits in a tail.)
     """
     a, b = edges(means, log_scales, lo, hi, levels)
-    width = (hi - lo + 1).to(means.dtype) * (2.0 / (levels - 1)) * torch.exp(-log_scales)  # b - a
+    # b - a; the difference itself has no digits left where the bin is narrow and far from the mean
+    width = (hi - lo + 1).to(means.dtype) * (2.0 / (levels - 1)) * torch.exp(-log_scales)
     first, last = lo == 0, hi == levels - 1
     below_b = F.logsigmoid(b).masked_fill(last, 0.0)
     above_a = F.logsigmoid(-a).masked_fill(first, 0.0)
@@ -340,10 +352,13 @@ def pick(log_weights, u):
 
 def logistic_between(a, b, u):
     """The standard logistic at the quantile u of what lies between a and b."""
-    flip = a + b > 0  # compute in the left tail, where the cdf keeps its precision
-    low, high, u = torch.where(flip, -b, a), torch.where(flip, -a, b), torch.where(flip, 1 - u, u)
-    ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))
-    # The cdf there is sigma(low) + u (sigma(high) - sigma(low)), and its logit is the value.
+    # In the left tail the cdf keeps its precision. By symmetry -z, between -b and -a, is at 1 - u.
+    flip = a + b > 0
+    low = torch.where(flip, -b, a)
+    high = torch.where(flip, -a, b)
+    u = torch.where(flip, 1 - u, u)
+    # The cdf at z is sigma(low) + u (sigma(high) - sigma(low)); its logit is z.
+    ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))
     return torch.where(flip, -z, z)
@@ -403,6 +418,9 @@ class LogisticMixture:
         weights = self.logit_probs.log_softmax(1)  # (N, K, H, W)
         if bounds is None:
             return (weights + mass.sum(1)).logsumexp(1)
+        # Below, weights are log w_k times the masses of the channels before. They need not sum to
+        # 1, as their sum stands above and below the line. (With intervals of all levels M_k = 1,
+        # and all terms but the last one cancel: the line above.)
         lo, hi = (bound.unsqueeze(2) for bound in bounds)
         allowed = log_mass(means, self.log_scales, lo, hi, self.levels)
         total = 0.0
@@ -435,9 +453,10 @@ class LogisticMixture:
     def sample_tight(self, noise, mode, interval):
         """The same from the mixtures cut to intervals, as in log_prob.
 
-        interval(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each. What is
-        cut off differs between components, and so the weights differ between channels: each draws
-        its component. ("map" keeps the first one.)
+        interval(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each. To draw
+        one component for all channels is to draw it anew for each, from its weights given the
+        channels before. With intervals only the second is right: what is cut off differs between
+        components, and with it their weights. ("map" keeps the first one.)
         """
         x, weights = [], self.logit_probs.log_softmax(1)
         for c in range(3):
@@ -521,6 +540,10 @@ class Categorical:
 # v's first layer reads the rows above alone, so that v in o's row knows nothing of that row.
 # Therefore v's other layers may read v in o's row, and to the right of o. h reads v; v never reads
 # h, which knows pixels of o's row.
+#
+# Nor does a change of resolution let a later pixel in: q at half the resolution is made from what
+# is known at 2 q, in both coordinates, and on the way back it goes to 2 q and 2 q + 1, which come
+# no earlier.
 
 
 class Conv(nn.Module):
@@ -529,23 +552,24 @@ class Conv(nn.Module):
         plain, stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
         up                      out(p) = b + sum over d of w_d in((p + d) / 2)  where that is whole
 
-    d = (dy, dx) runs over rows x columns, and `in` is 0 outside the image. (With up, w is stored
-    backwards, as torch has it.) Causality is a matter of the two ranges:
+    d = (dy, dx) runs over rows x columns, and `in` is 0 outside the image. Causality is a matter of
+    the two ranges. o is the output's place; v's and h's first layers do not read it, the others do:
 
         VERTICAL  x x x     HORIZONTAL  x x     first layers     x x x     x x x     x .
-                  x o x                 x o     (without o)      x x x       o       x o
+                  x o x                 x o     of v and h       x x x       o       x o
                                                                    o
     """
 
-    def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0, exact=False):
+    def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
+                 full_precision=False):
         super().__init__()
-        for first, last in (rows, columns):
+        for first, last in (rows, columns):  # torch pads both sides by -first; going up, by last
             if not first <= last <= -first or (up and last < 0):
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
                               "-first")
         self.rows, self.columns, self.stride, self.up = rows, columns, stride, up
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
-        self.exact = exact  # float32 in bfloat16 training, too
+        self.full_precision = full_precision  # float32 in bfloat16 training, too
         kernel = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         self.v = nn.Parameter(0.05 * torch.randn(c_out, c_in, *kernel))
         self.g = nn.Parameter(gain * torch.ones(c_out))
@@ -555,10 +579,10 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels (Salimans & Kingma 2016)."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    @wrap_torch_function(lambda self, x: (x,))
+    @wrap_torch_function(lambda self, x: (x,))  # so that the fast sampler can record a call
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
-        if not self.exact:
+        if not self.full_precision:
             return self.convolve(x, self.weight(), self.b)
         # bfloat16, with its 8 bits, would move a pixel or a mean by a quarter of a level.
         with torch.autocast(x.device.type, enabled=False):
@@ -570,6 +594,9 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
+            # in(q) adds w_d in(q) to out(2 q - d): w is stored backwards, and what comes before
+            # out(0), `bottom` rows, is what torch takes as padding. extra: to 2 height rows or
+            # more.
             extra = (max(0, top + bottom + 1), max(0, left + right + 1))
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, (bottom, right), extra)
             return y[:, :, : 2 * height, : 2 * width]
@@ -578,6 +605,8 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
+# As many weights, but no look to the right: v sees no further to the upper right than its first
+# layer does. That is less of a loss where X^ tells of it, and samples in a third of the steps.
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -593,9 +622,9 @@ def data_dependent_init(network, *inputs):
         conv.g.fill_(1.0)
         y = conv.convolve(inputs[0].to(conv.v.dtype), conv.weight(), None)
         std, mean = torch.std_mean(y.transpose(0, 1).flatten(1), 1)
-        scale = torch.where(std > 1e-5, conv.gain / std, conv.gain)  # std 0: a constant channel
-        conv.g.copy_(scale)
-        conv.b.copy_(-mean * scale)
+        g = torch.where(std > 1e-5, conv.gain / std, conv.gain)  # std 0: a constant channel
+        conv.g.copy_(g)
+        conv.b.copy_(-mean * g)
 
     convs = [module for module in network.modules() if isinstance(module, Conv)]
     hooks = [conv.register_forward_pre_hook(normalise) for conv in convs]
@@ -621,6 +650,8 @@ def data_dependent_init(network, *inputs):
 #     8x8              N 3 8 8        none                               N F 8 8   -> N 10K 8 8
 #     16x16 | 8x8      N 3 16 16      N 3 8 8 -> 4x4 -> 8x8 -> 16x16     N F 16 16 -> N 10K 16 16
 #     32x32 | 16x16    N 3 32 32      N 3 16 16 -> 8x8 .. -> 32x32       N F 32 32 -> N 10K 32 32
+#
+# (Networks get a fourth channel of ones, see Factor.planes.)
 
 
 @wrap_torch_function(lambda x: (x,))
@@ -638,7 +669,8 @@ def gate(x, y):
 
 
 class Block(nn.Module):
-    """Gated residual block (PixelCNN++) with auxiliary inputs. reach: VERTICAL, or another one."""
+    """Gated residual block (PixelCNN++): two convolutions, the second one gated, added to x; what
+    auxiliary inputs have to say comes in between. reach: rows and columns of both, as VERTICAL."""
 
     def __init__(self, filters, nr_aux, reach, dropout):
         super().__init__()
@@ -657,24 +689,27 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """The modules of stage i of a layout, which CausalNet and EmbeddingNet run. enter: if the
-    resolution changes, a convolution for each stream. blocks: each has a Block for each stream,
-    with as many auxiliary inputs as nr_aux says, and a skip if an earlier stage has its resolution.
+    """The modules of stage i of a layout, which CausalNet and EmbeddingNet run.
+
+    enter: if the resolution changes, a convolution for each stream. blocks: in each a Block for
+    each stream, of which `reaches` has the kernel and nr_aux the number of auxiliary inputs; a skip
+    is one more, if an earlier stage has this resolution.
     """
 
     def __init__(self, layout, i, filters, dropout, reaches, nr_aux):
         super().__init__()
-        self.scale, nr_blocks = layout[i]
-        before = layout[i - 1][0] if i > 0 else self.scale
-        change = dict(stride=2) if self.scale > before else dict(up=True)
-        skip = any(scale == self.scale for scale, _ in layout[:i])
+        self.halved, nr_blocks = layout[i]
+        before = layout[i - 1][0] if i > 0 else self.halved
+        change = dict(stride=2) if self.halved > before else dict(up=True)
+        nr_skips = int(any(halved == self.halved for halved, _ in layout[:i]))
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
-        if self.scale != before:
+        if self.halved != before:
             self.enter.extend(Conv(filters, filters, **reach, **change) for reach in reaches)
         for _ in range(nr_blocks):
-            streams = zip(reaches, nr_aux)
-            self.blocks.append(nn.ModuleList(
-                Block(filters, nr + skip, reach, dropout) for reach, nr in streams))
+            streams = nn.ModuleList()
+            for reach, nr in zip(reaches, nr_aux):
+                streams.append(Block(filters, nr + nr_skips, reach, dropout))
+            self.blocks.append(streams)
 
 
 class CausalNet(nn.Module):
@@ -683,20 +718,21 @@ class CausalNet(nn.Module):
 
     All six stages of PixelCNN++ have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in the paper.
     (Its code has two blocks more, for the outputs of the first and of the strided layers. Here the
-    first skip of the fourth stage is that stage's own input.)
+    fourth stage follows the third at the same resolution, and so its first skip, the third's last
+    output, is its own input.)
     """
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
         self.conditional = conditional
-        self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), exact=True)
-        self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), exact=True)
-        self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), exact=True)
+        self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), full_precision=True)
+        self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
+        self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
         reaches = (VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL)
-        nr_aux = (conditional, 1 + conditional)  # the embedding; h also reads v
+        nr_aux = (int(conditional), 1 + int(conditional))  # the embedding; h also reads v
         self.stages = nn.ModuleList(
             Stage(layout, i, filters, dropout, reaches, nr_aux) for i in range(len(layout)))
-        self.head = Conv(filters, c_out, **POINT, gain=0.03, exact=True)
+        self.last = Conv(filters, c_out, **POINT, gain=0.03, full_precision=True)
 
     def forward(self, x, embeddings=()):
         """x: (N, C_in, H, W); embeddings: number i has been halved i times -> (N, C_out, H, W)."""
@@ -704,20 +740,21 @@ class CausalNet(nn.Module):
         h = self.h_above(x) + self.h_left(x)
         made = {}  # resolution -> the outputs of the last stage there
         for stage in self.stages:
-            skips = made.get(stage.scale, [])
-            made[stage.scale] = []
-            embedding = [concat_elu(embeddings[stage.scale])] if self.conditional else []
+            skips = made.get(stage.halved, [])
+            made[stage.halved] = []  # a new list: skips are still the old one
+            embedding = [concat_elu(embeddings[stage.halved])] if self.conditional else []
             if stage.enter:
                 v_enter, h_enter = stage.enter
                 v, h = v_enter(v), h_enter(h)
             for vertical, horizontal in stage.blocks:
                 v_skip, h_skip = [], []
                 if skips:
-                    v_skip, h_skip = [[concat_elu(skip)] for skip in skips.pop()]
+                    v_before, h_before = skips.pop()
+                    v_skip, h_skip = [concat_elu(v_before)], [concat_elu(h_before)]
                 v = vertical(v, *v_skip, *embedding)
                 h = horizontal(h, concat_elu(v), *h_skip, *embedding)
-                made[stage.scale].append((v, h))
-        return self.head(F.elu(h))
+                made[stage.halved].append((v, h))
+        return self.last(F.elu(h))
 
 
 class EmbeddingNet(nn.Module):
@@ -725,11 +762,12 @@ class EmbeddingNet(nn.Module):
 
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
+    Resolutions are counted from X^'s own: in a pyramid -1 is that of X.
     """
 
     def __init__(self, c_in, layout, filters, dropout):
         super().__init__()
-        self.first = Conv(c_in, filters, **ORDINARY, exact=True)
+        self.first = Conv(c_in, filters, **ORDINARY, full_precision=True)
         self.stages = nn.ModuleList(
             Stage(layout, i, filters, dropout, [ORDINARY], [0]) for i in range(len(layout)))
 
@@ -739,19 +777,24 @@ class EmbeddingNet(nn.Module):
         y = self.first(x_hat)
         made, last = {}, {}
         for stage in self.stages:
-            skips = made.get(stage.scale, [])
-            made[stage.scale] = []
+            skips = made.get(stage.halved, [])
+            made[stage.halved] = []
             for enter in stage.enter:
                 y = enter(y)
             for (block,) in stage.blocks:
                 skip = [concat_elu(skips.pop())] if skips else []
                 y = block(y, *skip)
-                made[stage.scale].append(y)
-            last[stage.scale] = y
-        return [last[scale] for scale in sorted(last)]
+                made[stage.halved].append(y)
+            last[stage.halved] = y
+        return [last[halved] for halved in sorted(last)]
 
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
+#
+# Here the parts meet. A View is a shape and the psi that makes the next one from it; a Factor is a
+# head, a causal network and, if there is an X^, its embedding; PixelAux is a chain of views with a
+# factor for each. The likelihood takes one pass of every factor, as all pixels are known. A sample
+# is drawn pixel by pixel, because each is needed to know the next one's distribution.
 
 
 @dataclasses.dataclass
@@ -794,15 +837,13 @@ class Factor(nn.Module):
         super().__init__()
         self.view, self.embed, psi = view, None, view.psi
         channels, filters, dropout = view.shape[0], config.nr_filters, config.dropout
-        layout, strides = config.layout, []
+        full_layout = config.layout if psi is None else config.layout_cond
+        layout = config.layout_light if light else full_layout
+        strides = [2**halved for halved, _ in layout]
         if psi is not None:
-            layout = config.layout_cond
-            layout_embed = config.layout_embed if psi.cell > 1 else layout
+            layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            strides += [psi.cell * 2**scale for scale, _ in layout_embed]
-        if light:
-            layout = config.layout_light
-        strides += [2**scale for scale, _ in layout]
+            strides += [psi.cell * 2**halved for halved, _ in layout_embed]
         self.multiple = max(strides)  # of which the height and the width of x must be multiples
 
         self.Head, nr_params = Categorical, view.levels
@@ -812,9 +853,9 @@ class Factor(nn.Module):
                              conditional=psi is not None, look_right=config.look_right or not light)
 
     @property
-    def weight(self):
+    def a_weight(self):
         """One of the weights, for its dtype and device."""
-        return self.net.head.v
+        return self.net.last.v
 
     @property
     def at_once(self):
@@ -825,7 +866,7 @@ class Factor(nn.Module):
     def planes(self, x, levels):
         """uint8 (N, C, H, W) -> -1 .. 1 and a plane of ones, which tells the image from the zeros
         around it: (N, C + 1, H, W)."""
-        x = to_unit(x, levels, self.weight.dtype)
+        x = to_unit(x, levels, self.a_weight.dtype)
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -857,8 +898,8 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval) -> levels, int64 (n P, C, 1, 1), of P pixels in each of n
-    images, of which `head` has the distributions, (n P, .., 1, 1). (A decoder of compressed images
-    can take its place.)
+    images, of which `head` has the distributions, (n P, .., 1, 1). P is 1 in sample_naive; the fast
+    sampler draws more at once. (A decoder of compressed images can take its place.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -876,21 +917,22 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     -> uint8 (n, C, H, W). sample_fast, further down, samples the same.
     """
     channels, height, width = factor.view.shape
-    x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.weight.device)
+    x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.a_weight.device)
     embeddings = factor.embeddings(x_hat)
     for r, c in itertools.product(range(height), range(width)):
         pixel = x[:, :, r : r + 1, c : c + 1]  # a part of x: what is written to it, is in x
         params = factor.params(x, embeddings)[:, :, r : r + 1, c : c + 1]
 
         def interval(drawn):
-            """(lo, hi) of the channel after those drawn."""
+            """(lo, hi) of the channel after those drawn, which go to x first: bounds looks
+            there."""
             for channel, value in enumerate(drawn):
                 pixel[:, channel : channel + 1] = value
             lo, hi = factor.view.psi.bounds(x, x_hat)
             here = np.s_[:, len(drawn) : len(drawn) + 1, r : r + 1, c : c + 1]
             return lo[here], hi[here]
 
-        head = factor.head(params.double(), shift)
+        head = factor.head(params.double(), shift)  # float64, as the noise
         pixel[:] = draw(head, [r], [c], interval if tight else None)
         if progress:
             progress(n)
@@ -910,9 +952,10 @@ class PixelAux(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             for view in self.views:
-                kinds = [type(view.psi)] if view.psi else MODELS[config.model][-1:]
-                light = any(kind.cell > 1 for kind in kinds)  # the coarsest view: by the last psi
-                self.factors.append(Factor(config, view, light))
+                # What is given a smaller view has a light network, and so has the coarsest view of
+                # a pyramid. The others, X and gray by themselves or X given gray, have PixelCNN++.
+                kind = type(view.psi) if view.psi else (MODELS[config.model] or [Psi])[-1]
+                self.factors.append(Factor(config, view, light=kind.cell > 1))
         height, width = config.size
         if min(height, width) < self.unit or height % self.unit or width % self.unit:
             raise Problem(f"size {height}x{width} does not fit model {config.model}: height and "
@@ -932,13 +975,13 @@ class PixelAux(nn.Module):
         Problem."""
         halvings = sum(isinstance(view.psi, Half) for view in self.views)
         other = PixelAux(dataclasses.replace(self.config, size=tuple(size), halvings=halvings))
-        other.to(self.device, self.factors[0].weight.dtype, memory_format=torch.channels_last)
+        other.to(self.device, self.factors[0].a_weight.dtype, memory_format=torch.channels_last)
         other.load_state_dict(self.state_dict())
         return other.eval()
 
     @property
     def device(self):
-        return self.factors[0].weight.device
+        return self.factors[0].a_weight.device
 
     def check(self, x, k):
         """x, tensor or array, as images of view k on the model's device. Raises Problem."""
@@ -988,7 +1031,7 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                self.factors[j].Head.start(self.factors[j].net.head.b)
+                self.factors[j].Head.start(self.factors[j].net.last.b)  # of which 0 was made
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
                given_view=None, until=None, progress=None):
@@ -1005,7 +1048,7 @@ class PixelAux(nn.Module):
             got = f"n = {n}" if given is None else f"n = {n} and {len(given)} given"
             raise Problem(f"expected n of 1 or more, and as many images if any are given, got "
                           f"{got}")
-        one_of("mode", mode, ("random", "map"))
+        check_one_of("mode", mode, ("random", "map"))
         views = [] if given is None else self.views_of(given, self.view_like(given, given_view))
         sampler = sample_fast if fast else sample_naive
         with evaluating(self):
@@ -1014,8 +1057,9 @@ class PixelAux(nn.Module):
                 for some in torch.arange(n).split(factor.at_once):
                     x_hat = views[-1][some] if views else None
                     noise = noise_for(seed, k, some, self.views[k].shape).to(self.device)
-                    draw, cut = Draw(noise, mode), tight and k > 0
-                    images.append(sampler(factor, len(some), x_hat, draw, cut, shift, progress))
+                    draw, tight_here = Draw(noise, mode), tight and k > 0
+                    images.append(
+                        sampler(factor, len(some), x_hat, draw, tight_here, shift, progress))
                 views.append(torch.cat(images))
         return views
 
@@ -1067,6 +1111,11 @@ def build(name, size, preset="tiny", seed=0, **overrides):
 
 
 # --- Data: uint8 (N, H, W, 3) ------------------------------------------------------------------
+#
+# With images whose probability is known, the distance of a model to the best one possible can be
+# told in bits, and it can be counted how often a sample is a thing at all: so the built-in data are
+# made from a known distribution. Other images come from .npy files, or by way of tools/images.py.
+# A batch is a function of the seed and the step, so that a resumed run sees the same ones.
 
 
 class Shapes:
@@ -1077,7 +1126,8 @@ class Shapes:
     sub-pixel gets its own noise: a logistic, rounded to levels and cut off at `bound`.
 
     A clean pixel has one of six values: three colours, light or dark. Any two of them are more
-    than 2 bound apart in some channel, so that the noise cannot hide the configuration, and
+    than 2 bound apart in some channel, so that only one configuration can have made an image: the
+    sum over configurations has one term, and
 
         log p(X) = -log_configurations + sum over the sub-pixels of log pmf(noise)
 
@@ -1112,11 +1162,11 @@ class Shapes:
         odd = np.stack([row, column, row + column]) % 2 == 1
         self.weaves = np.concatenate([odd, ~odd])  # (6, H, W): where it is dark
         shades = np.array([[self.contrast], [-self.contrast]], np.int16)
-        self.values = (self.palette[:, None] + shades).reshape(-1, 3)  # number 2 colour + dark
+        self.values = (self.palette[:, None] + shades).reshape(-1, 3)  # at 2 * colour + dark
         self.log_configurations = math.log(len(self.masks) * len(self.pairs) * len(self.weaves))
 
-        edges = np.arange(-self.bound, self.bound + 2) - 0.5
-        cdf = 1 / (1 + np.exp(-edges / self.scale))
+        between = np.arange(-self.bound, self.bound + 2) - 0.5  # levels of noise
+        cdf = 1 / (1 + np.exp(-between / self.scale))
         self.pmf = np.diff(cdf) / (cdf[-1] - cdf[0])  # of noise -bound..bound
 
     def sample(self, n, seed):
@@ -1135,10 +1185,12 @@ class Shapes:
         return np.where(masks, shape, ground)
 
     def fit(self, colour, masks):
-        """The colours, (N, H, W), of the mask and pair that agree with `colour` on most pixels."""
+        """The colours, (N, H, W), of the mask and pair that agree with `colour` on most pixels:
+        with the pair's second colour inside the mask, and with its first one outside."""
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)
-        inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)  # (N, colours, M)
+        # How many pixels of each colour are inside, and outside, of each mask: (N, colours, M).
+        inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)
         outside = has.sum(2, keepdims=True) - inside
         ground, shape = self.pairs.T
         agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
@@ -1172,11 +1224,12 @@ class Shapes:
         total = np.arange(-4 * self.bound, 4 * self.bound + 1)
         pmf = np.bincount((total + 2) // 4 + self.bound, four)  # of (total + 2) // 4
         noise = x_hat - self.palette[self.fit(nearest(x_hat, self.palette), self.cells)]
-        return log_pmf_of(noise, pmf) - self.log_configurations + math.log(len(self.weaves))
+        log_configurations = self.log_configurations - math.log(len(self.weaves))
+        return log_pmf_of(noise, pmf) - log_configurations
 
 
 def nearest(x, values):
-    """Number of the value, (K, 3), that each pixel of x, (N, H, W, 3), is nearest to: (N, H, W)."""
+    """Number of the value, (values, 3), that each pixel of x, (N, H, W, 3), is nearest to."""
     return np.stack([abs(x - value).max(3) for value in values]).argmin(0)  # in the worst channel
 
 
@@ -1284,8 +1337,8 @@ def read_npy(path, channels=(3,)):
 
 
 def load_data(spec, folder="data", size=None):
-    """spec: shapes, a .npy file, or what tools/images.py reads -> (Dataset, (H, W)). Raises
-    Problem."""
+    """spec: shapes, a .npy file, or what tools/images.py reads -> (Dataset, (H, W)).
+    Raises Problem."""
     if spec == "shapes":
         shapes = Shapes(size or (16, 16))
         return Dataset(None, shapes.sample(512, (0, 20170806)), shapes=shapes), shapes.size
@@ -1297,7 +1350,7 @@ def load_data(spec, folder="data", size=None):
             raise Problem(f"{spec}: {error}") from None
         data = Dataset(Rows(images, train), Rows(images, test), fingerprint=fingerprint(images))
     else:
-        data = tool("images").load(spec, folder, size)
+        data = tool("images").load(spec, folder, size)  # tools/images.py
     height, width = data.test[:1].shape[1:3]
     if size not in (None, (height, width)):
         raise Problem(f"{spec}: images are {height}x{width} (height x width), not "
@@ -1323,6 +1376,20 @@ def to_array(images):
 
 
 # --- Files and progress: nothing is half-written, nothing ends for want of a terminal ----------
+#
+# A run may be killed at any moment, and is resumed from what it has written. A run's folder has
+#
+#     config.json        the Config                      commands.jsonl   each `train`, its hardware
+#     factor-K.pt        the checkpoint of factor K      metrics.jsonl    the loss, now and then
+#
+# and a checkpoint is {format, config, factors: {K: averaged weights}, training: {weights: those
+# that are trained, optimizer: Adam's state, step, seconds}}; without `training` where only weights
+# are kept. No random state is in it, as all that is random is a function of seed, factor and step.
+
+
+def rank():
+    """The number of this process, where several train together."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def write_atomically(path, content):
@@ -1346,12 +1413,17 @@ def write_atomically(path, content):
 
 
 def write_checkpoint(path, config, factors, **more):
-    """factors: {k: state dict with averaged weights}, some or all; more: what training goes on
-    with."""
+    """factors: {k: averaged weights}, of some or all; more: what training goes on with."""
     state = dict(format="pixelaux 2", config=dataclasses.asdict(config), factors=factors, **more)
     buffer = io.BytesIO()  # as torch does not report a full disk as an OSError
     torch.save(state, buffer)
     write_atomically(path, buffer.getbuffer())
+
+
+def save(model, path):
+    """Write a model's weights to a file, which `load` and all commands take for a run."""
+    factors = {k: factor.state_dict() for k, factor in enumerate(model.factors)}
+    write_checkpoint(path, model.config, factors)
 
 
 def read_checkpoint(path):
@@ -1376,8 +1448,8 @@ def load(run, device="cpu"):
     """The model of a run, with averaged weights. run: folder of `train`, or a checkpoint.
 
     A folder's factors, wherever they were trained, are joined; if it has none, its weights.pt is
-    taken (an exported model). A file with some of the factors is joined with its neighbours. Raises
-    Problem.
+    taken (an exported model). A file with some of the factors is joined with its neighbours. The
+    model's `files` are those that were read. Raises Problem.
     """
     run = pathlib.Path(run)
     paths = [run]
@@ -1405,6 +1477,7 @@ def load(run, device="cpu"):
     if missing:
         k = min(missing)
         raise Problem(f"{run}: factor {k} is missing; `train --factor {k}` makes it")
+    model.files = list(dict.fromkeys(paths))  # each once
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -1436,41 +1509,35 @@ def locked(out, name, wait=False):
         yield
 
 
-def record_steps(out, config, k, steps):
-    """Write down how many steps factor k takes; processes that train others do so for theirs."""
-    numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
-    numbers[k] = steps
-    config.steps = tuple(numbers)
-    if rank() == 0:
-        with locked(out, "config", wait=True):
-            there = read_config(out)
-            numbers = [of_factor(there.steps, j) for j in range(len(numbers))]
-            numbers[k] = steps
-            write_config(out, dataclasses.replace(there, steps=tuple(numbers)))
-
-
 def append_record(path, record):
     """Add a line of JSON to a file; other processes may do so, too."""
+    line = json.dumps(record).encode() + b"\n"
     with open(path, "a+b") as file:
         file.seek(max(0, file.tell() - 1))
-        cut = file.read() not in (b"", b"\n")  # a kill has cut the last line
-        file.write(b"\n" * cut + json.dumps(record).encode() + b"\n")
+        if file.read() not in (b"", b"\n"):  # a kill has cut the last line
+            line = b"\n" + line
+        file.write(line)
 
 
 def read_metrics(out):
     """The records of OUT/metrics.jsonl, in order. A run that was stopped and resumed has done some
     steps again, those after its checkpoint: the later records of a step count."""
-    records = {}  # factor -> records
+    kept = {}  # factor -> records
     for line in (out / "metrics.jsonl").read_text().splitlines():
         try:
             record = json.loads(line)
-            of_factor = records.setdefault(record["factor"], [])
-            while of_factor and of_factor[-1]["step"] >= record["step"]:
-                of_factor.pop()
+            before = kept.setdefault(record["factor"], [])
+            while before and before[-1]["step"] >= record["step"]:
+                before.pop()
         except (ValueError, TypeError, KeyError):  # cut by a kill
             continue
-        of_factor.append(record)
-    return [record for k in sorted(records) for record in records[k]]
+        before.append(record)
+    return [record for k in sorted(kept) for record in kept[k]]
+
+
+def counted(n, what):
+    """As in "1 image", "2 images"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 class Quiet:
@@ -1489,7 +1556,7 @@ def warn(text):
     print(f"pixelaux: warning: {text}", file=Quiet())
 
 
-def progress(iterable=None, **options):
+def progress_bar(iterable=None, **options):
     """A bar of tqdm's on stderr; of several processes the first one shows it."""
     from tqdm import tqdm
 
@@ -1502,10 +1569,6 @@ def progress(iterable=None, **options):
 # All that is random is a function of the seed, the factor and the step, so that a run that is
 # stopped and resumed ends in the same weights as one that is not. Several processes (torchrun) each
 # take a share of the rows of every batch, and average their gradients.
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
@@ -1540,6 +1603,19 @@ def steps_in_time(minutes, step, times):
     return step + max(1, round((60 * minutes - times[-1]) / pace))
 
 
+def record_steps(out, config, k, steps):
+    """Write down how many steps factor k takes; processes that train others do so for theirs."""
+    numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
+    numbers[k] = steps
+    config.steps = tuple(numbers)
+    if rank() == 0:
+        with locked(out, "config", wait=True):
+            there = read_config(out)
+            numbers = [of_factor(there.steps, j) for j in range(len(numbers))]
+            numbers[k] = steps
+            write_config(out, dataclasses.replace(there, steps=tuple(numbers)))
+
+
 def learning_rate(config, step, steps):
     warmup = config.warmup
     if config.start:  # Adam's second moments begin at 0: at full rate its first steps ruin weights
@@ -1557,15 +1633,20 @@ def bfloat16(config, device):
     return config.precision == "bfloat16"
 
 
-def wrapped(factor, batch, tight, compile):
-    """The factor as training calls it: compiled and distributed, where that is asked for."""
-    forward, device = factor, factor.weight.device
+def wrapped(factor, batch, tight, compile, stop=lambda: False):
+    """The factor as training calls it: compiled and distributed, where that is asked for.
+
+    stop(): whether the process has been told to end, as its compilers then have, too.
+    """
+    forward, device = factor, factor.a_weight.device
     if compile:
         try:
             torch.compiler.reset()  # what earlier factors were compiled to
             forward = torch.compile(factor, dynamic=False)
             forward(*batch, tight).sum().backward()
         except Exception as error:  # compilers raise many kinds
+            if stop():
+                raise KeyboardInterrupt("stopped while compiling; --resume goes on") from None
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             warn(f"training without torch.compile, which failed: {reason}")
             forward = factor
@@ -1583,7 +1664,7 @@ def batch_of(model, k, data, step):
 
 
 def time_to_look(step, steps):
-    """At the loss: some 100 times in all, after 20 steps at the latest."""
+    """At the loss: every hundredth of the steps, but at least every 20 steps."""
     every = 1 if steps == math.inf else min(20, max(1, steps // 100))
     return step % every == 0 or step == steps
 
@@ -1606,7 +1687,8 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
     """Train factor k of `model` on `data`, or go on from its checkpoint in the folder `out`. In the
     end the model has the averaged weights.
 
-    Writes out/factor-k.pt every save_every seconds and after each quarter, and out/metrics.jsonl.
+    -> the number of steps made. Writes out/factor-k.pt every save_every seconds and after each
+    quarter, and out/metrics.jsonl.
     stop(): whether to save and raise KeyboardInterrupt. show(): makes pictures after each quarter.
     Raises Failure if the loss is not finite, Problem if the checkpoint is of another run.
     """
@@ -1620,11 +1702,12 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
     average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
     model.factors[k] = average.module  # the model has the average; `factor` is the one we train
     optimizer = torch.optim.Adam(factor.parameters(), betas=config.betas, fused=True)
-    step, seconds = restore(saved, path, factor, average, optimizer)
-    steps = steps_of(config, k, data)
-    forward = wrapped(factor, batch_of(model, k, data, 0), config.tight, compile and step < steps)
+    begun, seconds = restore(saved, path, factor, average, optimizer)
+    step, steps = begun, steps_of(config, k, data)
+    compile = compile and step < steps
+    forward = wrapped(factor, batch_of(model, k, data, 0), config.tight, compile, stop)
     log = Log(out, k, step)
-    total, looked, times = torch.zeros((), device=device), step, []  # losses since step `looked`
+    total, looked, times = torch.zeros((), device=device), step, []  # of losses since step `looked`
     clock, save_at = time.monotonic(), time.monotonic() + save_every
     while step < steps:
         optimizer.param_groups[0]["lr"] = learning_rate(config, step, steps)
@@ -1632,36 +1715,48 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
         batch = batch_of(model, k, data, step)
         total += training_step(forward, batch, optimizer, average, config, model.dims)
         step += 1
-        if not time_to_look(step, steps) and (world_size() > 1 or not stop()):
+        # Now and then we look: here the host waits for the device, and processes for each other
+        # (which can agree only at the same step; a single one looks as soon as it is to stop).
+        if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
-        # Now and then: here the host waits for the device, and the processes for each other.
         seconds += time.monotonic() - clock
         bits = float(total) / (step - looked)
         bits, seconds, stopping = averaged([bits, seconds, stop()], device)
-        if not math.isfinite(bits):
-            good = path if path.exists() else "not there"
-            raise Failure(f"factor {k}: the loss is not finite at step {step} (--lr too high?); "
-                          f"the last good checkpoint is {good}")
+        check_finite(bits, k, step, path)
         times.append(seconds)
-        fixed = steps == math.inf
-        if fixed:
+        decided = False  # now, how many steps the minutes are
+        if steps == math.inf:
             steps = steps_in_time(of_factor(config.minutes, k), step, times)
-            fixed = steps < math.inf
+            decided = steps < math.inf
         quarter = 4 * step // steps > 4 * looked // steps
         test = test_bits(model, k, data.test[:128]) if quarter else None
         log.write(step, steps, bits, seconds, test)
-        if (quarter or stopping or fixed or time.monotonic() > save_at) and rank() == 0:
-            training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(),
-                            step=step, seconds=seconds)
-            write_checkpoint(path, config, {k: average.module.state_dict()}, training=training)
+        if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
+            save_training(path, config, k, factor, average, optimizer, step, seconds)
             save_at = time.monotonic() + save_every
-        if fixed:  # after saving: what came before was done at another learning rate
+        if decided:  # once saved: a kill in between must not repeat these steps at another rate
             record_steps(out, config, k, steps)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
             show()
         total, looked, clock = torch.zeros_like(total), step, time.monotonic()
+    return step - begun
+
+
+def check_finite(bits, k, step, path):
+    """Raises Failure."""
+    if not math.isfinite(bits):
+        good = path if path.exists() else "not there"
+        raise Failure(f"factor {k}: the loss is not finite at step {step} (--lr too high?); "
+                      f"the last good checkpoint is {good}")
+
+
+def save_training(path, config, k, factor, average, optimizer, step, seconds):
+    """Write factor k's checkpoint."""
+    training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                    seconds=seconds)
+    write_checkpoint(path, config, {k: average.module.state_dict()}, training=training)
 
 
 def restore(saved, path, factor, average, optimizer):
@@ -1672,7 +1767,7 @@ def restore(saved, path, factor, average, optimizer):
         training, (weights,) = saved["training"], saved["factors"].values()
         factor.load_state_dict(training["weights"])
         average.module.load_state_dict(weights)
-        average.n_averaged.fill_(training["step"])
+        average.n_averaged.fill_(training["step"])  # at 0 the next update would begin it anew
         optimizer.load_state_dict(training["optimizer"])
         return training["step"], training["seconds"]
     except (KeyError, RuntimeError, ValueError):
@@ -1684,7 +1779,7 @@ class Log:
 
     def __init__(self, out, k, step):
         self.path, self.k, self.step = out / "metrics.jsonl", k, step
-        self.bar = progress(initial=step, desc=f"factor {k}", unit="step")
+        self.bar = progress_bar(initial=step, desc=f"factor {k}", unit="step")
 
     def write(self, step, steps, bits, seconds, test_bits):
         record = dict(factor=self.k, step=step, bits_per_dim=bits, seconds=round(seconds, 3))
@@ -1699,6 +1794,10 @@ class Log:
 
 
 # --- Evaluation and pictures -------------------------------------------------------------------
+#
+# A factor's nats become bits/dim by a division, and there are three: by the sub-pixels of X, so
+# that factors add up to the total; by those of the view itself; and, as in the paper's Table 2, of
+# all factors up to a view by the sub-pixels of that view, which is bits/dim of the smaller model.
 
 
 def test_bits(model, k, images):
@@ -1713,21 +1812,26 @@ def test_bits(model, k, images):
 def evaluate(model, images, batch_size=None):
     """Log-probabilities of images, uint8 (N, H, W, 3), from the same passes: (the paper's bound,
     exact), each float64 (factors, N), nats per image, coarsest factor first."""
-    results = []
     at_once = min(factor.at_once for factor in model.factors)
     batches = to_tensor(images[:]).split(batch_size or at_once)
+    bound = [[] for _ in model.factors]  # of each factor, batch by batch
+    exact = [[] for _ in model.factors]
     with evaluating(model):
-        for x in progress(batches, desc="evaluation", unit="batch"):
-            for factor, (view, x_hat) in zip(model.factors, model.pairs(x)):
-                head = factor.head(factor.params(view, factor.embeddings(x_hat)))
-                for bounds in (None, factor.view.psi and factor.view.psi.bounds(view, x_hat)):
-                    results.append(head.log_prob(view, bounds).flatten(1).sum(1).double().cpu())
-    both = [torch.cat(results[i :: 2 * len(model.factors)]) for i in range(2 * len(model.factors))]
-    return torch.stack(both[0::2]).numpy(), torch.stack(both[1::2]).numpy()
+        for x in progress_bar(batches, desc="evaluation", unit="batch"):
+            for k, (x_k, x_hat) in enumerate(model.pairs(x)):
+                factor = model.factors[k]
+                head = factor.head(factor.params(x_k, factor.embeddings(x_hat)))
+                bounds = None  # the coarsest factor is exact as it is
+                if x_hat is not None:
+                    bounds = factor.view.psi.bounds(x_k, x_hat)
+                bound[k].append(head.log_prob(x_k).flatten(1).sum(1).double().cpu())
+                exact[k].append(head.log_prob(x_k, bounds).flatten(1).sum(1).double().cpu())
+    both = [torch.stack([torch.cat(nats) for nats in kind]).numpy() for kind in (bound, exact)]
+    return both[0], both[1]
 
 
 REPORT = """\
-{} test images, bits/dim. of X: bits / {} sub-pixels of X, these add up. own: bits / sub-pixels of
+{}, bits/dim. of X: bits / {} sub-pixels of X, these add up. own: bits / sub-pixels of
 the view. cumulative: bits of all views so far / sub-pixels of this one (as in the paper's Table 2).
 bound: the paper's, <=. exact: log p(X) itself, =.
 
@@ -1739,10 +1843,11 @@ def report(model, bound, exact, data, images):
     """The table of `eval` -> (text, the same as a dict). bound, exact: of images of `data`."""
     both = np.stack([bound, exact])  # (2, factors, N)
     n = both.shape[2]
-    lines, factors = [REPORT.format(n, model.dims)], []
+    lines, factors = [REPORT.format(counted(n, "test image"), model.dims)], []
     for k, view in enumerate(model.views):
         own = math.prod(view.shape)
         row = {}
+        # the column's name, the first factor that is summed, the sub-pixels that divide
         for name, first, dims in (("of_x", k, model.dims), ("own", k, own), ("cumulative", 0, own)):
             bits = bits_per_dim(both[:, first : k + 1].sum(1).mean(1), dims)
             row[f"bound_{name}"], row[f"exact_{name}"] = bits.tolist()
@@ -1826,57 +1931,71 @@ def save_samples(model, views, path, given=0):
 # For an image of 128x128 the naive sampler makes 16,384 passes. But most of each is known from
 # before, and pixels that do not depend on each other can be drawn together.
 #
-# What does pixel (r, c) need in the pyramid's light network? h at its place, so v at its place.
-# Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one column to the
-# right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none further to
-# the right. If (r, c) is drawn at step lag r + c, that pixel must come before:
-# lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8. The pixels of a step lie on a diagonal,
-# and this wavefront crosses 128x128 in 8 * 127 + 128 = 1,144 steps (and 6 before, for the first
-# layers):
+# **The wavefront.** What does pixel (r, c) need in the pyramid's light network? h at its place, so
+# v at its place. Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one
+# column to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
+# further to the right. If (r, c) is drawn at step lag r + c, which grows to the right, it is enough
+# that this pixel comes before: lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8. The pixels
+# of a step lie on a diagonal, and 128x128 take 8 * 127 + 128 = 1,144 steps. The step of each pixel,
+# step 8 in brackets:
 #
-#     step of each pixel     row 0    0   1   2   3   4   5   6   7  (8)  9  10
-#     with lag 8; those of   row 1   (8)  9  10  11  12  13  14  15  16  17  18
-#     step 8 in brackets     row 2   16  17  18  19  20  21  22  23  24  25  26
+#     row 0    0   1   2   3   4   5   6   7  (8)  9  10
+#     row 1   (8)  9  10  11  12  13  14  15  16  17  18
+#     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
-# Each value inside the network has its step, too. Value i at (r, c) of an image of 2^-s of the
-# resolution is computed at step 2^s (lag r + c) + delay_i. If it reads value j at an offset
-# (dy, dx), in pixels of the finer resolution of the two, 2^-m, then j must be there by then:
-# delay_j <= delay_i - 2^m (lag dy + dx). So we walk back from the output, whose delay is 0, and
-# give each value the largest delay that serves all its readers. That of x must come out as 1 or
-# more, as a pixel is known only after its step; the lag is the smallest for which it does.
+# **Delays.** Each value inside the network has its step, too: lag r + c + delay. Back from the
+# output, in the light network:
 #
-# What is read in the row above was there some lag steps before. So the rows of a kernel that lie
-# above need not be multiplied position by position: a convolution is split by kernel row, and the
-# part above is computed for a block of lag columns at a time, whenever one begins. One large
-# product takes half the time of lag small ones.
+#     the output, h and v after block 3                                 delay  0
+#     v within block 3, read at (r, c + 1) by its second convolution          -1
+#     v after block 2, read at (r, c + 1) by the first one of block 3         -2
+#     ..
+#     v after its first convolution: 6 steps before the first pixel           -6
+#     x, read at (r - 1, c + 1) by that one                    lag - 1 - 6 =   1
 #
-#     * a block of the part above, for the 8 positions . that follow in the row below
-#                               row r - 1    * * * * * * * *
-#                               row r        . . . . . . . .
+# A pixel is known only after its own step, so that the delay of x must be 1 or more: lag 8. In
+# general, who is read at an offset (dy, dx) must be there lag dy + dx steps earlier or later:
+# delay_source <= delay_reader - (lag dy + dx). Of all its readers the most impatient one counts. At
+# half the resolution a position stands for two columns, so that steps count double: what is halved
+# s times is computed at step 2^s (lag r + c) + delay, and an offset between two resolutions counts
+# 2^m (lag dy + dx), in pixels of the finer one, halved m times.
 #
-# If no lag below the width will do (8 is not below 8 in the pyramid's 8x8; PixelCNN++ at 32x32
-# looks further to the right than the image is wide), the lag is the width: raster order, a pixel a
-# step. Then a block is a row, and what depends on the rows above alone, such as the vertical
-# stream, is computed a row at a time by the same rule.
+# **Strips.** What is read in the row above was there some lag steps before it is needed. So the
+# kernel rows that lie above need not be multiplied position by position: a convolution is split,
+# and what these rows add is computed for a *strip* of lag positions when the first of them is due.
+# One large product takes half the time of many small ones.
+#
+#     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
+#     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
+#
+# **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
+# PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width: a
+# pixel a step. Then a strip is a row, and what depends on the rows above alone, such as v, is
+# computed a row at a time by the same rule.
 #
 # Of CausalNet nothing is known here: what there is to compute is read from its forward pass. Any
-# network will do that is made of Conv and of functions of values at one position.
+# network will do that is made of Conv and of functions of values at one position. All that can be
+# decided beforehand is decided once, in Plan, which makes of every value a function of the places
+# where it is due; a step calls these functions.
 
 
-class Line(typing.NamedTuple):
-    """Positions (row + i down, column + i right + j across), i < count, j < width: a pixel, a
-    diagonal, a row, the blocks along a diagonal."""
+class Places(typing.NamedTuple):
+    """Positions (row + i down, column + i right + j across), i < count, j < strip.
+
+    Places(r, c): one position. Places(r, c, 1, -lag, 5): 5 along a diagonal; with strip=8, the
+    strips that begin there. (across is 2 in Plan.summation alone.)
+    """
 
     row: int
     column: int
     down: int = 0
     right: int = 0
     count: int = 1
-    width: int = 1
+    strip: int = 1
     across: int = 1
 
     def positions(self):
-        """The rows and the columns of a diagonal."""
+        """The rows and the columns, without strips."""
         rows = [self.row + i * self.down for i in range(self.count)]
         columns = [self.column + i * self.right for i in range(self.count)]
         return rows, columns
@@ -1884,14 +2003,14 @@ class Line(typing.NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """A value inside the network, at every position of an image of 2^-scale of the resolution.
+    """A value inside the network, at every position of an image of 2^-halved of the resolution.
 
     It is x; or known from the start; or function(*terms) of nodes at the same position; or, without
     a function, bias + sum of terms at the same position + sum of taps. A tap (source, conv, dy) is
-    one row of a convolution's kernel, that at dy.
+    one row of a convolution's kernel, that at dy. (eq=False: a node is equal to itself alone.)
     """
 
-    scale: int
+    halved: int
     channels: int
     function: object = None
     terms: list = dataclasses.field(default_factory=list)  # Nodes, and what else a function takes
@@ -1899,15 +2018,15 @@ class Node:
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False
     delay: int = 0
-    width: int = 1  # of its blocks
+    strip: int = 1  # how many neighbours in a row are computed together
     image: torch.Tensor | None = None  # (n, H, W, C), if it is read elsewhere or later
     margin: tuple = (0, 0, 0, 0)  # of zeros in `image`: above, below, left, right
-    compute: object = None  # the function Line -> values, (positions, C)
+    compute: object = None  # the function Places -> values there, (n positions, C)
 
     @property
     def when(self):
         """Nodes of the same `when` are computed at the same positions."""
-        return self.scale, self.delay, self.width
+        return self.halved, self.delay, self.strip
 
     def reads(self):
         """(source, dy, last dx) of all that it reads, in pixels of the finer of both
@@ -1918,29 +2037,35 @@ class Node:
         for tap in self.taps:
             yield read_of(tap)
 
-    def finds_now(self, source, conv=None):
-        """Whether what it reads of source was computed in this step, or with the block at hand."""
+    def has_at_hand(self, source, conv=None):
+        """Whether what it reads of source was computed in this step, or with the strip it is in."""
         here = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
         computed = source.terms or source.taps  # others are x, or known
         return here and computed and source.when[:2] == self.when[:2]
 
-    def reader(self, dy=0, dx=0, columns=1, stride=1, shrink=1):
-        """The function Line -> (n, count, width, columns C): from each position p what a kernel row
-        reads of `image`, from (stride p + (dy, dx)) / shrink on. Positions of a Line are equally
-        far from each other in memory: this is a strided view, no copy."""
+    def window(self, dy=0, dx=0, columns=1, stride=1, shrink=1):
+        """The function Places -> a view (n, count, strip, columns C) of `image`: for each position
+        p, `columns` neighbours from (stride p + (dy, dx)) / shrink on.
+
+        In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
+        reads at a position is a vector. The vectors of neighbouring positions overlap, and those of
+        Places are equally far from each other: no copy, and no table of indices.
+        """
         n, length = len(self.image), columns * self.channels
-        image, row, column, _ = self.image.stride()
-        start = self.margin[0] * row + self.margin[2] * column
+        next_image, next_row, next_column, _ = self.image.stride()
+        start = self.margin[0] * next_row + self.margin[2] * next_column
 
-        def read(line):
-            r, c, down, right, count, width, across = line
-            offset = start + (stride * r + dy) // shrink * row + (stride * c + dx) // shrink * column
-            step = (stride * down // shrink) * row + (stride * right // shrink) * column
-            step = max(0, step)  # it is negative for a single position, where it does not matter
-            strides = (image, step, stride * across // shrink * column, 1)
-            return self.image.as_strided((n, count, width, length), strides, offset)
+        def view(places):
+            r, c, down, right, count, strip, across = places
+            r, c = (stride * r + dy) // shrink, (stride * c + dx) // shrink
+            down, right = stride * down // shrink, stride * right // shrink
+            across = stride * across // shrink
+            next_place = max(0, down * next_row + right * next_column)  # below 0 only if count is 1
+            strides = (next_image, next_place, across * next_column, 1)
+            offset = start + r * next_row + c * next_column
+            return self.image.as_strided((n, count, strip, length), strides, offset)
 
-        return read
+        return view
 
 
 class Symbol(torch.Tensor):
@@ -1975,24 +2100,24 @@ class Recorder:
         if expression not in self.symbols:
             node = self.node(function, args, kwargs)
             self.nodes.append(node)
-            self.symbols[expression] = self.symbol(node), args  # args: so that their ids stay theirs
+            self.symbols[expression] = self.symbol(node), args  # while args live, ids stay theirs
         return self.symbols[expression][0]
 
     def node(self, function, args, kwargs):
         if function is Conv.forward:
             conv, source = args[0], args[1].node
             taps = [(source, conv, dy) for dy in range(conv.rows[0], conv.rows[1] + 1)]
-            scale = source.scale + (conv.stride == 2) - conv.up
-            return Node(scale, len(conv.b), taps=taps, bias=conv.b)
-        scale = next(a.node.scale for a in args if isinstance(a, Symbol))
-        terms = [self.term(a, scale) for a in args]
+            halved = source.halved + (conv.stride == 2) - conv.up
+            return Node(halved, len(conv.b), taps=taps, bias=conv.b)
+        halved = next(a.node.halved for a in args if isinstance(a, Symbol))
+        terms = [self.term(a, halved) for a in args]
         function = functools.partial(function, **kwargs) if kwargs else function
-        node = Node(scale, self.channels(function, terms), function, terms)
+        node = Node(halved, self.channels(function, terms), function, terms)
         if function in (torch.add, torch.Tensor.add):
             self.merge(node)
         return node
 
-    def term(self, value, scale):
+    def term(self, value, halved):
         """A Node for a Symbol, or for known values (n, C, H, W), or what can be broadcast to
         that; numbers as they are."""
         if isinstance(value, Symbol):
@@ -2001,15 +2126,16 @@ class Recorder:
             return value
         channels = value.shape[-3] if value.dim() > 2 else 1
         try:
-            image = value.expand(self.n, channels, *(side >> scale for side in self.size))
+            image = value.expand(self.n, channels, *(side >> halved for side in self.size))
         except RuntimeError:
             raise Problem(f"sample_fast: a tensor {tuple(value.shape)} is no image") from None
         image = image.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        return Node(scale, channels, known=True, image=image)
+        return Node(halved, channels, known=True, image=image)
 
     def channels(self, function, terms):
-        """How many channels it returns. Of a function of values at one position an image and the
-        row of its positions must make the same; and it must leave its arguments as they are."""
+        """How many channels it returns, by trial on images, (N, C, H, W), and on the same values as
+        a row of positions, (N H W, C). A function of values at one position makes the same of both;
+        and it must leave its arguments as they are."""
         images = []
         for term in terms:
             if isinstance(term, Node):
@@ -2027,9 +2153,9 @@ class Recorder:
         raise Problem(f"sample_fast: {function} is no function of values at one position")
 
     def merge(self, node):
-        """A sum takes in the convolutions that are its terms, so that it is one matrix product."""
+        """A sum takes in the convolutions that are its terms: each adds to one total."""
         convs = [term for term in node.terms if isinstance(term, Node) and term.taps]
-        convs = [conv for conv in convs if conv.channels == node.channels and not doubles(conv)]
+        convs = [conv for conv in convs if conv.channels == node.channels and not is_doubling(conv)]
         if not convs or not all(isinstance(term, Node) for term in node.terms):
             return
         node.function, terms = None, []
@@ -2048,7 +2174,7 @@ def read_of(tap):
     return source, dy, conv.columns[1]
 
 
-def doubles(node):
+def is_doubling(node):
     """Whether its resolution is twice that of what it reads."""
     return any(conv.up for _, conv, _ in node.taps)
 
@@ -2061,8 +2187,10 @@ def as_rows(value):
 
 
 class Plan:
-    """What is computed when, for n images of size (H, W), and how: see above. Raises Problem.
+    """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
+    In this order: the network is read; what the output does not need is left out; delays, and the
+    lag; strips; images for values that are read elsewhere or later; a function for every node.
     nodes: in the order of computation within a step, without x. least_lag: if pixels are not to be
     drawn together though the network would allow it.
     """
@@ -2078,10 +2206,10 @@ class Plan:
         self.output = output.node
         self.nodes = self.needed(recorder.nodes)
         self.lag = self.set_delays(least_lag)
-        self.set_blocks()
+        self.set_strips()
         self.allocate(weight)
         self.now = {}  # node -> its values at the positions where it was computed last
-        self.due = {}  # the nodes that some `when` have, in order
+        self.nodes_of = {}  # some `when` -> the nodes that have them, in order
         self.work = collections.Counter()  # of each `when`: multiplications at one position
         self.weights = {}  # of each convolution, (rows, F, columns, C)
         for node in self.nodes:
@@ -2115,43 +2243,48 @@ class Plan:
         delays = {self.output: 0}
         for node in reversed(self.nodes):
             for source, dy, dx in node.reads():
-                latest = delays[node] - 2 ** min(node.scale, source.scale) * (lag * dy + dx)
+                latest = delays[node] - 2 ** min(node.halved, source.halved) * (lag * dy + dx)
                 delays[source] = min(delays.get(source, latest), latest)
         return delays
 
-    def set_blocks(self):
-        """Which nodes are computed in blocks: those that find all that a block reads when it
-        begins. Sums of which this is true in part are split."""
+    def set_strips(self):
+        """Which nodes are computed in strips: those that find all that a strip reads when it
+        begins. Sums of which this is true in part are split; the output is wanted pixel by pixel.
+        """
         nodes, self.nodes = self.nodes, []
         for node in nodes:
-            # So wide, the blocks along a diagonal begin together.
-            block = math.gcd(self.size[1] >> node.scale, self.lag)
-            reads = list(node.reads())
-            late = [read for read in reads if not self.in_time(node, read, block)]
+            # It divides the lag, by which c changes from row to row of a diagonal, and the row. So
+            # all of a diagonal's positions have one place in their strips (`at` relies on it),
+            # which begin together.
+            strip = math.gcd(self.lag, self.size[1] >> node.halved)
+            late = [read for read in node.reads() if not self.in_time(node, read, strip)]
             if not all(self.in_time(node, read, 1) for read in late):
                 raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
-            taps = [tap for tap in node.taps if read_of(tap) not in late]
+            early_taps = [tap for tap in node.taps if read_of(tap) not in late]
             if not late and node is not self.output:
-                node.width = block
-            elif block > 1 and taps:
-                terms = [term for term in node.terms if (term, 0, 0) not in late]
-                above = dataclasses.replace(node, taps=taps, terms=terms, width=block)
-                node.terms = [above] + [term for term in node.terms if term not in terms]
-                node.taps = [tap for tap in node.taps if tap not in taps]
-                node.bias = None
+                node.strip = strip
+            elif early_taps and strip > 1:
+                early_terms = [term for term in node.terms if (term, 0, 0) not in late]
+                above = dataclasses.replace(
+                    node, taps=early_taps, terms=early_terms, strip=strip)
+                node.terms = [above] + [term for term in node.terms if term not in early_terms]
+                node.taps = [tap for tap in node.taps if tap not in early_taps]
+                node.bias = None  # it is in `above`
                 self.nodes.append(above)
             self.nodes.append(node)
 
-    def in_time(self, node, read, width):
-        """Whether what node reads is there when the first of so many columns is due."""
+    def in_time(self, node, read, strip):
+        """Whether what a strip of node reads is there when its first position is due."""
         source, dy, dx = read
-        finer, row = 2 ** min(node.scale, source.scale), self.size[1]
-        ahead = finer * dx + 2**node.scale * (width - 1)  # the last column that is read
-        if source is not self.x and source.width << source.scale == row:
-            ahead = 0  # its rows are computed as a whole
-        elif width << node.scale == row:
-            ahead = min(ahead, row - 1)  # there are no more columns
-        return source.delay + self.lag * finer * dy + ahead <= node.delay
+        finer, columns = 2 ** min(node.halved, source.halved), self.size[1]
+        # From the strip's first position to the last that it reads: columns, which are steps.
+        ahead = finer * dx + 2**node.halved * (strip - 1)
+        # Two cases of raster order, where a strip may be a row. v reads v to the right of itself:
+        if source is not self.x and source.strip << source.halved == columns:
+            ahead = 0  # in a row that is computed as a whole
+        elif strip << node.halved == columns:
+            ahead = min(ahead, columns - 1)  # beyond are zeros
+        return source.delay + finer * self.lag * dy + ahead <= node.delay
 
     def allocate(self, weight):
         """Images for x and the nodes that are read elsewhere or later, as wide as they are read."""
@@ -2159,7 +2292,7 @@ class Plan:
         for node in self.nodes:
             reads = [(term, None) for term in node.terms if isinstance(term, Node)]
             for source, conv in reads + [(source, conv) for source, conv, _ in node.taps]:
-                if not source.known and not node.finds_now(source, conv):
+                if not source.known and not node.has_at_hand(source, conv):
                     kept.add(source)
                 if conv is not None:
                     (top, bottom), (left, right) = conv.rows, conv.columns
@@ -2167,130 +2300,132 @@ class Plan:
                     source.margin = tuple(map(max, source.margin, reach))
         for node in kept:
             above, below, left, right = node.margin
-            height, width = (side >> node.scale for side in self.size)
+            height, width = (side >> node.halved for side in self.size)
             size = (self.n, above + height + below, left + width + right, node.channels)
             node.image = weight.new_zeros(size)
 
     def steps(self):
-        """Of each step: ({when: Line to compute}, Line of the pixels then drawn, or None)."""
+        """Of each step: ({when: Places to compute}, Places of the pixels then drawn, or None)."""
         whens = {node.when for node in self.nodes}
         height, width = self.size
         first = min(delay for _, delay, _ in whens)
         for step in range(first, self.lag * (height - 1) + width):
-            lines = {when: self.line(step, *when) for when in whens}
-            lines = {when: line for when, line in lines.items() if line is not None}
-            yield lines, self.line(step, 0, 0, 1)
+            due = {when: self.places(step, *when) for when in whens}
+            due = {when: places for when, places in due.items() if places is not None}
+            yield due, self.places(step, 0, 0, 1)
 
-    def line(self, step, scale, delay, block):
-        """The positions (r, c) with 2^scale (lag r + c) + delay = step at which a block of this
-        width begins, or None."""
-        wave, rest = divmod(step - delay, 2**scale)
-        height, width = (side >> scale for side in self.size)
+    def places(self, step, halved, delay, strip):
+        """The positions (r, c) with 2^halved (lag r + c) + delay = step at which a strip begins, or
+        None."""
+        wave, rest = divmod(step - delay, 2**halved)
+        height, width = (side >> halved for side in self.size)
         # (wave - width + 1) / lag rounded up; in the rows before, c is beyond the right edge.
         first = max(0, -((width - 1 - wave) // self.lag))
         last = min(height - 1, wave // self.lag)  # in the rows after, c is negative
-        if rest or wave % block or last < first:
+        if rest or wave % strip or last < first:
             return None
-        return Line(first, wave - self.lag * first, 1, -self.lag, last - first + 1, block)
+        return Places(first, wave - self.lag * first, 1, -self.lag, last - first + 1, strip)
 
-    def compute(self, lines):
-        """Compute all nodes on the lines of their `when` -> the output's values, (n count, C)."""
-        due = tuple(lines)
-        work = sum(self.work[when] * lines[when].count * lines[when].width for when in lines)
+    def compute(self, due):
+        """Compute nodes, {their `when`: Places} -> the output's values, (n count, C), or None."""
+        whens = tuple(due)
+        work = sum(self.work[when] * due[when].count * due[when].strip for when in whens)
         torch.set_num_threads(self.threads if worth_threads(work) else 1)
-        if due not in self.due:
-            self.due[due] = [node for node in self.nodes if node.when in lines]
-        for node in self.due[due]:
-            self.now[node] = node.compute(lines[node.when])
-        return self.now[self.output] if self.output.when in lines else None
+        if whens not in self.nodes_of:
+            self.nodes_of[whens] = [node for node in self.nodes if node.when in due]
+        for node in self.nodes_of[whens]:
+            self.now[node] = node.compute(due[node.when])
+        return self.now[self.output] if self.output.when in due else None
 
     def computation(self, node):
-        """The function Line -> values of node there, which are also kept in node.image, if any."""
+        """The function Places -> values of node, which are also kept in node.image, if any."""
         if node.function is None:
-            values_on = self.summation(node)
+            values_at = self.summation(node)
         else:
             terms = [self.at(node, term) for term in node.terms]
-            values_on = lambda line: node.function(*[term(line) for term in terms])
+            values_at = lambda places: node.function(*[term(places) for term in terms])
         if node.image is None:
-            return values_on
-        write = node.reader()
+            return values_at
+        window = node.window()
 
-        def compute(line):
-            values, place = values_on(line), write(line)
-            place.copy_(values.view(place.shape))
+        def compute(places):
+            values, kept = values_at(places), window(places)
+            kept.copy_(values.view(kept.shape))
             return values
 
         return compute
 
     def at(self, node, term):
-        """The function Line -> what node reads at its own position, (positions, C)."""
+        """The function Places -> what node reads at its own position, (n positions, C)."""
         if not isinstance(term, Node):
-            return lambda line: term
-        if not node.finds_now(term):
-            read = term.reader()
-            return lambda line: read(line).reshape(-1, term.channels)
-        if term.width == node.width:
-            return lambda line: self.now[term]
+            return lambda places: term
+        if not node.has_at_hand(term):
+            window = term.window()
+            return lambda places: window(places).reshape(-1, term.channels)
+        if term.strip == node.strip:
+            return lambda places: self.now[term]
 
-        def column(line):  # of the block at hand
-            blocks = self.now[term].view(-1, term.width, term.channels)
-            return blocks[:, line.column % term.width]
+        def from_strip(places):
+            strips = self.now[term].view(-1, term.strip, term.channels)
+            return strips[:, places.column % term.strip]  # the same in all rows of a diagonal
 
-        return column
+        return from_strip
 
     def summation(self, node):
-        """The function Line -> bias + terms + taps of node."""
-        terms, taps = [self.at(node, term) for term in node.terms], {}
-        for parity in itertools.product((0, 1), (0, 1)) if doubles(node) else [(0, 0)]:
+        """The function Places -> bias + terms + taps of node.
+
+        Where the resolution doubles, an even position takes every second column and row of a
+        kernel, and an odd one the others. So that is a sum of its own for each parity of both.
+        """
+        doubles = is_doubling(node)
+        terms = [self.at(node, term) for term in node.terms]
+        taps = {}
+        for parity in itertools.product((0, 1), (0, 1)) if doubles else [(0, 0)]:
             taps[parity] = [self.tap(node, *tap, parity) for tap in node.taps]
 
-        def add_terms(line):
+        def add_terms(places):
             total = node.bias
             for term in terms:
-                total = term(line) if total is None else total + term(line)
+                total = term(places) if total is None else total + term(places)
             return total
 
-        def add_taps(line, total, parity=(0, 0)):
+        def add_taps(places, total, parity=(0, 0)):
             for tap in taps[parity]:
-                total = tap(line, total)
+                total = tap(places, total)
             return total
 
-        def double(line):
-            """Each convolution is four, for even and odd rows and columns. Every second position
-            of a line has the same parity."""
-            _, _, down, right, count, width, _ = line
-            before = add_terms(line).expand(self.n * count * width, -1)
-            before = before.reshape(self.n, count, width, -1)
-            values = before.new_empty(before.shape)
-            for i, j in itertools.product(range(min(2, count)), range(min(2, width))):
-                row, column = line.row + i * down, line.column + i * right + j
-                part = before[:, i::2, j::2]
-                some = Line(row, column, 2 * down, 2 * right, *part.shape[1:3], 2)
-                total = add_taps(some, part.flatten(0, 2), (row % 2, column % 2))
-                values[:, i::2, j::2] = total.view(part.shape)
+        def by_parity(places):
+            row, column, down, right, count, strip, _ = places
+            total = add_terms(places).expand(self.n * count * strip, -1)
+            total = total.reshape(self.n, count, strip, -1)
+            values = total.new_empty(total.shape)
+            for i, j in itertools.product(range(min(2, count)), range(min(2, strip))):
+                r, c = row + i * down, column + i * right + j
+                part = total[:, i::2, j::2]
+                some = Places(r, c, 2 * down, 2 * right, *part.shape[1:3], across=2)
+                part_values = add_taps(some, part.flatten(0, 2), (r % 2, c % 2))
+                values[:, i::2, j::2] = part_values.view(part.shape)
             return values.flatten(0, 2)
 
-        return double if doubles(node) else lambda line: add_taps(line, add_terms(line))
+        return by_parity if doubles else lambda places: add_taps(places, add_terms(places))
 
     def tap(self, node, source, conv, dy, parity):
-        """The function (Line, total) -> total + what this kernel row adds."""
+        """The function (Places, total) -> total + what this kernel row adds."""
         dx, weight = conv.columns[0], self.weights[conv][dy - conv.rows[0]]  # (F, columns, C)
         if conv.up:  # it reads at (p + d) / 2, where that is whole
-            if (parity[0] + dy) % 2:
-                return lambda line, total: total
             odd = (parity[1] + dx) % 2
             dx, weight = dx + odd, weight[:, odd::2]
         columns = weight.shape[1]
-        if columns == 0:
-            return lambda line, total: total
-        width = self.size[1] >> node.scale
-        rows = self.n * node.width * max(1, width // self.lag)
-        times = product(weight.flatten(1), rows)
-        if node.finds_now(source, conv):
+        if columns == 0 or (conv.up and (parity[0] + dy) % 2):
+            return lambda places, total: total
+        usual_count = max(1, (self.size[1] >> node.halved) // self.lag)
+        add_product = product(weight.flatten(1), self.n * usual_count * node.strip)
+        if node.has_at_hand(source, conv):
             read = self.at(node, source)
-            return lambda line, total: times(read(line), total)
-        read, length = source.reader(dy, dx, columns, conv.stride, 1 + conv.up), weight[0].numel()
-        return lambda line, total: times(read(line).reshape(-1, length), total)
+            return lambda places, total: add_product(total, read(places))
+        window = source.window(dy, dx, columns, conv.stride, 1 + conv.up)
+        length = columns * source.channels
+        return lambda places, total: add_product(total, window(places).reshape(-1, length))
 
 
 def worth_threads(work):
@@ -2300,7 +2435,7 @@ def worth_threads(work):
 
 
 def product(weight, rows):
-    """The function (x, total) -> total + x weight^T. weight: (F, K); rows: of x, usually.
+    """The function (total, x) -> total + x weight^T. weight: (F, K); rows: of x, usually.
 
     MKL packs the weight anew in each call. oneDNN keeps it packed, and takes half the time where
     there is much to do. Its operators are private: where they are missing, addmm serves.
@@ -2310,15 +2445,15 @@ def product(weight, rows):
     there = hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight")
     if not (large and cpu and there and torch.backends.mkldnn.is_available()):
         transposed = weight.t().contiguous()
-        return lambda x, total: torch.addmm(total, x, transposed)
+        return lambda total, x: torch.addmm(total, x, transposed)
     packed = onednn._reorder_linear_weight(weight, None)
 
-    def times(x, total):
+    def add_product(total, x):
         if total.dim() == 1:
             return onednn._linear_pointwise(x, packed, total, "none", [], "")
         return onednn._linear_pointwise.binary(x, total.contiguous(), packed, None, "add")
 
-    return times
+    return add_product
 
 
 def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
@@ -2327,7 +2462,8 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     differ.
     """
     channels, height, width = factor.view.shape
-    # Cut to intervals, a pixel depends on those before it in its block, however little is read.
+    # Cut to intervals, a pixel depends on those before it in its cell. At lag 1 the upper right and
+    # the lower left one of a 2x2 cell would be drawn together.
     least_lag = factor.view.psi.cell if tight else 1
     layers = [conv.v.numel() for conv in factor.net.modules() if isinstance(conv, Conv)]
     threads = torch.get_num_threads()
@@ -2344,10 +2480,10 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
 
 def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
     channels = factor.view.shape[0]
-    x = torch.zeros(n, *factor.view.shape, dtype=torch.uint8, device=factor.weight.device)
-    planes = plan.x.reader()
-    for lines, pixels in plan.steps():
-        params = plan.compute(lines)
+    x = torch.zeros(n, *factor.view.shape, dtype=torch.uint8, device=factor.a_weight.device)
+    planes = plan.x.window()
+    for due, pixels in plan.steps():
+        params = plan.compute(due)
         if pixels is None:
             continue
         rows, columns = pixels.positions()
@@ -2355,7 +2491,7 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
         interval = interval_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
         drawn = draw(head, rows, columns, interval).view(n, -1, channels)  # (n, count, C)
         x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
-        unit = to_unit(drawn, factor.view.levels, factor.weight.dtype)
+        unit = to_unit(drawn, factor.view.levels, factor.a_weight.dtype)
         planes(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
         if progress:
             progress(n * pixels.count)
@@ -2366,44 +2502,52 @@ def interval_at(psi, x, x_hat, rows, columns):
     """The function drawn -> (lo, hi) of the next channel, (n P, 1, 1, 1), for P pixels of x
     each."""
     rows, columns = torch.tensor([rows, columns], device=x.device)
-    r, c = rows % psi.cell, columns % psi.cell  # in their blocks
+    r, c = rows % psi.cell, columns % psi.cell  # in their cells
     inside = torch.arange(psi.cell, device=x.device)
-    block_rows = (rows - r)[:, None, None] + inside[:, None]  # (P, cell, 1)
-    block_columns = (columns - c)[:, None, None] + inside  # (P, 1, cell)
-    blocks = x[:, :, block_rows, block_columns]  # (n, C, P, cell, cell)
-    blocks = blocks.transpose(1, 2).flatten(0, 1)
+    cell_rows = (rows - r)[:, None, None] + inside[:, None]  # (P, cell, 1)
+    cell_columns = (columns - c)[:, None, None] + inside  # (P, 1, cell)
+    cells = x[:, :, cell_rows, cell_columns]  # (n, C, P, cell, cell)
+    cells = cells.transpose(1, 2).flatten(0, 1)
     views = x_hat[:, :, rows // psi.cell, columns // psi.cell].transpose(1, 2).flatten(0, 1)
-    each = torch.arange(len(blocks), device=x.device)
+    each = torch.arange(len(cells), device=x.device)
     r, c = r.repeat(len(x)), c.repeat(len(x))
 
     def interval(drawn):
         for channel, values in enumerate(drawn):
-            blocks[each, channel, r, c] = values.flatten().to(torch.uint8)
-        bounds = psi.bounds(blocks, views[:, :, None, None])
+            cells[each, channel, r, c] = values.flatten().to(torch.uint8)
+        bounds = psi.bounds(cells, views[:, :, None, None])
         return [bound[each, len(drawn), r, c][:, None, None, None] for bound in bounds]
 
     return interval
 
 
 # --- Command line: train, eval, sample ----------------------------------------------------------
+#
+# `train` goes through plan_run (what is to be trained: a new run, or the one in the folder), begin
+# (the factors are locked by now, and it is written down), and train_factor for each factor. Every
+# command ends in main, which makes one line of what the user can mend.
 
 # What stands around the method is loaded when it is asked for: {command: (module of tools/, help)}.
 TOOLS = {
     "bench": ("bench", "speed, beside plain implementations in one process"),
     "compress": ("codec", "images, losslessly, into .pxa files"),
     "decompress": ("codec", ".pxa files into PNG files"),
-    "export": ("codec", "all factors in one small file, weights in bfloat16"),
-    "curves": ("curves", "a picture of a run's bits/dim over the time of training"),
+    "export": ("export", "all factors in one small file, weights in bfloat16"),
+    "curves": ("curves", "a picture of a run's bits/dim by steps of training"),
     "figures": ("figures", "the paper's figures from a run's model"),
+    "check": ("check", "is a network causal, and does a run's model hold what it promises"),
 }
 
 
 def tool(name):
-    """The module tools/NAME.py. Raises Problem where this file stands alone."""
+    """The module tools/NAME.py, or pixelaux_tools/NAME.py as pip installs it. Raises Problem where
+    this file stands alone."""
+    here = pathlib.Path(__file__).resolve().parent
+    package = "pixelaux_tools" if (here / "pixelaux_tools").is_dir() else "tools"
     try:
-        return importlib.import_module(f"tools.{name}")
+        return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("tools", f"tools.{name}"):
+        if error.name not in (package, f"{package}.{name}"):
             raise
         raise Problem(f"this needs tools/{name}.py, expected beside pixelaux.py") from None
 
@@ -2496,11 +2640,14 @@ def train(args, device):
     kind = pathlib.Path((args.data or "shapes").partition(":")[0]).stem
     out = args.out or pathlib.Path("runs", f"{args.model or 'pyramid'}-{kind}")
     first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
-    for turn in (True, False):  # of the processes on a machine one fetches the data first
-        if turn == first:
-            config, data = plan_run(args, out)
-        if world_size() > 1:
-            dist.barrier()
+    if first:  # of the processes on a machine: it fetches the data, which the others find
+        config, data = plan_run(args, out)
+    if world_size() > 1:
+        dist.barrier()
+    if not first:
+        config, data = plan_run(args, out)
+    if world_size() > 1:
+        dist.barrier()
     model = PixelAux(config).to(device, memory_format=torch.channels_last)
     factors = range(len(model.factors)) if args.factor is None else [args.factor]
     if factors[-1] not in range(len(model.factors)):
@@ -2513,40 +2660,46 @@ def train(args, device):
         n = config.batch_size
         raise Problem(f"--batch-size: {world_size()} processes cannot share {n} images equally")
     if len(data.test) < 32:
-        warn(f"{len(data.test)} test images only: bits/dim. will be rough")
+        warn(f"{counted(len(data.test), 'test image')} only: bits/dim. will be rough")
     with contextlib.ExitStack() as held:
         if rank() == 0:
             for k in factors:
                 held.enter_context(locked(out, f"factor-{k}"))
             begin(out, config, factors, args, device)
         stop = held.enter_context(signals_noted())
+        made = 0
         for k in factors:
             show = functools.partial(show_samples, model, k, factors[0], data, out, stop)
-            train_factor(model, k, data, out, stop, args.compile, args.save_every, show)
+            made += train_factor(model, k, data, out, stop, args.compile, args.save_every, show)
         if rank() > 0:
             return
         show()
+    if not made:
+        print(f"{out} was finished before; --start {out} goes on in another folder")
     if args.factor is None:
         few = data.test[:256]
         print(report(model, *evaluate(model, few), data, few)[0])
-        print(f"\nsamples: {out / 'samples.png'}\nnext: python pixelaux.py eval {out}")
-        print(f"      python pixelaux.py sample {out}")
+        print(f"\nsamples: {out / 'samples.png'}\nnext: {CALLED} eval {out}")
+        print(f"      {CALLED} sample {out}")
     else:
         print(f"factor {args.factor} is in {out / f'factor-{args.factor}.pt'}")
 
 
 def start_from(model, run):
     """Give the model the weights of another run or checkpoint. Raises Problem."""
-    try:
-        model.load_state_dict(load(pathlib.Path(run).expanduser()).state_dict())
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise Problem(f"--start: {run} is of another model: {reason}") from None
+    weights = load(pathlib.Path(run).expanduser()).state_dict()
+    for name, expected in model.state_dict().items():
+        if name not in weights or weights[name].shape != expected.shape:
+            got = tuple(weights[name].shape) if name in weights else "missing"
+            raise Problem(f"--start: {run} is of another model, preset or size: {name} is {got}, "
+                          f"expected {tuple(expected.shape)}")
+    model.load_state_dict(weights)
 
 
 def begin(out, config, factors, args, device):
-    """Write down what is trained, by which command, and on what. The factors are locked by now: if
-    another process has been here since we planned, it must have had the same in mind."""
+    """Write down what is trained, by which command, and on what. If another process has been here
+    since we planned, it must have had the same in mind; only where the data lie may differ, and how
+    many steps its factors' minutes have become."""
     with locked(out, "config", wait=True):
         if (out / "config.json").exists():
             there = read_config(out)
@@ -2558,6 +2711,10 @@ def begin(out, config, factors, args, device):
         if not args.resume and any((out / f"factor-{k}.pt").exists() for k in factors):
             raise Problem(f"--out: {out} holds a run by now; --resume goes on with it")
         write_config(out, config)
+    for part in out.glob("part-*"):  # an hour old: of a writer that was killed
+        with contextlib.suppress(FileNotFoundError):
+            if part.stat().st_mtime < time.time() - 3600:
+                part.unlink()
     record = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *args.argv]),
                   processes=world_size(), hardware=hardware(device), torch=torch.__version__)
     append_record(out / "commands.jsonl", record)
@@ -2640,9 +2797,9 @@ def command_eval(args):
         text += f"\nsamples whose shape decodes: {result['decodable']:.0%} of 64"
     if args.coded:
         nats = exact.sum(0)[: args.coded]
-        coded, result["coded"] = tool("codec").coded(model, images[: args.coded], nats)
+        coded, result["coded"] = tool("formats").coded(model, images[: args.coded], nats)
         text += f"\n{coded}"
-    print(text)
+    print(f"weights: {', '.join(map(str, model.files))}\n{text}")
     some = str(len(images)) if len(images) < len(data.test) else ""
     path = f"{result_path(args, 'eval', some)}.json"
     write_atomically(path, json.dumps(result, indent=1).encode())
@@ -2659,11 +2816,12 @@ def command_sample(args):
     model, seed, n = load(args.run, args.device), args.seed or 0, args.n or 16
     tight = model.config.tight if args.tight is None else args.tight
     pixels = sum(math.prod(view.shape[1:]) for view in model.views)
-    with progress(total=n * pixels, unit="pixel", unit_scale=True, delay=0.3) as bar:
+    with progress_bar(total=n * pixels, unit="pixel", unit_scale=True, delay=0.3) as bar:
         views = model.sample(n, seed, args.mode, args.shift, tight, fast=not args.naive,
                              progress=bar.update)
     name = result_path(
-        args, f"sample-{args.mode}-{seed}", args.shift and f"shift{args.shift:g}",
+        args, f"sample-{args.mode}-{seed}", n != 16 and f"n{n}", args.naive and "naive",
+        args.shift and f"shift{args.shift:g}",
         tight != model.config.tight and ("tight" if tight else "no-tight"))
     out = re.sub(r"\.(png|npz)$", "", str(args.out or name))
     arrays = {view.name: to_array(x) for view, x in zip(model.views, views)}
@@ -2702,6 +2860,7 @@ PATH = checked(lambda text: pathlib.Path(text).expanduser(), "a path")
 DEVICE = checked(torch.device, "cpu or cuda, as available here",
                  lambda value: torch.ones(1, device=value).item())
 YES, YES_NO = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
+CALLED = "pixelaux" if pathlib.Path(sys.argv[0]).name == "pixelaux" else "python pixelaux.py"
 BEST = "cuda" if torch.cuda.is_available() else "cpu"
 
 # flag: (the commands that take it, help, what else argparse is told); tools take some of them, too
@@ -2713,8 +2872,9 @@ FLAGS = {
                  "the paper's", dict(choices=PRESETS)),
     "--data": ("train eval sample", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default: "
                "shapes, or the run's)", {}),
-    "--data-dir": ("train eval sample", "where cifar10 or celeba lie or go (default: data)",
-                   dict(metavar="FOLDER")),
+    "--data-dir": ("train eval sample", "where cifar10 (cifar-10-binary.tar.gz, fetched if it is "
+                   "missing, or cifar-10-batches-bin) or celeba (img_align_celeba.zip, or its "
+                   "JPEGs) lies (default: data)", dict(metavar="FOLDER")),
     "--size": ("train", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)",
                dict(type=SIZE)),
     "--out": ("train sample", "where results go", dict(type=PATH)),
@@ -2777,6 +2937,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     top = Parser(prog="pixelaux.py", description="PixelCNN models with auxiliary variables")
+    top.add_argument("--version", action="version", version=f"pixelaux {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, function, text in (
             ("train", command_train, "train all factors of a model in turn, or one of them"),
@@ -2820,10 +2981,15 @@ def main(argv=None):
         return status
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-    from pixelaux import main  # so that the tools and we share one copy of this module
-
+def program():
+    """The command `pixelaux` that pip installs."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # names of files may be any bytes
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+    from pixelaux import program  # so that the tools and we share one copy of this module
+
+    sys.exit(program())

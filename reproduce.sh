@@ -42,6 +42,7 @@ run() {  # run NAME train-arguments...
   part "$out/eval.json" eval "$out"
   part "$out/sample-random-0.npz" sample "$out" --n 16
   part "$out/sample-map-0.npz" sample "$out" --n 16 --mode map
+  echo "$out is finished: eval.json, samples in sample-random-0.png and sample-map-0.png; without the folder it begins anew"
 }
 
 part() {  # part FILE pixelaux-arguments... makes FILE, unless it was made after the end of training

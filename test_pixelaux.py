@@ -47,7 +47,7 @@ from pixelaux import (
     bits_per_dim, Block, build, Categorical, CausalNet, Conv, Dataset, Draw, Factor,
     feasible, Gray, Half, LogisticMixture, main, make_config, Plan, Problem, Psi, sample_fast,
     sample_naive, Shapes, six_stages, View)
-from tools import bench, codec, curves, images
+from tools import bench, codec, curves, export, formats, images
 
 HERE = pathlib.Path(__file__).resolve().parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that we start, too
@@ -627,7 +627,7 @@ def test_data_dependent_initialisation_gives_mean_0_and_the_gain_as_deviation():
         conv.register_forward_hook(lambda conv, _, y: seen.append((conv, y)))
     model.log_prob(x)
     assert len(seen) == len(convs) > 30 and {conv for conv, _ in seen} == set(convs)
-    heads = [factor.net.head for factor in model.factors]
+    heads = [factor.net.last for factor in model.factors]
     for conv, y in seen:
         y = y.transpose(0, 1).flatten(1)
         if conv not in heads:
@@ -652,14 +652,14 @@ def test_initialisation_is_a_function_of_the_weights_and_the_images(dropout):
         assert torch.equal(before, torch.get_rng_state()) and other.training
         found.append(other.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert not torch.equal(found[0]["factors.0.net.head.g"], model.factors[0].net.head.g)
+    assert not torch.equal(found[0]["factors.0.net.last.g"], model.factors[0].net.last.g)
 
 
-def test_only_exact_convolutions_keep_float32_in_bfloat16_training():
-    """An exact one has all its digits under autocast, an ordinary one does not (control)."""
+def test_only_full_precision_convolutions_keep_float32_in_bfloat16_training():
+    """It has all its digits under autocast, an ordinary one does not (control)."""
     x = torch.randn(2, 3, 8, 8)
     for exact in (True, False):
-        conv = Conv(3, 4, **pixelaux.VERTICAL, exact=exact)
+        conv = Conv(3, 4, **pixelaux.VERTICAL, full_precision=exact)
         with torch.autocast("cpu", torch.bfloat16):
             y = conv(x)
         assert y.dtype == (torch.float32 if exact else torch.bfloat16)
@@ -769,7 +769,7 @@ def plain_causal(net, layout, x, embeddings=()):
             ul = plain_block(horizontal, ul, u, *skip_ul, *e)
             way_down[scale].append((u, ul))
         assert len(stage.blocks) == blocks
-    return explicit(net.head, plain_elu(ul))
+    return explicit(net.last, plain_elu(ul))
 
 
 def plain_embedding(net, layout, x_hat):
@@ -1083,7 +1083,7 @@ def test_packed_products_are_the_products():
     for count, shape in itertools.product((1, 8, 33), ((300, 200), (64, 1000), (5, 7))):
         x, weight = torch.randn(count, shape[1]), torch.randn(shape)
         for added in (torch.randn(shape[0]), torch.randn(count, shape[0])):
-            ours = pixelaux.product(weight, count)(x, added)
+            ours = pixelaux.product(weight, count)(added, x)
             expected = added.double() + x.double() @ weight.double().t()
             assert torch.allclose(ours.double(), expected, atol=1e-3)
 
@@ -1101,13 +1101,19 @@ def test_the_light_networks_wavefront(look_right, lag, steps):
 
 def reads_of(node):
     """(source, dy, dx) of all values that a node of a Plan is made of."""
-    for source, conv, dys in node.taps:
-        for dy in dys:
-            for dx in range(conv.columns[0], conv.columns[1] + 1):
-                yield source, dy, dx
+    for source, conv, dy in node.taps:
+        for dx in range(conv.columns[0], conv.columns[1] + 1):
+            yield source, dy, dx
     for term in node.terms:
-        if isinstance(term, pixelaux.Node) and term.when != "known":
+        if isinstance(term, pixelaux.Node) and not term.known:
             yield term, 0, 0
+
+
+def positions_of(places):
+    """(r, c) of all positions of a Plan's Places."""
+    for i, j in itertools.product(range(places.count), range(places.strip)):
+        yield (places.row + i * places.down,
+               places.column + i * places.right + j * places.across)
 
 
 @pytest.mark.parametrize("layout, size, lag", [
@@ -1116,15 +1122,16 @@ def reads_of(node):
 def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size, lag):
     """Each node at each position of its resolution in exactly one step; each pixel drawn in one
     step, that of the output there; of what it reads, nodes before it, pixels in an earlier step. In
-    raster order what depends on the rows above alone is evaluated a row at a time."""
+    raster order what depends on the rows above alone is evaluated a row at a time; on a diagonal
+    that is so for blocks as wide as the lag."""
     net = CausalNet(4, 20, layout, 2, 0.0, False).double()
     with torch.no_grad():
         plan = Plan(net, 4, 1, size)
     assert plan.lag == (lag or size[1])
     steps, drawn, done = list(plan.steps()), {}, {}
-    for step, (lines, pixels) in enumerate(steps):
-        for when, line in lines.items():
-            for position in zip(*line.positions()) if line else ():
+    for step, (due, pixels) in enumerate(steps):
+        for when, places in due.items():
+            for position in positions_of(places):
                 assert (when, position) not in done
                 done[when, position] = step
         for position in zip(*pixels.positions()) if pixels else ():
@@ -1134,26 +1141,29 @@ def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size
     order = {node: i for i, node in enumerate(plan.nodes)}
     assert plan.output in order
     for node in plan.nodes:
-        shape = [side >> node.scale for side in size]
+        shape = [side >> node.halved for side in size]
         for r, c in itertools.product(*map(range, shape)):
             step = done[node.when, (r, c)]
             for source, dy, dx in reads_of(node):
-                finer = 2.0 ** (node.scale - source.scale)  # the source's pixels on a side of one
+                finer = 2.0 ** (node.halved - source.halved)  # the source's pixels on a side of one
                 at = (r + dy) * finer, (c + dx) * finer
                 if finer > 1:
                     at = r * finer + dy, c * finer + dx
+                height, width = (side >> source.halved for side in size)
+                if not (0 <= at[0] < height and 0 <= at[1] < width):
+                    continue  # a zero
                 if source is plan.x:
-                    assert drawn.get(at, -1) < step
+                    assert at != (int(at[0]), int(at[1])) or drawn[at] < step
                 else:
                     assert (done.get((source.when, at), -1), order[source]) < (step, order[node])
         assert sum(when == node.when for when, _ in done) == math.prod(shape)
     assert all(done[plan.output.when, position] == step for position, step in drawn.items())
-    if lag is None:
-        often = {when[1]: 0 for when, _ in done}
-        for lines, _ in steps:
-            for when, line in lines.items():
-                often[when[1]] += when[0] == 0 and line is not None
-        assert often == {"row": size[0], "pixel": math.prod(size)}
+    widths = {when[2] for when, _ in done if when[0] == 0}
+    assert widths == {1, math.gcd(plan.lag, size[1])}
+    if lag is None:  # and these are rows
+        often = collections.Counter(
+            when[2] for due, _ in steps for when in due if when[0] == 0)
+        assert often == {size[1]: size[0], 1: math.prod(size)}
 
 
 class Own:
@@ -1164,7 +1174,7 @@ class Own:
 
     def __init__(self, net, size, levels=6, embedding=None):
         self.net, self.view = net.double().eval(), View((1, *size), levels)
-        self.weight = next(net.parameters())
+        self.a_weight = next(net.parameters())
         self.embedding = embedding
 
     def embeddings(self, x_hat):
@@ -2375,9 +2385,9 @@ def test_the_file_alone_trains_evaluates_and_samples(alone, tmp_path):
     out, error = program("-c", code, cwd=alone)
     assert "Traceback" not in error and out.count("95% interval") == 3
     names = {str(path.relative_to(alone / "runs")) for path in (alone / "runs").glob("*/*")}
-    assert {"pyramid-shapes/eval-4.json", "pyramid-shapes/sample-random-0.npz",
+    assert {"pyramid-shapes/eval-4.json", "pyramid-shapes/sample-random-0-n2.npz",
             "pixelcnn-mine/samples.png", "pixelcnn-mine/eval.json",
-            "pixelcnn-mine/sample-random-0.png"} <= names
+            "pixelcnn-mine/sample-random-0-n2.png"} <= names
 
 
 def test_importing_needs_torch_and_numpy_alone(alone):
@@ -3033,7 +3043,7 @@ def spoiled(run, out, spoil):
 def test_weights_that_are_not_finite_are_refused_by_name(run, tmp_path, capsys, value):
     """By every command. Control: with the number put back they are taken."""
     def spoil(state):
-        state["factors"][1]["net.head.b"][3] = value
+        state["factors"][1]["net.last.b"][3] = value
         return state
 
     out = spoiled(run, tmp_path / "spoiled", spoil)
@@ -3552,10 +3562,10 @@ def test_results_tell_by_their_names_what_was_used(run, tmp_path):
             f"sample {out} --n 1 --out {tmp_path}/o.png", f"sample {out} --n 1 --out {tmp_path}/p"):
         assert command(line) == 0, line
     expected = {"eval.json", "eval-2.json", "eval-mine.json", "eval-factor-0-3.json"}
-    for name in ("0", "0-shift-0.5", "0-given-test", "0-given-test-view0", "0-given-mine",
-                 "0-mine-given-test", "0-factor-1", "3-tight"):
+    for name in ("0-n1", "0-n1-shift-0.5", "0-n1-given-test", "0-n1-given-test-view0",
+                 "0-n1-given-mine", "0-mine-n1-given-test", "0-factor-1-n1", "3-n1-tight"):
         expected |= {f"sample-random-{name}.png", f"sample-random-{name}.npz"}
-    expected |= {"sample-map-0.png", "sample-map-0.npz"}
+    expected |= {"sample-map-0-n1.png", "sample-map-0-n1.npz"}
     assert {path.name for path in out.iterdir()} == expected | {"factor-0.pt", "factor-1.pt"}
     assert {path.name for path in tmp_path.glob("[op].*")} == {"o.png", "o.npz", "p.png", "p.npz"}
     assert json.loads((out / "eval.json").read_text())["images"] == 512
@@ -3974,7 +3984,7 @@ def test_another_size_has_the_same_weights_and_views(name):
     other = model.double().resized((2 * height, width))
     assert len(other.views) == len(model.views)
     assert other.views[0].shape[1] == 2 * model.views[0].shape[1]
-    assert other.factors[0].weight.dtype == torch.float64
+    assert other.factors[0].a_weight.dtype == torch.float64
     assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))
     assert codec.mark_of(other) == codec.mark_of(model)
     assert codec.mark_of(small_tool(name, seed=1).double()) != codec.mark_of(model)  # control
@@ -3992,7 +4002,6 @@ def pictures(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels[:, :16, 0]).save(tmp_path / "b.png")
     Image.fromarray(pixels).convert("RGBA").save(tmp_path / "alpha.png")
-    Image.fromarray(pixels[:7]).save(tmp_path / "odd.png")
     Image.fromarray(pixels).save(tmp_path / "a.bmp")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "foreign.pxa").write_text("hello")
@@ -4030,7 +4039,6 @@ def test_nothing_is_written_where_one_file_is_wrong(tool_run, pictures, capsys):
     for arguments, expected in [
         (["compress", tool_run, good, folder / "gone.png"], "gone.png: No such file"),
         (["compress", tool_run, good, folder / "alpha.png"], "alpha.png: of mode RGBA, expected"),
-        (["compress", tool_run, good, folder / "odd.png"], "odd.png: size 7x32 does not fit"),
         (["compress", tool_run, good, folder / "text.png"], "text.png: not an image"),
         (["compress", tool_run, good, folder / "a.png", folder / "a.bmp"], "another of the files"),
         (["compress", tool_run, good, os.path.relpath(good)], "another of the files"),
@@ -4075,7 +4083,7 @@ def test_coded_evaluation_counts_real_bits(monkeypatch):
     x = pixelaux.to_array(model.sample(5, tight=True)[-1])
     ideal = np.array(bits_of(model, pixelaux.to_tensor(x)))
     model.float()
-    text, result = codec.coded(model, x, -ideal * math.log(2))
+    text, result = formats.coded(model, x, -ideal * math.log(2))
     assert text.startswith("5 images coded and restored bit for bit")
     assert result["images"] == 5 and math.isclose(result["ideal"], ideal.mean() / 768)
     words = codec.compress(model, pixelaux.to_tensor(x))
@@ -4092,7 +4100,7 @@ def test_coded_evaluation_counts_real_bits(monkeypatch):
         assert name in text and single != together
     monkeypatch.setattr(codec, "decompress", lambda model, words, show: pixelaux.to_tensor(255 - x))
     with pytest.raises(Problem, match="images 0..4 were not restored"):  # control
-        codec.coded(model, x, -ideal)
+        formats.coded(model, x, -ideal)
 
 
 def test_exported_weights_make_the_same_model_in_a_small_file(tool_run, tmp_path, capsys):
@@ -4152,7 +4160,7 @@ def test_both_networks_of_the_bench_take_the_same_step():
     theirs()
     after = factor(*pair).sum().item()
     assert abs(after - before) > 1  # control: it was a step
-    assert torch.allclose(factor.net.head.b, other.net.head.b, atol=1e-6)
+    assert torch.allclose(factor.net.last.b, other.net.last.b, atol=1e-6)
     assert torch.isclose(other(*pair).sum(), factor(*pair).sum(), rtol=1e-6)
 
 
@@ -4242,11 +4250,14 @@ def training(seconds_a_step):
     return lines
 
 
-@pytest.mark.parametrize("seconds, unit, last", [(3.0, "minutes", 2.0), (1.0, "seconds", 40.0)])
-def test_curves_show_every_test_point_over_the_time(tmp_path, monkeypatch, seconds, unit, last):
+@pytest.mark.parametrize("seconds, told", [
+    (3.0, ["40 in 2.0 minutes", "40 in 0.7 minutes"]),
+    (1.0, ["40 in 40.0 seconds", "40 in 13.3 seconds"])])
+def test_curves_show_every_test_point_by_steps(tmp_path, monkeypatch, seconds, told):
+    """All panels tell the time in one unit."""
     from matplotlib.figure import Figure
 
-    records = training(seconds) + [{**line, "factor": 1} for line in training(seconds)]
+    records = training(seconds) + [{**line, "factor": 1} for line in training(seconds / 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(
@@ -4254,13 +4265,14 @@ def test_curves_show_every_test_point_over_the_time(tmp_path, monkeypatch, secon
     curves.save_curves(tmp_path, ["8x8", "16x16 | 8x8"])
     (figure,) = figures
     assert [axis.get_title() for axis in figure.axes] == ["8x8", "16x16 | 8x8"]
-    for axis in figure.axes:
+    for axis, text in zip(figure.axes, told):
         of_training, of_test = axis.get_lines()
-        assert np.allclose(of_test.get_xydata(), [[2 * last / 40, 30], [last, 2]])
-        assert np.allclose(of_training.get_xydata()[-1], [last, 5])
+        assert np.allclose(of_test.get_xydata(), [[2, 30], [40, 2]])
+        assert np.allclose(of_training.get_xydata()[-1], [40, 5])
         (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-        assert left <= last / 20 and last <= right < 1.1 * last and low < 2 and high > 30
-        assert unit in axis.get_xlabel() and "bits/dim" in axis.get_ylabel()
+        assert left <= 2 and 40 <= right < 44 and low < 2 and high > 30
+        assert axis.get_xlabel() == f"steps\n{text} of training"
+        assert "bits/dim" in axis.get_ylabel()
         assert len(axis.get_legend().get_texts()) == 2
     pixels = np.array(Image.open(tmp_path / "curves.png").convert("L"))
     assert pixels.shape[1] > 800 and 5 < pixels.std() < 100
@@ -4272,7 +4284,8 @@ DRAW = "import pathlib, sys; from tools.curves import save_curves; " \
 
 def test_curves_are_the_same_whatever_matplotlib_is_told(tool_run, tmp_path):
     """A backend that does not exist, LaTeX, and another style."""
-    (tmp_path / "metrics.jsonl").write_text((tool_run / "metrics.jsonl").read_text())
+    for name in ("metrics.jsonl", "config.json"):
+        shutil.copy(tool_run / name, tmp_path)
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\naxes.facecolor: black\n")
     told = dict(os.environ, MPLBACKEND="nonsense", MATPLOTLIBRC=str(tmp_path))
     styled = dict(os.environ, MATPLOTLIBRC=str(tmp_path))
@@ -4315,7 +4328,7 @@ def names_used(path):
     return found
 
 
-@pytest.mark.parametrize("module", [codec, bench, curves])
+@pytest.mark.parametrize("module", [codec, bench, curves, export, formats, images])
 def test_tools_take_public_names_of_pixelaux_and_know_nothing_of_each_other(module):
     used = names_used(pathlib.Path(module.__file__))
     assert used["pixelaux"]  # control
@@ -4968,12 +4981,22 @@ def readme(kind):
     return re.findall(rf"```{kind}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
 
 
-def test_the_python_of_the_readme_runs_and_its_new_view_is_one_class(monkeypatch):
-    """Each block by itself; the view of two colours is tight, sampled fast as naive, and trained."""
+def test_the_python_of_the_readme_runs_and_its_new_view_is_one_class(tmp_path, monkeypatch):
+    """Each block by itself; the view of two colours is tight, sampled fast as naive, and trained;
+    what the training loop saves is read again, and is no longer what it began with."""
     monkeypatch.setattr(pixelaux, "MODELS", dict(pixelaux.MODELS))
+    monkeypatch.chdir(tmp_path)
     blocks = readme("python")
-    assert len(blocks) == 2
-    exec(blocks[1], {})
+    assert len(blocks) == 3
+    names = {}
+    exec(blocks[1].replace("range(100)", "range(4)"), names)
+    again = pixelaux.load("mine.pt")
+    assert all(map(torch.equal, names["model"].parameters(), again.parameters()))
+    x = names["x"]
+    start = build("pyramid", 16)
+    start.initialise(names["data"].batch(0, 64, (0,)))
+    assert again.log_prob(x, tight=True).mean() > start.log_prob(x, tight=True).mean() + 10
+    exec(blocks[2], {})
     names = {}
     exec(blocks[0], names)
     model, x = names["model"].double(), names["x"]
@@ -5010,7 +5033,9 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
         arguments = shlex.split(line[line.index("pixelaux.py") :])[1:]
         if arguments[0] == "train":
             dropped, small_run = ("--batch-size", "--preset", "--minutes", "--size", "--compile"), []
-            if "--resume" not in arguments:
+            if "--start" in arguments:  # whose preset is that of the weights
+                dropped, small_run = ("--size",), ["--steps", "2", "--batch-size", "2"]
+            elif "--resume" not in arguments:
                 small_run = ["--steps", "2", "--batch-size", "2", "--preset", "tiny"]
             before = ["", *arguments]
             keep = [a for a, b in zip(arguments, before) if not {a, b} & {*dropped}]
@@ -5115,9 +5140,10 @@ def test_small_products_run_on_one_thread_and_the_count_is_put_back(monkeypatch)
             plan.work = collections.Counter({when: channels for when in plan.work})
             node = plan.nodes[0]
             compute = node.compute
-            node.compute = lambda line: (seen.append(torch.get_num_threads()), compute(line))[1]
-            lines, _ = next(iter(plan.steps()))
-            plan.compute(lines)
+            node.compute = lambda places: (
+                seen.append(torch.get_num_threads()), compute(places))[1]
+            due, _ = next(iter(plan.steps()))
+            plan.compute(due)
         assert seen == [1, 2]
         torch.set_num_threads(2)
         model.sample(1)
@@ -5172,6 +5198,6 @@ def test_training_by_the_function_leaves_the_random_state_alone(tmp_path):
     for seed in (0, 1):
         model = build("pixelcnn", 12, seed=seed, **SMALL_RUN)
         pixelaux.train_factor(model, 0, data, tmp_path / str(seed))
-        weights.append(model.factors[0].net.head.b.detach())
+        weights.append(model.factors[0].net.last.b.detach())
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not torch.equal(*weights)

@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import math
 import os
+import pathlib
+import re
 import resource
 import time
 
@@ -24,7 +26,10 @@ from pixelaux import (
 
 def main(argv):
     """bench train or bench sample."""
-    parser = Parser(prog="pixelaux.py bench", description="speed, beside plain implementations")
+    parser = Parser(
+        prog="pixelaux.py bench", description="Speed, beside plain implementations. On two CPU "
+        "cores bench sample takes some 9 minutes and 7 GiB of memory, with --model pyramid half a "
+        "minute, as bench train does. Each says at its start what to expect.")
     parser.add_argument("what", choices=("train", "sample"))
     parser.add("--model", "--preset", "--size", "--precision", "--compile", "--seed", "--device")
     parser.add("--batch-size", help="default: the preset's; bench sample: 1, 16 and 64")
@@ -37,6 +42,14 @@ def main(argv):
         bench_train(args)
     else:
         bench_sample(args)
+
+
+def expected(duration, gib=0):
+    """A line that says how long it will take, by an estimate in seconds, and how many GiB."""
+    minutes = round(duration / 60)
+    time_needed = f"{minutes} minutes" if minutes > 1 else "a minute or less"
+    memory_needed = f", up to {math.ceil(gib)} GiB of memory" if gib else ""
+    return f"estimate: {time_needed}{memory_needed}, if nothing else runs here"
 
 
 def seconds(device, turns, *functions):
@@ -128,10 +141,15 @@ def bench_train(args):
     model.to(device, memory_format=torch.channels_last)
     dtype = torch.bfloat16 if bfloat16(config, device) else torch.float32
     peak = peak_flops(device, dtype)
-    print(TRAIN.format(n, config.model, config.preset, dtype, dtype, peak / 1e12))
     many = 10 if device.type == "cuda" else 1  # so that it is not the host that is measured
+    pairs = model.pairs(x)
+    with evaluating(model):
+        passes = sum(seconds(device, 1, lambda: factor(*pair))[0]
+                     for factor, pair in zip(model.factors, pairs))
+    print(expected(passes * 3.5 * (2 + 8 * many)))  # a step: some 3.5 passes; 4 turns of either
+    print(TRAIN.format(n, config.model, config.preset, dtype, dtype, peak / 1e12))
 
-    for name, factor, pair in zip(model.names, model.factors, model.pairs(x)):
+    for name, factor, pair in zip(model.names, model.factors, pairs):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with FlopCounterMode(display=False) as counter:
@@ -165,30 +183,56 @@ CASES = [("pyramid", "celeba", 128, {}), ("pixelcnn", "cifar10", 32, dict(layout
 
 def bench_sample(args):
     """Prints times of the samplers of the finest factor, and of a pyramid's whole chain."""
-    cases = [(args.model, "tiny", 32, {})] if args.model else CASES
+    batches = [args.batch_size] if args.batch_size else [1, 16, 64]
+    models = []
+    for name, preset, side, changes in [(args.model, "tiny", 32, {})] if args.model else CASES:
+        model = build(name, args.size or side, args.preset or preset, args.seed or 0, **changes)
+        models.append(model.to(args.device, memory_format=torch.channels_last))
+    print(expected(*estimate(models, batches)))
     print(SAMPLE)
-    for name, preset, side, changes in cases:
-        preset, size = args.preset or preset, args.size or (side, side)
-        model = build(name, size, preset, args.seed or 0, **changes)
-        model.to(args.device, memory_format=torch.channels_last)
-        label = f"{name} {preset} {size[0]}x{size[1]}"
+    for model in models:
+        config = model.config
+        label = f"{config.model} {config.preset} {config.size[0]}x{config.size[1]}"
         with evaluating(model):
-            for n in [args.batch_size] if args.batch_size else (1, 16, 64):
+            for n in batches:
                 print(f"{label:29}{n:5}{sampler_row(model, n)}", flush=True)
-            if "pyramid" in name:
+            if "pyramid" in config.model:
                 chain = seconds(args.device, 2, lambda: model.sample(1))[0]
                 print(f"{label:29}{1:5}  the whole chain, f_w included: {chain:.2f} s")
     print("for reference: the paper 4,000 us/pixel (Titan X, nothing kept from pass to pass), "
           "PixelCNN++ 50,000 (as the paper quotes it)")
 
 
+def estimate(models, batches):
+    """(seconds, GiB) of the rows that fit: rough, by a pass of one image."""
+    duration, gib = 0, 0
+    for model in models:
+        factor = model.factors[-1]
+        pair = model.pairs(torch.zeros(1, *factor.view.shape, dtype=torch.uint8))[-1]
+        with evaluating(model):
+            (of_pass,) = seconds(model.device, 2, lambda: factor(*pair))
+        for n in batches:
+            if memory_of(factor, n) <= available(model.device):
+                duration += turns_of(n) * 4.5 * n * of_pass  # two passes, and sampling: 2 to 3
+                gib = max(gib, memory_of(factor, n) / 2**30)
+    return duration, gib
+
+
+def turns_of(n):
+    return 3 if n < 4 else 2
+
+
+def memory_of(factor, n):
+    """Bytes that n images need: 4 GiB for at_once of them, and in sampling twice as much."""
+    return n / factor.at_once * 2**33
+
+
 def sampler_row(model, n):
     """The rest of the table's row, for n images."""
     device, factor = model.device, model.factors[-1]
     channels, height, width = factor.view.shape
-    gib = available(device) / 2**30
-    if n > factor.at_once * gib / 4:  # at_once fits into 4 GiB
-        return f"  left out: needs more than {gib:.0f} GiB"
+    if memory_of(factor, n) > available(device):
+        return f"  left out: needs more than {available(device) / 2**30:.0f} GiB"
     x = torch.randint(model.config.levels, (n, *factor.view.shape), dtype=torch.uint8)
     x, x_hat = model.pairs(x)[-1]
     noise = torch.rand(n, 2 * channels, height, width, dtype=torch.float64, device=device)
@@ -196,7 +240,7 @@ def sampler_row(model, n):
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings)
     steps = sum(1 for _ in plan.steps())
     of_pass, of_naive, fast = seconds(
-        device, 3 if n < 4 else 2,
+        device, turns_of(n),
         lambda: factor.params(x, factor.embeddings(x_hat)),
         lambda: factor.params(x, embeddings),
         lambda: sample_fast(factor, n, x_hat, Draw(noise)))
@@ -207,7 +251,9 @@ def sampler_row(model, n):
 
 
 def available(device):
-    """Bytes of memory: what is free on a GPU, or all that the machine has."""
+    """Bytes of memory that are free; all that the machine has, where it does not tell more."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    file = pathlib.Path("/proc/meminfo")
+    free = re.search(r"MemAvailable: *(\d+) kB|$", file.read_text() if file.exists() else "")[1]
+    return int(free) * 2**10 if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Lossless compression: the likelihood in real bits. Commands compress, decompress and export.
+"""Lossless compression: the likelihood in real bits. Commands compress and decompress.
 
 A range coder turns symbols into bits, -log2 of their probability, if it is told the distribution of
 each. Our sampler makes just these distributions, one after the other, and asks a `Draw` for levels.
@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from pixelaux import (
-    PATH, YES_NO, Categorical, Half, Parser, PixelAux, Problem, bits_per_dim, cut, evaluating, load,
-    log_mass, progress, read_checkpoint, sample_fast, to_array, to_tensor, tool,
-    write_atomically, write_checkpoint)
+    PATH, YES_NO, Categorical, Half, Parser, PixelAux, Problem, cut, evaluating, load, log_mass,
+    progress_bar, sample_fast, to_array, to_tensor, tool, write_atomically)
 
 # --- Images to words and back ------------------------------------------------------------------
 
@@ -119,10 +118,10 @@ def decompress(model, words, tight=True, show=None):
 
 # --- Files -------------------------------------------------------------------------------------
 
-# Magic, mark of the model, CRC of the image, height, width, tight; then come the words, and a CRC
-# of all before it. Numbers are little-endian.
+# Magic, mark of the model; the image's CRC, height and width; tight. Then come the words, of the
+# image as it is padded, and a CRC of all before it. Numbers are little-endian.
 HEADER = struct.Struct("<4s8sIII?")
-MAGIC = b"PXA2"
+MAGIC = b"PXA3"
 
 
 def mark_of(model):
@@ -136,40 +135,56 @@ def mark_of(model):
     return digest.digest()[:8]
 
 
+def fitting(model, size):
+    """The model for images of `size`, (H, W), padded to what its networks take."""
+    height, width = (math.ceil(side / model.unit) * model.unit for side in size)
+    return model.resized((height, width))
+
+
+def padded(x, size):
+    """uint8 (3, h, w) -> (3, H, W) of `size`, by repetition of its last row and column."""
+    below, right = size[0] - x.shape[1], size[1] - x.shape[2]
+    return torch.from_numpy(np.pad(x.cpu(), [(0, 0), (0, below), (0, right)], "edge"))
+
+
 def crc_of(x):
     return zlib.crc32(x.cpu().contiguous().numpy().tobytes())
 
 
 def pack(model, x, tight=True, show=None):
-    """An image of the model's size, uint8 (3, H, W) -> the bytes of a .pxa file."""
-    words = compress(model, x[None], tight, show)[0]
+    """An image of any size, uint8 (3, H, W) -> the bytes of a .pxa file."""
+    model = fitting(model, x.shape[1:])
+    words = compress(model, padded(x, model.config.size)[None], tight, show)[0]
     body = HEADER.pack(MAGIC, mark_of(model), crc_of(x), *x.shape[1:], tight)
     body += words.astype("<u4").tobytes()
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def parse(model, file):
-    """The bytes of a .pxa file -> (CRC of the image, the model for its size, tight, words).
+    """The bytes of a .pxa file -> (CRC of the image, its size, tight, words).
 
-    Raises Problem: foreign, damaged, or of another model.
+    Raises Problem: foreign, damaged, of an earlier format or of another model.
     """
     body, crc_of_body = file[:-4], file[-4:]
-    if len(body) < HEADER.size or not body.startswith(MAGIC):
-        raise Problem("not a .pxa file, or one of another version")
+    if len(body) < HEADER.size or not body.startswith(MAGIC[:3]):
+        raise Problem("not a .pxa file")
     if zlib.crc32(body).to_bytes(4, "little") != crc_of_body:
         raise Problem("truncated or altered")
-    _, mark, crc, height, width, tight = HEADER.unpack_from(body)
+    magic, mark, crc, height, width, tight = HEADER.unpack_from(body)
+    if magic != MAGIC:
+        raise Problem(f"of format {magic.decode('ascii', 'replace')}, expected {MAGIC.decode()}: "
+                      "decompress it with the version of pixelaux that wrote it")
     if mark != mark_of(model):
         raise Problem("was compressed with another model")
-    words = np.frombuffer(body[HEADER.size :], "<u4").astype(np.uint32)
-    return crc, model.resized((height, width)), tight, words
+    return crc, (height, width), tight, np.frombuffer(body[HEADER.size :], "<u4").astype(np.uint32)
 
 
 def unpack(model, file, show=None):
     """The bytes of a .pxa file -> uint8 (3, H, W). Raises Problem if it is not the same image."""
-    crc, fitting, tight, words = parse(model, file)
+    crc, (height, width), tight, words = parse(model, file)
     try:
-        x = decompress(fitting, [words], tight, show)[0].cpu()
+        x = decompress(fitting(model, (height, width)), [words], tight, show)
+        x = x[0, :, :height, :width].cpu()
     except (AssertionError, ValueError):  # constriction's, of words that no encoder writes
         x = torch.zeros(0)
     if crc_of(x) != crc:
@@ -178,135 +193,70 @@ def unpack(model, file, show=None):
     return x
 
 
-def image_file(image, **options):
-    """The bytes of a PNG of an image, uint8 (H, W, 3), or of another format of Pillow's."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, **{"format": "PNG", **options})
-    return buffer.getvalue()
-
-
-# --- Beside PNG and WebP -----------------------------------------------------------------------
-
-FORMATS = {
-    "PNG": dict(format="PNG", optimize=True),
-    "lossless WebP": dict(format="WEBP", lossless=True, quality=100, method=6),
-}
-
-
-def coded(model, images, nats):
-    """Code and restore images, uint8 (N, H, W, 3): how many bits it takes -> (text, a dict).
-
-    nats: (N,), their exact log p, which says how many it should. Raises Problem if an image is not
-    restored.
-    """
-    n, bits = len(images), 0
-    at_once = min(64, *(factor.at_once for factor in model.factors))
-    with bar_of(model, "coding", 2 * n) as bar:
-        for start in range(0, n, at_once):
-            x = to_tensor(images[start : start + at_once])
-            words = compress(model, x, show=bar.update)
-            if not torch.equal(decompress(model, words, show=bar.update).cpu(), x):
-                raise Problem(f"images {start}..{start + len(x) - 1} were not restored: "
-                              "no two runs on this device round alike")
-            bits += 32 * sum(map(len, words))
-    rate = bits / (n * model.dims)
-    ideal = float(bits_per_dim(nats.mean(), model.dims))
-    result = dict(images=n, coded=rate, ideal=ideal)
-    text = (f"{n} images coded and restored bit for bit: {rate:.4f} bits/dim; -log2 p {ideal:.4f} "
-            f"({rate / ideal - 1:+.3%}, {(rate - ideal) * model.dims:.1f} bits an image)")
-    for name, options in FORMATS.items():
-        single = sum(len(image_file(image, **options)) for image in images)
-        together = len(image_file(mosaic(images), **options))
-        result[name] = [8 * size / (n * model.dims) for size in (single, together)]
-        text += "\n{}: {:.4f} bits/dim, as one mosaic of all {:.4f}".format(name, *result[name])
-    return text, result
-
-
-def mosaic(images):
-    """Images, uint8 (N, H, W, 3), in one: about as many side by side as below each other."""
-    n, height, width, _ = images.shape
-    columns = math.ceil(math.sqrt(n))
-    whole = np.pad(images, [(0, -n % columns), (0, 0), (0, 0), (0, 0)])
-    whole = whole.reshape(-1, columns, height, width, 3).swapaxes(1, 2)
-    return whole.reshape(-1, columns * width, 3)
-
-
 def bar_of(model, name, n=1):
     """A progress bar over the pixels of all views of n images."""
     pixels = sum(math.prod(view.shape[1:]) for view in model.views)
-    return progress(total=n * pixels, desc=name, unit="pixel", unit_scale=True)
+    return progress_bar(total=n * pixels, desc=name, unit="pixel", unit_scale=True)
 
 
 # --- Commands ----------------------------------------------------------------------------------
 
 
 def main(argv):
-    """compress, decompress or export, as argv[0] says."""
-    commands = {"compress": compress_files, "decompress": decompress_files, "export": export}
-    commands[argv[0]](argv)
-
-
-def compress_files(argv):
-    parser = parser_of_files(argv, "images, losslessly, into .pxa files", "8-bit RGB or gray")
-    parser.add_argument("--tight", default=True, **YES_NO,
-                        help="with the exact likelihood (default), or with the paper's")
-    args = parser.parse_args(argv[1:])
-
-    def packed(fitting, x, show):
-        return pack(fitting, x, args.tight, show)
-
-    convert(args, ".pxa", read_fitting, packed)
-
-
-def decompress_files(argv):
-    parser = parser_of_files(argv, ".pxa files into PNG files", "what compress has written")
-
-    def picture(fitting, file, show):
-        x = unpack(fitting, file, show)
-        return image_file(to_array(x[None])[0])
-
-    convert(parser.parse_args(argv[1:]), ".png", read_packed, picture)
-
-
-def parser_of_files(argv, text, what):
+    """compress or decompress, as argv[0] says."""
+    packing = argv[0] == "compress"
+    text, ending, look = ".pxa files into PNG files", ".png", read_packed
+    if packing:
+        text, ending, look = "8-bit RGB or gray images into .pxa files, losslessly", ".pxa", read_x
     parser = Parser(prog=f"pixelaux.py {argv[0]}", description=text)
     parser.add("run", "--device")
     parser.add("--out", metavar="FOLDER", help="for results (default: beside the files)")
-    parser.add_argument("files", nargs="+", type=PATH, metavar="FILE", help=what)
-    return parser
-
-
-def convert(args, ending, read, make):
-    """For each file write the bytes make(*read(model, path), show), under its name and ending."""
+    parser.add_argument("files", nargs="+", type=PATH, metavar="FILE", help="to read")
+    if packing:
+        parser.add_argument("--tight", default=True, **YES_NO,
+                            help="with the exact likelihood (default), or with the paper's")
+    args = parser.parse_args(argv[1:])
     model = load(args.run, args.device)
     targets = targets_of(args, ending)
     for path in args.files:  # all are looked at before one is written
-        read(model, path)
+        look(model, path)
     for path, target in zip(args.files, targets):
-        fitting, content = read(model, path)
-        with naming(path), bar_of(fitting, path.name) as bar:
-            file = make(fitting, content, bar.update)
+        content, size = look(model, path)
+        fit = fitting(model, size)
+        with naming(path), bar_of(fit, path.name) as bar:
+            if packing:
+                file = pack(fit, content, args.tight, bar.update)
+            else:
+                file = png(unpack(fit, content, bar.update))
         write_atomically(target, file)
-        height, width = fitting.config.size
-        rate = 8 * len(file) / fitting.dims
-        print(f"{target}: height {height}, width {width}, {len(file)} bytes, {rate:.3f} bits/dim")
+        rate = 8 * len(file) / (3 * math.prod(size))
+        print(f"{path} {path.stat().st_size:,} bytes -> {target} {len(file):,} bytes, "
+              f"{rate:.3f} bits/dim, height {size[0]}, width {size[1]}")
 
 
-def read_fitting(model, path):
-    """(the model for its size, uint8 (3, H, W)) of an image file. Raises Problem."""
-    image = tool("images").read_image(path, exact=True)
-    with naming(path):
-        fitting = model.resized(image.shape[:2])
-        return fitting, fitting.check(to_tensor(image[None]), -1)[0]
+def read_x(model, path):
+    """(uint8 (3, H, W), its size) of an image file. Raises Problem."""
+    x = to_tensor(tool("images").read_image(path, exact=True)[None])[0]
+    top = model.config.levels - 1
+    if int(x.max()) > top:
+        raise Problem(f"{path}: expected levels 0..{top}, got {int(x.max())}")
+    return x, x.shape[1:]
+
+
+def png(x):
+    """uint8 (3, H, W) -> the bytes of a PNG file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(to_array(x[None])[0]).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def read_packed(model, path):
-    """(the model for its image's size, the bytes) of a .pxa file. Raises Problem."""
+    """(the bytes, the size of the image) of a .pxa file. Raises Problem."""
     file = path.read_bytes()
     with naming(path):
-        return parse(model, file)[1], file
+        return file, parse(model, file)[1]
 
 
 def targets_of(args, ending):
@@ -332,20 +282,3 @@ def naming(path):
         yield
     except Problem as error:
         raise Problem(f"{path}: {error}") from None
-
-
-def export(argv):
-    parser = Parser(prog="pixelaux.py export", description="all factors in one file, in bfloat16")
-    parser.add("run")
-    parser.add_argument("file", type=PATH, metavar="FILE", help="to write")
-    args = parser.parse_args(argv[1:])
-    model = load(args.run)
-    if args.file.exists() and "training" in read_checkpoint(args.file):  # which refuses others
-        raise Problem(f"{args.file}: a checkpoint of training, which is not overwritten; "
-                      "expected another name")
-    factors = {}
-    for k, factor in enumerate(model.factors):
-        factors[k] = {name: weight.bfloat16() for name, weight in factor.state_dict().items()}
-    write_checkpoint(args.file, model.config, factors)
-    nr_weights = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{args.file}: {nr_weights:,} weights, {args.file.stat().st_size:,} bytes")

@@ -6,7 +6,9 @@ import sys
 
 import torch
 
-from pixelaux import Parser, PixelAux, Problem, read_config, read_metrics, write_atomically
+from pixelaux import (
+    Half, Parser, PixelAux, Problem, bits_per_dim, load_data, make_views, read_config, read_metrics,
+    to_array, to_tensor, write_atomically)
 
 
 def main(argv):
@@ -21,21 +23,24 @@ def main(argv):
 
 
 def save_curves(out, names):
-    """OUT/curves.png: bits/dim of X over the time of training, a panel for each factor.
+    """OUT/curves.png: bits/dim of X by the steps of training, a panel for each factor; and the
+    limit, where the truth is known.
 
-    From OUT/metrics.jsonl. names: of the factors, coarsest first. Raises Problem.
+    From OUT/metrics.jsonl, and OUT/config.json if it is there. names: of the factors, coarsest
+    first. Raises Problem.
     """
     matplotlib = import_matplotlib()
     from matplotlib.figure import Figure
 
     lines = records(out, names)
     factors = sorted({line["factor"] for line in lines})
+    limits, unit = limits_of(out), unit_of(lines)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever style the user has chosen, LaTeX among it
         figure = Figure(figsize=(4.8 * len(factors), 3.4), layout="constrained")
         axes = figure.subplots(1, len(factors), squeeze=False)[0]
         for axis, k in zip(axes, factors):
-            draw(axis, [line for line in lines if line["factor"] == k])
+            draw(axis, [line for line in lines if line["factor"] == k], unit, limits.get(k))
             axis.set_title(names[k])
         picture = functools.partial(figure.savefig, dpi=110, format="png")
         write_atomically(out / "curves.png", picture)
@@ -71,20 +76,57 @@ def records(out, names):
     return lines
 
 
-def draw(axis, lines):
-    """A factor's training batches and test points, by time."""
+def unit_of(lines):
+    """(name, seconds): one unit of time for all panels."""
+    longest = max(line["seconds"] for line in lines)
+    return ("minutes", 60) if longest >= 60 else ("seconds", 1)
+
+
+def limits_of(out):
+    """{factor: the best bits/dim of X that it can have on the images of the test points}.
+
+    Known of built-in data alone, of p(X), p(X_1) and p(X | X_1), X_1 = Half(X).
+    """
+    if not (out / "config.json").exists():
+        return {}
+    config = read_config(out)
+    psis = tuple(type(view.psi) for view in make_views(config))
+    return truths(config.size, psis) if config.data == "shapes" else {}
+
+
+@functools.lru_cache(1)  # asked for after each quarter of the training
+def truths(size, psis):
+    """The same of images of `size`, (H, W), and a model of views of these psi, coarsest first."""
+    data, _ = load_data("shapes", size=size)
+    images = data.test[:128]
+    whole, nats = data.shapes.log_prob(images), {}
+    if len(psis) == 1:
+        nats[0] = whole
+    elif psis[-1] is Half:
+        half = data.shapes.log_prob_half(to_array(Half()(to_tensor(images))))
+        nats[len(psis) - 1] = whole - half  # as X tells X_1
+        if len(psis) == 2:
+            nats[0] = half
+    return {k: float(bits_per_dim(nats[k].mean(), images[0].size)) for k in nats}
+
+
+def draw(axis, lines, unit, limit):
+    """A factor's training batches and test points, by step; limit: None where it is not known."""
+    name, length = unit
     last = lines[-1]
-    unit, length = ("minutes", 60) if last["seconds"] >= 60 else ("seconds", 1)
     training = lines[len(lines) // 10 :]  # beside the first losses the others would look all alike
     test = [line for line in lines if "test_bits_per_dim" in line]
     for shown, key, style, label in (
         (training, "bits_per_dim", "-", "training batches"),
         (test, "test_bits_per_dim", "o-", "test images, averaged weights"),
     ):
-        times = [line["seconds"] / length for line in shown]
+        steps = [line["step"] for line in shown]
         bits = [line[key] for line in shown]
-        axis.plot(times, bits, style, linewidth=1, markersize=4, label=label)
-    axis.set_xlabel(f"{unit} of training ({last['step']:,} steps)")
+        axis.plot(steps, bits, style, linewidth=1, markersize=4, label=label)
+    if limit is not None:
+        label = "limit: the true probability"
+        axis.axhline(limit, linestyle="--", linewidth=1, color="black", label=label)
+    axis.set_xlabel(f"steps\n{last['step']:,} in {last['seconds'] / length:.1f} {name} of training")
     axis.set_ylabel("bits/dim of X")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -18,7 +18,7 @@ import math
 import numpy as np
 import torch
 
-from pixelaux import Draw, noise_for, sample_fast, sample_naive, tool
+from pixelaux import Draw, noise_for, sample_fast, sample_naive
 
 CANDIDATES = 8  # for each view but X, where rows are known
 MARGIN = 64  # rows of a view that neighbouring bands share: about as far as a light network looks

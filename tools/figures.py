@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 from pixelaux import (
-    Parser, Problem, checked, load, progress, run_data, to_array, to_tensor, write_atomically)
+    Parser, Problem, checked, load, progress_bar, run_data, to_array, to_tensor, write_atomically)
 
 SHIFTS = (0.0, -0.2, -0.4, -0.6, -0.8, -1.0)
 COLUMNS = checked(int, "a whole number, 1..16", lambda value: 1 <= value <= 16)
@@ -44,7 +44,7 @@ def main(argv):
     for name, make in planned(source):
         path = out / f"{name}.png"
         try:
-            with progress(desc=name, unit="pixel", unit_scale=True, delay=1, leave=False) as bar:
+            with progress_bar(desc=name, unit="pixel", unit_scale=True, delay=1, leave=False) as bar:
                 source.count = bar.update
                 figure = make(source)
         except NotMade as reason:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pixelaux import (
-    Problem, evaluating, load, progress, read_npy, result_path, run_data, save_picture, to_array,
+    Problem, evaluating, load, progress_bar, read_npy, result_path, run_data, save_picture, to_array,
     to_tensor, tool, warn, write_atomically)
 
 # --- What is given -----------------------------------------------------------------------------
@@ -222,8 +222,8 @@ def result_name(args, given, tight):
         folder = pathlib.Path(args.given).expanduser().is_dir()
         return f"{out}-{given.name}" if folder and args.given != "test" else out
     return result_path(
-        args, f"sample-{args.mode}-{args.seed or 0}", args.shift and f"shift{args.shift:g}",
-        f"given-{given.name}", args.view is not None and f"view{args.view}",
+        args, f"sample-{args.mode}-{args.seed or 0}", args.n and f"n{args.n}",
+        args.naive and "naive", args.shift and f"shift{args.shift:g}", f"given-{given.name}", args.view is not None and f"view{args.view}",
         args.reduce and "reduced", args.rows and f"rows{args.rows}",
         args.answers and f"answers{args.answers}", tight)
 
@@ -237,7 +237,7 @@ def command(args):
     for given in sources(args, model):
         total = drawing.pixels_of(given.model, given.k, args.rows or 0)
         total *= answers * len(given.x)
-        bar = progress(total=total, unit="pixel", unit_scale=True, delay=0.3)
+        bar = progress_bar(total=total, unit="pixel", unit_scale=True, delay=0.3)
         how = drawing.How(args.seed or 0, args.mode, args.shift, tight, args.naive, bar.update)
         with bar, evaluating(given.model):
             if args.rows:

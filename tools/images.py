@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pixelaux import (
-    Dataset, Problem, Quiet, Rows, fingerprint, progress, split, write_atomically)
+    Dataset, Problem, Quiet, Rows, fingerprint, progress_bar, split, write_atomically)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -36,7 +36,7 @@ def shown(what):
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def download(url, path, md5):
+def download(url, path, md5, or_else=""):
     """Fetch url to path; what came before a connection broke off is kept. Raises Problem."""
     part = path.with_name(path.name + ".part")
     try:
@@ -52,7 +52,7 @@ def download(url, path, md5):
                     have = 0
                 file.truncate(have)
                 total = have + int(reply.headers.get("Content-Length", 0))
-                with progress(total=total, initial=have, unit="B", unit_scale=True) as bar:
+                with progress_bar(total=total, initial=have, unit="B", unit_scale=True) as bar:
                     while chunk := reply.read(2**20):
                         bar.update(file.write(chunk))
             if file.tell() < total:
@@ -62,9 +62,9 @@ def download(url, path, md5):
             if found == md5:
                 return os.replace(part, path)
             file.truncate(0)  # not removed: who waits has it open
+            raise OSError(f"MD5 {found}, expected {md5}; what came was dropped")
     except Exception as error:  # urllib raises many kinds
-        raise Problem(f"{url}: {shown(error)}; run again, or fetch it to {shown(path)}") from None
-    raise Problem(f"{url}: MD5 {found}, expected {md5}; what came was dropped, run again")
+        raise Problem(f"{url}: {shown(error)}; run again, or fetch it to {shown(path)}{or_else}")
 
 
 def read_cifar10(folder):
@@ -75,18 +75,18 @@ def read_cifar10(folder):
         if all((place / name).is_file() for name in names):
             source = place
     if not source.exists():
-        download(CIFAR10_URL, source, CIFAR10_MD5)
+        or_else = f", or {names[0]} .. {names[-1]} to {shown(folder)}[/cifar-10-batches-bin]"
+        download(CIFAR10_URL, source, CIFAR10_MD5, or_else)
     try:
         if source.is_dir():
             parts = [(source / name).read_bytes() for name in names]
         else:
             with tarfile.open(source) as tar:
                 parts = [tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
-        images = np.frombuffer(b"".join(parts), np.uint8).reshape(60_000, 3073)
+        images = np.frombuffer(b"".join(parts), np.uint8).reshape(60_000, 3073)[:, 1:]  # no labels
     except Exception as error:  # tarfile and zlib raise many kinds
         raise Problem(f"{shown(source)}: not CIFAR-10's binary archive ({shown(error)})") from None
-    images = images[:, 1:].reshape(-1, 3, 32, 32)  # the first byte is the label
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
 def to_8_bits(image, whites):
@@ -141,10 +141,10 @@ def read_image(file, size=None, celeba=False, exact=False, whites=None):
         return np.array(image)
     except WhiteUnknown:
         raise
-    except UnidentifiedImageError:  # its text shows a Python object
-        raise Problem(f"{shown(file)}: not an image that Pillow can read") from None
     except Exception as error:  # Pillow and zipfile raise many kinds
-        raise Problem(f"{shown(file)}: {shown(error)}") from error
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text shows a Python object
+        reason = "not an image that Pillow can read" if unknown else shown(error)
+        raise Problem(f"{shown(file)}: {reason}") from error
 
 
 def is_data(name):
@@ -208,7 +208,7 @@ def decode(files, size, celeba, out):
     with multiprocessing.pool.ThreadPool() as pool:
         while files:  # a second time for images whose white depends on all of their kind
             later, highest = [], {}
-            for start in progress(range(0, len(files), 256), desc="decoding, 256 files a step"):
+            for start in progress_bar(range(0, len(files), 256), desc="decoding, 256 files a step"):
                 some = files[start : start + 256]  # not all, lest decoding run ahead of the disk
                 for file, image in zip(some, pool.imap(attempt, some)):
                     if isinstance(image, WhiteUnknown):
@@ -293,9 +293,8 @@ def load(spec, folder, size=None):
     except Problem as error:
         raise Problem(f"{shown(folder)}: {error}") from None
     lines = sorted(lines + notes["told"], key=lambda line: line.startswith("skipped"))
-    for line in lines[:12]:
+    more = [f"and {len(lines) - 12} more lines"] if len(lines) > 12 else []
+    for line in lines[:12] + more:
         print(f"pixelaux: {line}", file=Quiet())
-    if len(lines) > 12:
-        print(f"pixelaux: and {len(lines) - 12} more lines", file=Quiet())
     train = np.setdiff1d(np.arange(len(images)), notes["test"])
     return Dataset(Rows(images, train), Rows(images, notes["test"]), True, notes["fingerprint"])

@@ -304,7 +304,7 @@ def test_each_image_of_a_folder_has_the_answers_that_it_has_alone(runs, tmp_path
         assert all(np.array_equal(together[name], single[name]) for name in single.files)
     assert command(f"sample {run} --given {folder} --n 2") == 0
     names = {path.name for path in run.glob("sample*.png")}
-    assert names == {"sample-random-0-given-a.png", "sample-random-0-given-b.png"}
+    assert names == {"sample-random-0-n2-given-a.png", "sample-random-0-n2-given-b.png"}
     assert len(list(tmp_path.glob("all-*"))) == 6
 
 

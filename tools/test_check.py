@@ -1,0 +1,578 @@
+"""Properties of tools/check.py and tools/sight.py: what outputs see, what a run promises."""
+import contextlib
+import itertools
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import pixelaux
+from pixelaux import build, CausalNet, Conv, Half, LogisticMixture, main, six_stages
+from test_pixelaux import names_used
+from tools import check, sight
+
+# --- Check: what an output sees ------------------------------------------------------------------
+
+
+def masked_stack(*masks, nonlinear=torch.tanh, channels=2, seed=0):
+    """A function: convolutions of `channels` channels whose kernels are nonzero where masks are."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = []
+    for mask in masks:
+        weight = torch.randn(channels, channels, *mask.shape, generator=generator).double()
+        weights.append(weight * mask)
+
+    def network(x):
+        for weight in weights:
+            x = nonlinear(F.conv2d(x, weight, padding="same"))
+        return x
+
+    return network
+
+
+def mask(*rows):
+    """A kernel's mask: "x" is read."""
+    return torch.tensor([[letter == "x" for letter in row] for row in rows])
+
+
+A, B = mask("xxx", "x..", "..."), mask("xxx", "xx.", "...")
+
+
+def offsets_of(mask):
+    """What a masked kernel reads, as offsets from its output."""
+    return {(r - mask.shape[0] // 2, c - mask.shape[1] // 2) for r, c in mask.nonzero().tolist()}
+
+
+def sums(first, second):
+    return {(a + c, b + d) for (a, b), (c, d) in itertools.product(first, second)}
+
+
+def offsets_in(table, output, width):
+    """The offsets of a table's pixels from an output."""
+    row, column = divmod(output, width)
+    return {(number // width - row, number % width - column)
+            for number in table[output].nonzero().flatten().tolist()}
+
+
+def before(offsets):
+    """Those that come before the output in raster order."""
+    return {(down, right) for down, right in offsets if down < 0 or (down == 0 and right < 0)}
+
+
+kernels = st.integers(0, 2**15 - 1).map(
+    lambda bits: torch.tensor([bits >> i & 1 for i in range(15)]).view(3, 5).bool())
+
+
+@given(first=kernels, second=kernels, seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_an_output_sees_what_its_masks_read_one_after_the_other(first, second, seed):
+    """The offsets of two masked layers are the sums of theirs; touched are those at or after it.
+    The output in the middle is far from the borders."""
+    height, width, middle = 5, 9, 22
+    expected = sums(offsets_of(first), offsets_of(second))
+    found = sight.Sight(masked_stack(first, second, seed=seed), (2, height, width))
+    assert offsets_in(found.seen, middle, width) == expected
+    assert offsets_in(found.touched, middle, width) == expected - before(expected)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_a_stack_of_masked_convolutions_has_its_blind_spot(layers):
+    """n layers of 3x3, the first without its centre: of the pixels up to n rows up and n columns to
+    the side those at i rows up and more than i columns to the right never arrive."""
+    side = 2 * layers + 1
+    middle = side * layers + layers
+    found = sight.Sight(masked_stack(A, *[B] * (layers - 1)), (2, side, side))
+    by_hand = {(-i, j) for i in range(1, layers + 1) for j in range(i + 1, layers + 1)}
+    assert offsets_in(found.blind, middle, side) == by_hand
+    assert not found.touched.any() and bool(by_hand) == (layers > 1)
+    holds, text = sight.sees_all(found)
+    assert holds == (layers == 1) and ("blind spot" in text) != holds
+    assert all(f"({i}, {j:+d})" in text for i, j in list(by_hand)[:5])
+
+
+@pytest.mark.parametrize("mask, missing", [
+    (mask("xxx", "...", "..."), (0, -1)), (mask("...", "x..", "..."), (-1, 0)),
+    (mask("xx.", "x..", "..."), (-1, 1)), (mask(".xx", "x..", "..."), (-1, -1)),
+    (mask("xxxxx", "xxxxx", "xx.x.", ".....", "....."), None),
+    (mask("xxxxx", "xxx.x", "xx...", ".....", "....."), (-1, 1)),
+    (mask("x.xxx", "xxxxx", "xx...", ".....", "....."), (-2, -1))])
+def test_a_neighbour_or_a_hole_that_is_not_read_is_blind(mask, missing):
+    found = sight.Sight(masked_stack(mask), (2, 9, 9))
+    blind = offsets_in(found.blind, 40, 9)
+    assert blind == ({missing} if missing else set()) or missing in blind
+    assert sight.sees_all(found)[0] == (missing is None)
+
+
+@pytest.mark.parametrize("layout, size, look_right", [
+    (((0, 3),), (10, 20), True), (((0, 3),), (10, 20), False), (six_stages(1), (12, 20), True)])
+def test_two_streams_are_blind_nowhere(layout, size, look_right):
+    """The networks of this program, in images larger than they reach; the same without what sees
+    the rows above are blind (control)."""
+    torch.manual_seed(0)
+    net = CausalNet(1, 10, layout, 2, 0.0, False, look_right).double()
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    found = sight.Sight(net, (1, *size))
+    assert not found.touched.any() and not found.blind.any()
+    net.h_above.g.data.zero_()
+    for stage in net.stages:
+        for _, horizontal in stage.blocks:
+            horizontal.conv_aux[0].g.data.zero_()
+    assert sight.Sight(net, (1, *size)).blind.any()
+
+
+@pytest.mark.parametrize("nonlinear", [
+    torch.relu, lambda x: torch.relu(x - 2), lambda x: torch.sigmoid(8 * x),
+    lambda x: torch.tanh(8 * x), torch.abs, lambda x: x * 1e-9])
+def test_flat_nonlinearities_hide_nothing(nonlinear):
+    """Where a gradient is 0 at most inputs, it is found at another one: neither a blind spot nor a
+    fault is told of that is none, and none is missed."""
+    for first in (A, B):
+        smooth, flat = (sight.Sight(masked_stack(first, B, nonlinear=each, channels=4), (4, 7, 7))
+                        for each in (torch.tanh, nonlinear))
+        assert torch.equal(flat.blind, smooth.blind) and flat.blind.any()
+        assert torch.equal(flat.touched, smooth.touched) and flat.touched.any() == (first is B)
+
+
+def test_the_gradient_that_is_told_is_the_weight():
+    """Of a linear network; control: half the weight, half the gradient."""
+    for value in (0.5, 0.25):
+        weight = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+        weight[0, 0, 0], weight[0, 0, 2, 1] = 1.0, value  # row above, and the pixel below
+        found = sight.Sight(lambda x: F.conv2d(x, weight, padding=1), (1, 5, 5))
+        holds, text = sight.causal(found)
+        assert not holds and f"(2, 2) is touched by pixel (3, 2), gradient {value:.2g}\n" in text
+        assert "20 of 25 outputs" in text
+
+
+MISTAKES = {
+    "sees itself": [B, B],
+    "wrong way round": [~A, ~B],
+    "rows and columns are exchanged": [A.T, B.T],
+    "no mask is at work": [mask("xxx", "xxx", "xxx")],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_called_by_their_names(mistake):
+    """Each by its own; one that has no name is described by its offsets alone."""
+    holds, text = sight.causal(sight.Sight(masked_stack(*MISTAKES[mistake]), (2, 9, 9)))
+    assert not holds and [name for name in MISTAKES if name in text] == [mistake]
+    too_far = masked_stack(mask("xxx", "xxx", "..."))
+    holds, text = sight.causal(sight.Sight(too_far, (2, 9, 9)))
+    assert not holds and "at offsets (0, 0), (0, +1); " in text
+    assert not any(name in text for name in MISTAKES)
+    one_row_below = masked_stack(mask("xxxxx", "xxxxx", "xx...", "x....", "....."))
+    holds, text = sight.causal(sight.Sight(one_row_below, (2, 9, 9)))
+    assert not holds and not any(name in text for name in MISTAKES)
+
+
+def ordered(reads):
+    """A function of 3 channels -> 6 parameters: group c reads the pixel to the left, and the
+    channels reads[c] of its own pixel."""
+    def network(x):
+        left = F.pad(x, (1, 0))[..., :-1].sum(1)
+        groups = [left + sum([x[:, j] for j in channels], 0) for channels in reads]
+        return torch.stack([group for group in groups for _ in range(2)], 1)
+
+    return network
+
+
+@pytest.mark.parametrize("reads, expected", [
+    ([[], [0], [0, 1]], []),
+    ([[], [0], [0, 1, 2]], ["group 2 is touched by channel 2"]),
+    ([[0], [0], [0, 1]], ["group 0 is touched by channel 0"]),
+    ([[], [0], [0]], ["group 2 does not see channel 1"]),
+    ([[1, 2], [2], []], ["group 0 is touched by channel 1", "wrong way round"]),
+])
+def test_the_order_of_channels(reads, expected):
+    """Right, one too many, one too few, and reversed. Without the claim, any own pixel is too
+    many."""
+    claimed = sight.Sight(ordered(reads), (3, 3, 4), order=True)
+    holds, text = sight.channel_order(claimed)
+    assert holds == (not expected) and all(words in text for words in expected)
+    assert sight.causal(claimed)[0] and [name for name, *_ in sight.answers(claimed)][2:]
+    plain = sight.Sight(ordered(reads), (3, 3, 4))
+    assert not sight.causal(plain)[0] and len(sight.answers(plain)) == 2
+
+
+# --- Check: a network of one's own, from the command line ----------------------------------------
+
+NETWORKS = '''
+import torch
+from torch import nn
+import beside
+
+class Masked(nn.Conv2d):
+    def forward(self, x):
+        mask, middle = torch.ones_like(self.weight), self.kernel_size[0] // 2
+        mask[:, :, middle, middle + self.start :] = 0
+        mask[:, :, middle + 1 :] = 0
+        return self._conv_forward(x, self.weight * mask, self.bias)
+
+def masked(start, *sizes, **more):
+    layer = Masked(*sizes, padding=sizes[2] // 2, **more)
+    layer.start = start
+    return layer
+
+right = nn.Sequential(masked(0, 3, 8, 5), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1))
+one_off = nn.Sequential(masked(1, 3, 8, 5), nn.ReLU(), nn.Conv2d(8, 6, 1))
+stack = nn.Sequential(masked(0, 3, 8, 3), nn.ReLU(), masked(1, 8, 8, 3), nn.Conv2d(8, 6, 1))
+
+class Built(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = masked(0, 3, 4, 3)
+        for parameter in self.parameters():
+            parameter.requires_grad = False
+
+    def forward(self, x):
+        x *= 0.5
+        return self.layer(x.to(self.layer.weight.dtype))
+
+weight = torch.randn(4, 3, 1, 1)
+
+def function(x):
+    return torch.conv2d(torch.nn.functional.pad(x, (1, 0, 1, 0))[..., :-1, :-1], weight) \\
+        + beside.left(x) + beside.above(x)
+
+class Demanding(nn.Module):
+    def __init__(self, filters):
+        super().__init__()
+
+def smaller(x): return x[:, :, 1:, 1:]
+def flat(x): return x.mean(1)
+def pair(x): return x, x
+def raising(x):
+    raise KeyError("no such\\nlayer")
+def untied(x): return torch.zeros_like(x)
+def detached(x): return right(x.detach()).detach()
+def infinite(x): return x / 0
+def five(x): return x[:, :1].repeat(1, 5, 1, 1)
+def undone(x):
+    y = torch.exp(x)
+    z = y * y
+    y += 1
+    return z
+number = 3
+'''
+BESIDE = '''
+import torch
+from torch.nn.functional import pad
+def left(x): return pad(x, (1, 0))[..., :-1].sum(1, keepdim=True)
+def above(x): return (pad(x, (1, 1, 1, 0))[..., :-1, 1:-1]
+                      + pad(x, (0, 1, 1, 0))[..., :-1, 1:]).sum(1, keepdim=True)
+'''
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    """The working directory has the networks of a student."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(NETWORKS)
+    (tmp_path / "beside.py").write_text(BESIDE)
+    (tmp_path / "broken.py").write_text("x = 1\nif x\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit('no data')\n")
+    monkeypatch.delitem(__import__("sys").modules, "beside", raising=False)
+    return tmp_path
+
+
+def checking(capsys, *arguments):
+    """(status, lines on stdout, the program's lines on stderr) of `check`."""
+    capsys.readouterr()
+    try:
+        status = main(["check", *map(str, arguments)])
+    except SystemExit as exit:
+        status = exit.code
+    out, error = capsys.readouterr()
+    assert "Traceback" not in error
+    lines = error.replace("\r", "\n").splitlines()
+    return status, out.splitlines(), [line for line in lines if line.startswith("pixelaux: ")]
+
+
+@pytest.mark.parametrize("name, failing", [
+    ("right", []), ("one_off", ["causal"]), ("stack", ["sees all before it"]),
+    ("Built", []), ("function", [])])
+def test_the_command_tells_what_is_wrong_with_a_network(networks, capsys, name, failing):
+    """A module, a class and a function, in float64 or float32; status 1 if something is."""
+    status, out, error = checking(capsys, f"own.py:{name}", "--shape", "3x6x7")
+    verdicts = {line[:27].strip(): line.split()[-1] for line in
+                [line[:35] for line in out if re.match(".{28}(OK|FAILS) ", line)]}
+    assert verdicts == {question: "FAILS" if question in failing else "OK"
+                        for question in ("causal", "sees all before it")}
+    assert status == (1 if failing else 0)
+    told = [f"pixelaux: own.py:{name} fails: {', '.join(failing)}"] if failing else []
+    assert error == told
+    picture = f"{name}-receptive-field.png"
+    assert out[-1].startswith(picture) and Image.open(picture).size[0] > 600
+    if name == "one_off":
+        assert "output (3, 3) is touched by pixel (3, 3), gradient 0." in out[0]
+    if name == "stack":
+        assert "output (3, 3) does not see earlier pixels at offsets (-1, +2)" in out[1]
+
+
+def test_the_order_of_channels_from_the_command_line(networks, capsys):
+    """--channel-order asks one question more; an output of five groups of one cannot have it."""
+    status, out, _ = checking(capsys, "own.py:right", "--shape", "3x5x5", "--channel-order")
+    assert status == 1 and "group 1 does not see channel 0" in "\n".join(out)
+    status, _, error = checking(capsys, "own.py:five", "--shape", "3x5x5", "--channel-order")
+    assert status == 2 and "--channel-order: 3 equal groups" in error[0]
+
+
+WRONG = [
+    ("own.py:gone", "'gone'"), ("gone.py:net", "gone.py: no such file"),
+    ("own.py", "expected FILE.py:NAME"), ("own.py:", "own.py"), ("own.py:number", "'number'"),
+    ("broken.py:net", "broken.py: cannot be imported: SyntaxError"),
+    ("leaves.py:net", "leaves.py, line 2: cannot be imported: SystemExit: no data"),
+    ("own.py:Demanding", "Demanding() cannot be built without arguments: TypeError"),
+    ("own.py:smaller", "expected (2, P, 6, 7), got (2, 3, 5, 6)"),
+    ("own.py:flat", "got (2, 6, 7)"), ("own.py:pair", "got a tuple"),
+    ("own.py:raising", "of an input (2, 3, 6, 7): KeyError: 'no such"),
+    ("own.py:untied", "no gradient"), ("own.py:detached", "no gradient"),
+    ("own.py:infinite", "not finite"), ("own.py:undone", "its gradients: RuntimeError"),
+    ("own.py:right --shape 4x6x7", "RuntimeError"), ("own.py:right --shape 3x6", "--shape"),
+    ("own.py:right --shape 3x0x6", "--shape"), ("own.py:right --shape 3x99x6", "--shape"),
+    ("own.py:right --out beside.py/x.png", "pixelaux: beside.py: File exists"),
+    ("gone", "gone: no such checkpoint"), ("gone --shape 3x6x7", "--shape"), ("", "what"),
+    ("gone --out x.png", "--out"), ("gone --channel-order", "--channel-order"),
+]
+
+
+@pytest.mark.parametrize("line, expected", WRONG, ids=[line for line, _ in WRONG])
+def test_what_cannot_be_checked_is_one_line_and_status_2(networks, capsys, line, expected):
+    """It names the file, and the exception of the user's code by its type and message."""
+    words = line.split()
+    if ".py:" in line and "--shape" not in line:
+        words += ["--shape", "3x6x7"]
+    status, out, error = checking(capsys, *words)
+    assert status == 2 and out == [] and len(error) == 1, (out, error)
+    assert expected in error[0] or (line == "" and "required" in error[0])
+    assert not list(networks.glob("*.png"))
+
+
+def test_a_check_leaves_the_program_as_it_was(networks, capsys):
+    """Random numbers, sys.path and gradients; whatever style matplotlib has, the picture is the
+    same."""
+    import sys
+
+    import matplotlib
+
+    path, state = list(sys.path), torch.get_rng_state()
+    arguments = ("own.py:one_off", "--shape", "3x6x7", "--out")
+    checking(capsys, *arguments, "first.png")
+    with matplotlib.rc_context({"axes.facecolor": "black", "text.usetex": True}), torch.no_grad():
+        torch.rand(1)  # control
+        assert not torch.equal(torch.get_rng_state(), state)
+        checking(capsys, *arguments, "second.png")
+    torch.set_rng_state(state)
+    assert sys.path == path and torch.is_grad_enabled()
+    assert pathlib.Path("first.png").read_bytes() == pathlib.Path("second.png").read_bytes()
+
+
+def test_the_picture_marks_what_is_seen_blind_and_forbidden(networks, capsys, monkeypatch):
+    """Cells are blue where an earlier pixel is seen, hatched where it is not and should be, red
+    where the output sees what it must not, and nothing elsewhere."""
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+    found = sight.Sight(masked_stack(mask("xxx", "xx.", "x.."), B), (2, 7, 9))
+    sight.save_picture(found, sight.answers(found), "own.py:net", "net.png")
+    (figure,) = figures
+    axis = figure.axes[0]
+    cells = {"red": set(), "hatched": set(), "frame": set()}
+    for patch in axis.patches:
+        place = (round(patch.get_y() + 0.5), round(patch.get_x() + 0.5))
+        if patch.get_hatch():
+            cells["hatched"].add(place)
+        elif patch.get_facecolor() == (1, 0, 0, 1):
+            cells["red"].add(place)
+        elif patch.get_linewidth() == 2:
+            cells["frame"].add(place)
+    seen = sums(offsets_of(mask("xxx", "xx.", "x..")), offsets_of(B))
+
+    def at(offsets):
+        return {(3 + down, 4 + right) for down, right in offsets}
+
+    blue = {tuple(place) for place in np.argwhere(axis.images[0].get_array() > 0).tolist()}
+    assert blue == at(before(seen)) and cells["red"] == at(seen - before(seen)) != set()
+    assert cells["hatched"] == at({(-1, 2)}) and cells["frame"] == at({(0, 0)})
+    title = figure.get_suptitle()
+    assert "own.py:net" in title and "output (3, 4) is touched by pixel" in title
+    assert axis.get_xlabel() == "column" and axis.get_ylabel() == "row"
+    assert len(axis.get_legend().get_texts()) == 4 and len(figure.axes) == 2
+    picture = np.array(Image.open("net.png").convert("RGB")).reshape(-1, 3)
+    assert (picture == (255, 0, 0)).all(1).sum() > 1000
+
+
+# --- Check: a run --------------------------------------------------------------------------------
+
+PROMISES = ["causal", "normalised", "fast = naive", "psi(sample) = x_hat",
+            "sampler's pmfs = likelihood"]
+
+
+def saved_small(out, name="pyramid", size=(8, 8), spoil=lambda model: None, **more):
+    """A checkpoint of a small model, its weights far from their start."""
+    options = dict(nr_filters=4, nr_logistic_mix=2, layout=six_stages(1), layout_cond=six_stages(1),
+                   layout_light=((0, 1),), layout_embed=((0, 1), (-1, 1)))
+    halvings = 1 if "pyramid" in name else -1
+    model = build(name, size, halvings=halvings, **{**options, **more})
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(256, (16, 3, *size), generator=generator, dtype=torch.uint8)
+    model.initialise(x)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    spoil(model)
+    weights = {k: factor.state_dict() for k, factor in enumerate(model.factors)}
+    pixelaux.write_checkpoint(out, model.config, weights)
+    return out
+
+
+def verdicts_of(lines):
+    """{name of a check: does it hold} of the lines on stdout."""
+    found = {}
+    for line in lines:
+        if verdict := re.match("(.{27}) (OK   |FAILS)  .", line):
+            found[verdict[1].strip()] = verdict[2] == "OK   "
+    return found
+
+
+def test_a_run_that_was_trained_for_a_moment_holds_what_it_promises(tmp_path, monkeypatch, capsys):
+    """From the command line, status 0; a line for each promise, and no others."""
+    tiny = dict(pixelaux.PRESETS["tiny"], nr_filters=4, nr_logistic_mix=2, steps=(4, 4))
+    monkeypatch.setitem(pixelaux.PRESETS, "tiny", tiny)
+    arguments = ["train", "--size", "12", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(arguments) == 0
+    status, out, error = checking(capsys, tmp_path / "run")
+    assert (status, error) == (0, []) and verdicts_of(out) == dict.fromkeys(PROMISES, True)
+    assert len(out) == 1 + len(PROMISES)
+
+
+@pytest.mark.parametrize("name, size, at", [
+    ("pixelcnn", (8, 8), "8x8"), ("grayscale", (4, 8), "4x8"), ("pyramid", (32, 24), "16x16")])
+def test_models_of_every_kind_and_size_hold(tmp_path, capsys, name, size, at):
+    """Larger ones are looked at in a smaller size with the same weights."""
+    run = saved_small(tmp_path / "run.pt", name, size, layout=((0, 1),), layout_cond=((0, 1),))
+    status, out, error = checking(capsys, run)
+    assert (status, error) == (0, []) and f", at {at} in float64" in out[0]
+    assert verdicts_of(out) == dict.fromkeys(PROMISES, True)
+
+
+def reads_too_far(monkeypatch):
+    """The horizontal stream's first layer reads its own column, in training alone."""
+    convolve = Conv.convolve
+
+    def shifted(self, x, weight, bias):
+        y = convolve(self, x, weight, bias)
+        return F.pad(y[..., 1:], (0, 1)) if self.columns == (-1, -1) else y
+
+    monkeypatch.setattr(Conv, "convolve", shifted)
+
+
+def reads_too_far_everywhere(monkeypatch):
+    """The same, and the fast sampler knows it."""
+    init = Conv.__init__
+
+    def shifted(self, *arguments, **options):
+        init(self, *arguments, **options)
+        if self.columns == (-1, -1):
+            self.columns = (0, 0)
+
+    monkeypatch.setattr(Conv, "__init__", shifted)
+
+
+def drops_a_mass(monkeypatch):
+    """The last level's bin ends, where it should be open."""
+    mass = pixelaux.log_mass
+
+    def closed(means, log_scales, lo, hi, levels):
+        return mass(means, log_scales, lo, hi, levels) - 0.01 * (hi == levels - 1)
+
+    monkeypatch.setattr(pixelaux, "log_mass", closed)
+
+
+def loses_a_little(monkeypatch):
+    log_prob = LogisticMixture.log_prob
+    monkeypatch.setattr(LogisticMixture, "log_prob", lambda *args: log_prob(*args) - 1e-7)
+
+
+def another_formula_without_a_cut(monkeypatch):
+    log_prob = LogisticMixture.log_prob
+
+    def other(self, x, bounds=None):
+        return log_prob(self, x, bounds) + (1e-7 if bounds is None else 0.0)
+
+    monkeypatch.setattr(LogisticMixture, "log_prob", other)
+
+
+def samples_otherwise(monkeypatch):
+    fast = pixelaux.sample_fast
+
+    def other(*arguments, **options):
+        x = fast(*arguments, **options)
+        x[0, 0, -1, -1] ^= 1
+        return x
+
+    monkeypatch.setattr(pixelaux, "sample_fast", other)
+
+
+def cuts_too_wide(monkeypatch):
+    bounds = Half.bounds
+    monkeypatch.setattr(Half, "bounds", lambda self, x, x_hat: (
+        (bounds(self, x, x_hat)[0] - 9).clamp(min=0), bounds(self, x, x_hat)[1]))
+
+
+def reports_otherwise(monkeypatch):
+    log_prob = pixelaux.PixelAux.log_prob
+    monkeypatch.setattr(pixelaux.PixelAux, "log_prob", lambda *args: log_prob(*args) + 1e-3)
+
+
+@pytest.mark.parametrize("sabotage, failing", [
+    (lambda monkeypatch: None, set()),  # control
+    (reads_too_far, {"causal", "fast = naive", "sampler's pmfs = likelihood"}),
+    (reads_too_far_everywhere, {"causal", "fast = naive", "psi(sample) = x_hat",
+                                "sampler's pmfs = likelihood"}),
+    (drops_a_mass, {"normalised"}), (loses_a_little, {"normalised"}),
+    (another_formula_without_a_cut, {"normalised"}),
+    (samples_otherwise, {"fast = naive"}), (cuts_too_wide, {"psi(sample) = x_hat"}),
+    (reports_otherwise, {"sampler's pmfs = likelihood"})])
+def test_what_is_spoiled_fails_and_the_rest_is_told_all_the_same(
+        tmp_path, monkeypatch, capsys, sabotage, failing):
+    """Each break of a promise is found under its name; all lines are there, then status 1."""
+    run = saved_small(tmp_path / "run.pt")
+    sabotage(monkeypatch)
+    status, out, error = checking(capsys, run)
+    verdicts = verdicts_of(out)
+    assert list(verdicts) == PROMISES and status == (1 if failing else 0)
+    assert failing <= {name for name in PROMISES if not verdicts[name]}
+    fails = [name for name in PROMISES if not verdicts[name]]
+    assert error == ([f"pixelaux: {run} fails: {', '.join(fails)}"] if failing else [])
+
+
+def test_weights_that_see_nothing_to_the_left_are_blind(tmp_path, capsys):
+    """A network may be blind by its weights alone, and everything else holds."""
+    def spoil(model):
+        for stage in model.factors[1].net.stages:
+            for _, horizontal in stage.blocks:
+                horizontal.conv_in.v.data[..., :-1] = 0
+                horizontal.conv_out.v.data[..., :-1] = 0
+        model.factors[1].net.h_left.g.data.zero_()
+
+    status, out, _ = checking(capsys, saved_small(tmp_path / "run.pt", spoil=spoil))
+    assert status == 1 and verdicts_of(out) == {name: name != "causal" for name in PROMISES}
+    assert "8x8 | 4x4: blind spot" in out[1] and "(0, -1)" in out[1]
+
+
+@pytest.mark.parametrize("module", [check, sight])
+def test_check_takes_public_names_alone(module):
+    used = names_used(pathlib.Path(module.__file__))
+    assert used["pixelaux"]  # control
+    assert not any(name.startswith("_") or not hasattr(pixelaux, name) for name in used["pixelaux"])
+    assert not any(name.split(".")[0] == "tools" for name in used)

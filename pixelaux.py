@@ -6,7 +6,7 @@
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel), of which the shape of things, all that a person sees, is a hundredth of a bit or so: a model
-that ignores it loses next to nothing. So samples look like cloth.
+that ignores it loses next to nothing. So it learns the cloth and not the coat.
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, in which there is no texture, has a network of its own; and a
@@ -15,7 +15,8 @@ view may have a view in turn:  X_0 = X,  X_1 = psi_0(X_0),  ..,  X_K = psi_{K-1}
     log p(X) >= log p(X_0, .., X_K) = log p(X_K) + log p(X_{K-1} | X_K) + .. + log p(X_0 | X_1)
 
 It is a bound because p(X) is the sum of p(X, X^) over all X^, and a sum of terms that are 0 or more
-is no smaller than any one of them.
+is no smaller than any one of them. (X_1 determines all that is coarser, so that p(X_0 | X_1) needs
+nothing else.)
 
     Eq. 1       p(X) = product of p(pixel | earlier ones)    Conv, CausalNet
     Eq. 2, 3    p(X, X^) = p(X^) p(X | X^)                   PixelAux.log_prob_factors, .sample
@@ -25,9 +26,9 @@ is no smaller than any one of them.
     Sec. 3.3    X^ enters through an embedding f_w(X^)       EmbeddingNet, Factor
     Sec. 4.2    MAP sampling, reduced variance               LogisticMixture: sample's mode, shift
     beyond      the bound made exact: "tight"                feasible, psi.bounds
-    beyond      sampling in the time of a few passes         Plan, sample_fast
+    beyond      sampling in the time of a few passes         sample_fast
 
-Words: a *view* is one of the X_i; a *factor* one term of the sum, with the networks for it. Lists
+Words: a *view* is one of the X_i; a *factor* one term of the formula, with its networks. Lists
 of both are coarsest first, so that views[0] is X_K and factor 0 is p(X_K): code counts from there,
 formulas from X_0 = X. A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in
 nats, of an image unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from
@@ -47,7 +48,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import pathlib
 import platform
@@ -69,6 +69,11 @@ from torch.overrides import wrap_torch_function
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 __version__ = "1.0"
+# What others build on, and what pydoc shows.
+__all__ = """
+    build load save PixelAux Config PRESETS MODELS Problem Psi Half Gray feasible LogisticMixture
+    Categorical bits_per_dim sample_naive sample_fast evaluating
+    Shapes Dataset load_data train_factor evaluate save_picture to_tensor to_array main""".split()
 
 
 class Problem(ValueError):
@@ -81,9 +86,13 @@ class Failure(Exception):
 
 # --- Configuration -----------------------------------------------------------------------------
 #
-# All that a run depends on, for reference: the words are explained where the parts are built. A
-# residual *block* is a few convolutions added to their input (Networks); an *embedding* is the
-# network that reads X^; *light* is the pyramid's small causal network; *tight*: see psi.
+# All that a run depends on. Skip it on a first reading and come back from Training: the words are
+# explained where the parts are built. A network's *layout* is a row of stages of residual blocks,
+# each (times halved, blocks):
+#
+#     ((0, 3),)                            3 blocks at the resolution of the input
+#     ((0, 3), (1, 6), (0, 3), (-1, 3))    3, 6 at half of it, 3 at the input's again, 3 at double
+#                                          (an embedding reads X^, half as large as what it is for)
 
 
 def six_stages(blocks):
@@ -96,9 +105,6 @@ class Config:
     """A model and its training. The defaults are the paper's for CIFAR-10, where it gives them;
     the command line begins with the preset `tiny`.
 
-    A layout is a row of stages (times halved, residual blocks): ((0, 3), (1, 6), (0, 3), (-1, 3))
-    is 3 blocks, 6 at half the resolution, 3 at the input's again, 3 at double the resolution (the
-    input of an embedding is X^, so that this is the resolution of the view it is for).
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
     """
@@ -114,10 +120,10 @@ class Config:
     layout_cond: tuple = six_stages(4)  # of p(X | gray) and its embedding: 24 blocks (Sec. 4.1)
     layout_light: tuple = ((0, 3),)  # of the pyramid's causal networks (Sec. 4.2)
     layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))  # of the pyramid's embeddings
-    look_right: bool = True  # see VERTICAL_LEFT; False samples faster (see Sampling fast)
+    look_right: bool = True  # False: only first layers of light networks do; see VERTICAL_LEFT
     dropout: float = 0.5
 
-    tight: bool = False  # train the exact likelihood in place of the paper's bound
+    tight: bool = False  # train distributions that are cut to what X^ leaves possible (see psi)
     batch_size: int = 64
     epochs: tuple = (30, 200)  # if images are made on the fly, an epoch is 50,000 of them
     steps: tuple = (0,)  # in place of epochs; 0: from epochs
@@ -189,8 +195,9 @@ def of_factor(numbers, k):
 # A network does not know this, and the paper's p(X | X^) wastes probability on images that have
 # other views. If each distribution is cut to its interval and scaled to sum to 1 again, then p(X,
 # X^) is 0 unless X^ = psi(X); the sum over X^ that makes p(X) has one term only, and the bound is
-# an equality. It is never below the paper's, as dividing by a mass of at most 1 only raises it. We
-# call this *tight*.
+# an equality. We call this *tight*. It is another model with the same weights, whose log p(X) is
+# known exactly, and is never below the paper's bound, as dividing by a mass of at most 1 only
+# raises it. (The paper's own p(X), the whole sum, stays unknown.)
 
 
 def feasible(values, weights, low, high, top):
@@ -199,7 +206,9 @@ def feasible(values, weights, low, high, top):
     It is a budget: each v takes w v from low and from high. It must leave high at 0 or more, and
     low no higher than those to come can add, with at most `top` each.
 
-    values: int64 tensors; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
+    values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
+    on the ones before i; weights: positive ints; low, high: int64 tensors, at least as far apart as
+    a weight, less 1, or an interval may be empty. -> lists lo, hi.
     """
     lo, hi = [], []
     rest = top * sum(weights)  # the most that the values to come can add
@@ -260,8 +269,7 @@ class Gray(Psi):
     """4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, one channel of 16 levels.
 
     The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. A
-    view leaves a run of 4096 sums, and a run at least as long as a weight contains a multiple of
-    it: so no interval is empty.
+    view leaves 4096 sums, more than any weight.
     """
 
     label = "gray"
@@ -270,8 +278,7 @@ class Gray(Psi):
         if channels != 3 or levels < 16 or 255 % (levels - 1):
             raise Problem("gray needs 3 channels of 16 levels or more, levels - 1 dividing 255, "
                           f"got {channels=}, {levels=}")
-        super().__init__(1, 16)
-        self.levels = levels
+        self.levels, self.channels_out, self.levels_out = levels, 1, 16
         self.weights = [weight * 255 // (levels - 1) for weight in (77, 150, 29)]
 
     def __call__(self, x):
@@ -335,7 +342,7 @@ def log_mass(means, log_scales, lo, hi, levels):
     mass is below 1e-5: up to 1.4e-5 of the mass is lost, and 3 bits in a tail.)
     """
     a, b = edges(means, log_scales, lo, hi, levels)
-    # b - a; the difference itself has no digits left where the bin is narrow and far from the mean
+    # b - a, not by subtraction: both are large and nearly equal where a bin is narrow and far off.
     width = (hi - lo + 1).to(means.dtype) * (2.0 / (levels - 1)) * torch.exp(-log_scales)
     first, last = lo == 0, hi == levels - 1
     below_b = F.logsigmoid(b).masked_fill(last, 0.0)
@@ -351,8 +358,9 @@ def pick(log_weights, u):
 
 
 def logistic_between(a, b, u):
-    """The standard logistic at the quantile u of what lies between a and b."""
-    # In the left tail the cdf keeps its precision. By symmetry -z, between -b and -a, is at 1 - u.
+    """The standard logistic cut to (a, b), at its quantile u: what sample_tight draws by."""
+    # Far to the right the cdf rounds to 1, far to the left it keeps its digits. So we mirror: by
+    # symmetry -z lies between -b and -a, at 1 - u.
     flip = a + b > 0
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
@@ -383,7 +391,7 @@ class LogisticMixture:
         self.means = by_channel[:, :, :k]  # (N, 3, K, H, W), as the next two
         # At -7 one level holds 97% of a component centred on it (PixelCNN++'s clamp); 7 is a guard.
         self.log_scales = by_channel[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
-        self.coeffs = by_channel[:, :, 2 * k :].tanh()
+        self.coeffs = by_channel[:, :, 2 * k :].tanh()  # dim 1: of R in G, of R in B, of G in B
 
     @staticmethod
     def start(bias):
@@ -414,30 +422,31 @@ class LogisticMixture:
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
-        mass = log_mass(means, self.log_scales, x, x, self.levels)  # (N, 3, K, H, W)
-        weights = self.logit_probs.log_softmax(1)  # (N, K, H, W)
+        log_masses = log_mass(means, self.log_scales, x, x, self.levels)  # (N, 3, K, H, W)
+        log_weights = self.logit_probs.log_softmax(1)  # (N, K, H, W)
         if bounds is None:
-            return (weights + mass.sum(1)).logsumexp(1)
-        # Below, weights are log w_k times the masses of the channels before. They need not sum to
-        # 1, as their sum stands above and below the line. (With intervals of all levels M_k = 1,
-        # and all terms but the last one cancel: the line above.)
+            return (log_weights + log_masses.sum(1)).logsumexp(1)
+        # With v_k the product of w_k and the masses of the channels before, p' = sum v_k m_k / sum
+        # v_k M_k: that v is not scaled to sum to 1 does not matter, as it stands in both sums. (If
+        # all levels are allowed, M_k is 1, the sums cancel between channels, and what is left is
+        # the line above.)
         lo, hi = (bound.unsqueeze(2) for bound in bounds)
-        allowed = log_mass(means, self.log_scales, lo, hi, self.levels)
-        total = 0.0
-        for c in range(3):
-            total = total - (weights + allowed[:, c]).logsumexp(1)
-            weights = weights + mass[:, c]
-            total = total + weights.logsumexp(1)
+        log_allowed = log_mass(means, self.log_scales, lo, hi, self.levels)  # M
+        total, log_v = 0.0, log_weights
+        for channel in range(3):
+            total = total - (log_v + log_allowed[:, channel]).logsumexp(1)
+            log_v = log_v + log_masses[:, channel]
+            total = total + log_v.logsumexp(1)
         return total
 
     def sample(self, noise, mode="random", interval=None):
         """Draw every pixel from given noise -> int64 (N, 3, H, W).
 
         noise: uniform in (0, 1), (N, 6, H, W): component and value of each channel. One component,
-        drawn by its weight, serves all channels; "random" draws its value, "map" takes its mode
-        (MAP sampling, Sec. 4.2). With an interval: see sample_tight. Each channel is rounded before
-        the next is conditioned on it; without that, samples have another distribution than
-        log_prob.
+        drawn by its weight, serves all channels; "random" draws its value, "map" takes its mean
+        (the paper's MAP sampling, Sec. 4.2, though the component is still drawn). With an interval:
+        see sample_tight. Each channel is rounded before the next is conditioned on it; without
+        that, samples have another distribution than log_prob.
         """
         if interval is not None:
             return self.sample_tight(noise, mode, interval)
@@ -453,19 +462,20 @@ class LogisticMixture:
     def sample_tight(self, noise, mode, interval):
         """The same from the mixtures cut to intervals, as in log_prob.
 
-        interval(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each. To draw
-        one component for all channels is to draw it anew for each, from its weights given the
-        channels before. With intervals only the second is right: what is cut off differs between
-        components, and with it their weights. ("map" keeps the first one.)
+        interval(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each. Without
+        intervals one component for all channels, or one for each channel by its weight given those
+        before, are the same distribution: p(k) p(r | k) = p(r) p(k | r). With them only the second
+        is log_prob's, as a channel's weights w_k m_k M_k take in what is cut off in that channel.
+        ("map" keeps the first component, as above.)
         """
-        x, weights = [], self.logit_probs.log_softmax(1)
+        x, log_v = [], self.logit_probs.log_softmax(1)  # v as in log_prob
         for c in range(3):
             lo, hi = interval(x)
             means, log_scales = self.means_given(c, x), self.log_scales[:, c]
-            k = pick(weights + log_mass(means, log_scales, lo, hi, self.levels), noise[:, 2 * c])
+            k = pick(log_v + log_mass(means, log_scales, lo, hi, self.levels), noise[:, 2 * c])
             value, log_scale = means.gather(1, k), log_scales.gather(1, k)
             if mode == "map":
-                weights = torch.full_like(weights, -math.inf).scatter(1, k, 0.0)
+                log_v = torch.full_like(log_v, -math.inf).scatter(1, k, 0.0)
             else:
                 a, b = edges(value, log_scale, lo, hi, self.levels)
                 a = a.masked_fill(lo == 0, -math.inf)
@@ -473,7 +483,7 @@ class LogisticMixture:
                 logistic = logistic_between(a, b, noise[:, 2 * c + 1].unsqueeze(1))
                 value = value + log_scale.exp() * logistic
             x.append(self.round(value).clamp(lo, hi))
-            weights = weights + log_mass(means, log_scales, x[c], x[c], self.levels)
+            log_v = log_v + log_mass(means, log_scales, x[c], x[c], self.levels)
         return torch.cat(x, 1)
 
     def component(self, k):
@@ -541,9 +551,11 @@ class Categorical:
 # Therefore v's other layers may read v in o's row, and to the right of o. h reads v; v never reads
 # h, which knows pixels of o's row.
 #
-# Nor does a change of resolution let a later pixel in: q at half the resolution is made from what
-# is known at 2 q, in both coordinates, and on the way back it goes to 2 q and 2 q + 1, which come
-# no earlier.
+# Nor does a change of resolution let a later pixel in. At half the resolution, (i, j) knows what
+# was known at the first of its four pixels; so all four may read it on the way back:
+#
+#     (2 i, 2 j)         known there goes to (i, j)
+#     (2 i, 2 j + 1)     reads (i, j), and comes later than (2 i, 2 j); so do the two below
 
 
 class Conv(nn.Module):
@@ -553,17 +565,18 @@ class Conv(nn.Module):
         up                      out(p) = b + sum over d of w_d in((p + d) / 2)  where that is whole
 
     d = (dy, dx) runs over rows x columns, and `in` is 0 outside the image. Causality is a matter of
-    the two ranges. o is the output's place; v's and h's first layers do not read it, the others do:
+    the two ranges:
 
-        VERTICAL  x x x     HORIZONTAL  x x     first layers     x x x     x x x     x .
-                  x o x                 x o     of v and h       x x x       o       x o
-                                                                   o
+        VERTICAL   HORIZONTAL     v_first    h_above    h_left     o: the output's place, which
+         x x x        x x          x x x      x x x       x        only the first two read
+         x o x        x o          x x x        o         x o
+                                     o
     """
 
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        for first, last in (rows, columns):  # torch pads both sides by -first; going up, by last
+        for first, last in (rows, columns):  # what torch can pad, see convolve
             if not first <= last <= -first or (up and last < 0):
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
                               "-first")
@@ -579,12 +592,13 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels (Salimans & Kingma 2016)."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    @wrap_torch_function(lambda self, x: (x,))  # so that the fast sampler can record a call
+    # With tensors this changes nothing. With a Symbol (see Sampling fast) a call is only recorded.
+    @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
         if not self.full_precision:
             return self.convolve(x, self.weight(), self.b)
-        # bfloat16, with its 8 bits, would move a pixel or a mean by a quarter of a level.
+        # bfloat16 rounds numbers near 1 by up to 1/512, a quarter of the distance between levels.
         with torch.autocast(x.device.type, enabled=False):
             return self.convolve(x.to(self.v.dtype), self.weight(), self.b)
 
@@ -594,9 +608,10 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # in(q) adds w_d in(q) to out(2 q - d): w is stored backwards, and what comes before
-            # out(0), `bottom` rows, is what torch takes as padding. extra: to 2 height rows or
-            # more.
+            # in(q) adds w_d in(q) to out(2 q - d). In a row that reads d = -1, 0: out(0) = w_0
+            # in(0), out(1) = w_-1 in(0), out(2) = w_0 in(1), .. So torch's kernel is [w_0, w_-1]: w
+            # is stored backwards. What d > 0 adds before out(0) is cut off as padding; extra: to
+            # full size.
             extra = (max(0, top + bottom + 1), max(0, left + right + 1))
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, (bottom, right), extra)
             return y[:, :, : 2 * height, : 2 * width]
@@ -606,7 +621,7 @@ class Conv(nn.Module):
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
 # As many weights, but no look to the right: v sees no further to the upper right than its first
-# layer does. That is less of a loss where X^ tells of it, and samples in a third of the steps.
+# layer. That costs less where X^ tells what is there; the sampler's lag falls from 8 to 2.
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -700,10 +715,10 @@ class Stage(nn.Module):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         before = layout[i - 1][0] if i > 0 else self.halved
-        change = dict(stride=2) if self.halved > before else dict(up=True)
         nr_skips = int(any(halved == self.halved for halved, _ in layout[:i]))
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
         if self.halved != before:
+            change = dict(stride=2) if self.halved > before else dict(up=True)
             self.enter.extend(Conv(filters, filters, **reach, **change) for reach in reaches)
         for _ in range(nr_blocks):
             streams = nn.ModuleList()
@@ -786,7 +801,7 @@ class EmbeddingNet(nn.Module):
                 y = block(y, *skip)
                 made[stage.halved].append(y)
             last[stage.halved] = y
-        return [last[halved] for halved in sorted(last)]
+        return [last[halved] for halved in sorted(last)]  # -1, 0, 1: of x they are 0, 1, 2
 
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
@@ -924,8 +939,8 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
         params = factor.params(x, embeddings)[:, :, r : r + 1, c : c + 1]
 
         def interval(drawn):
-            """(lo, hi) of the channel after those drawn, which go to x first: bounds looks
-            there."""
+            """Write the channels drawn so far into x, where psi.bounds reads them -> (lo, hi) of
+            the next one."""
             for channel, value in enumerate(drawn):
                 pixel[:, channel : channel + 1] = value
             lo, hi = factor.view.psi.bounds(x, x_hat)
@@ -954,8 +969,9 @@ class PixelAux(nn.Module):
             for view in self.views:
                 # What is given a smaller view has a light network, and so has the coarsest view of
                 # a pyramid. The others, X and gray by themselves or X given gray, have PixelCNN++.
-                kind = type(view.psi) if view.psi else (MODELS[config.model] or [Psi])[-1]
-                self.factors.append(Factor(config, view, light=kind.cell > 1))
+                kinds = MODELS[config.model]
+                light = view.psi.cell > 1 if view.psi else bool(kinds) and kinds[-1].cell > 1
+                self.factors.append(Factor(config, view, light))
         height, width = config.size
         if min(height, width) < self.unit or height % self.unit or width % self.unit:
             raise Problem(f"size {height}x{width} does not fit model {config.model}: height and "
@@ -1031,7 +1047,7 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                self.factors[j].Head.start(self.factors[j].net.last.b)  # of which 0 was made
+                self.factors[j].Head.start(self.factors[j].net.last.b)  # now at 0
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
                given_view=None, until=None, progress=None):
@@ -1568,7 +1584,11 @@ def progress_bar(iterable=None, **options):
 # Factors share nothing (Eq. 4, 5): each is trained on its own, in turn or on machines of their own.
 # All that is random is a function of the seed, the factor and the step, so that a run that is
 # stopped and resumed ends in the same weights as one that is not. Several processes (torchrun) each
-# take a share of the rows of every batch, and average their gradients.
+# take a share of the rows of every batch, and average their gradients. The loop of train_factor:
+#
+#     each step     batch -> loss -> gradient -> Adam -> moving average of the weights
+#     at a look     (now and then) is the loss finite?  minutes -> steps, once;  test images after
+#                   each quarter;  log;  checkpoint;  told to stop?  pictures after each quarter
 
 
 def world_size():
@@ -1596,8 +1616,8 @@ def steps_of(config, k, data):
 
 def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done and the last ones ended after `times`
-    seconds; math.inf while these do not tell. (The first is no measure: much happens only once.)"""
-    if len(times) < 3 or times[-1] < 0.03 * 60 * minutes:
+    seconds; math.inf until 3% of the time tell the pace. (The first step is no measure: much
+    happens only once.)""" if len(times) < 3 or times[-1] < 0.03 * 60 * minutes:
         return math.inf
     pace = (times[-1] - times[0]) / (len(times) - 1)
     return step + max(1, round((60 * minutes - times[-1]) / pace))
@@ -1618,7 +1638,7 @@ def record_steps(out, config, k, steps):
 
 def learning_rate(config, step, steps):
     warmup = config.warmup
-    if config.start:  # Adam's second moments begin at 0: at full rate its first steps ruin weights
+    if config.start:  # at full rate Adam's first steps, second moments from 0, would ruin weights
         warmup = max(warmup, 2 / (1 - config.betas[1]))
     rate = config.lr * config.lr_decay**step * min(1.0, (step + 1) / max(1, warmup))
     if config.anneal:
@@ -1664,7 +1684,8 @@ def batch_of(model, k, data, step):
 
 
 def time_to_look(step, steps):
-    """At the loss: every hundredth of the steps, but at least every 20 steps."""
+    """Whether to look at the loss after this step: every hundredth of the steps, and at least every
+    20 steps."""
     every = 1 if steps == math.inf else min(20, max(1, steps // 100))
     return step % every == 0 or step == steps
 
@@ -1684,13 +1705,13 @@ def training_step(forward, batch, optimizer, average, config, dims):
 
 @torch.random.fork_rng()  # dropout takes its noise from torch's own generators
 def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_every=120, show=None):
-    """Train factor k of `model` on `data`, or go on from its checkpoint in the folder `out`. In the
-    end the model has the averaged weights.
+    """Train factor k of `model` on `data`, or go on from its checkpoint in the folder `out`.
 
-    -> the number of steps made. Writes out/factor-k.pt every save_every seconds and after each
-    quarter, and out/metrics.jsonl.
-    stop(): whether to save and raise KeyboardInterrupt. show(): makes pictures after each quarter.
-    Raises Failure if the loss is not finite, Problem if the checkpoint is of another run.
+    From here on the model has the averaged weights, so that tests and pictures show them; a copy is
+    trained. -> the number of steps made. Writes out/factor-k.pt every save_every seconds and after
+    each quarter, and out/metrics.jsonl. stop(): whether to save and raise KeyboardInterrupt.
+    show(): makes pictures after each quarter. Raises Failure if the loss is not finite, Problem if
+    the checkpoint is of another run.
     """
     config, device, seed = model.config, model.device, (model.config.seed, k)
     out.mkdir(parents=True, exist_ok=True)
@@ -1698,14 +1719,14 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
     saved = read_checkpoint(path) if path.exists() else None
     if not saved and not config.start:
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
-    factor = model.factors[k].train()
-    average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
-    model.factors[k] = average.module  # the model has the average; `factor` is the one we train
-    optimizer = torch.optim.Adam(factor.parameters(), betas=config.betas, fused=True)
-    begun, seconds = restore(saved, path, factor, average, optimizer)
+    trained = model.factors[k].train()
+    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
+    model.factors[k] = average.module
+    optimizer = torch.optim.Adam(trained.parameters(), betas=config.betas, fused=True)
+    begun, seconds = restore(saved, path, trained, average, optimizer)
     step, steps = begun, steps_of(config, k, data)
     compile = compile and step < steps
-    forward = wrapped(factor, batch_of(model, k, data, 0), config.tight, compile, stop)
+    forward = wrapped(trained, batch_of(model, k, data, 0), config.tight, compile, stop)
     log = Log(out, k, step)
     total, looked, times = torch.zeros((), device=device), step, []  # of losses since step `looked`
     clock, save_at = time.monotonic(), time.monotonic() + save_every
@@ -1721,20 +1742,20 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
             continue
         seconds += time.monotonic() - clock
         bits = float(total) / (step - looked)
-        bits, seconds, stopping = averaged([bits, seconds, stop()], device)
+        bits, seconds, stopping = averaged([bits, seconds, stop()], device)  # > 0: one is to stop
         check_finite(bits, k, step, path)
         times.append(seconds)
         decided = False  # now, how many steps the minutes are
         if steps == math.inf:
             steps = steps_in_time(of_factor(config.minutes, k), step, times)
             decided = steps < math.inf
-        quarter = 4 * step // steps > 4 * looked // steps
+        quarter = 4 * step // steps > 4 * looked // steps  # one is over since the last look
         test = test_bits(model, k, data.test[:128]) if quarter else None
         log.write(step, steps, bits, seconds, test)
         if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
-            save_training(path, config, k, factor, average, optimizer, step, seconds)
+            save_training(path, config, k, trained, average, optimizer, step, seconds)
             save_at = time.monotonic() + save_every
-        if decided:  # once saved: a kill in between must not repeat these steps at another rate
+        if decided:  # after saving: or a kill in between repeats these steps at another rate
             record_steps(out, config, k, steps)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
@@ -1752,20 +1773,20 @@ def check_finite(bits, k, step, path):
                       f"the last good checkpoint is {good}")
 
 
-def save_training(path, config, k, factor, average, optimizer, step, seconds):
+def save_training(path, config, k, trained, average, optimizer, step, seconds):
     """Write factor k's checkpoint."""
-    training = dict(weights=factor.state_dict(), optimizer=optimizer.state_dict(), step=step,
+    training = dict(weights=trained.state_dict(), optimizer=optimizer.state_dict(), step=step,
                     seconds=seconds)
     write_checkpoint(path, config, {k: average.module.state_dict()}, training=training)
 
 
-def restore(saved, path, factor, average, optimizer):
+def restore(saved, path, trained, average, optimizer):
     """Take up training where a checkpoint stands, if there is one -> (step, seconds)."""
     if saved is None:
         return 0, 0.0
     try:
         training, (weights,) = saved["training"], saved["factors"].values()
-        factor.load_state_dict(training["weights"])
+        trained.load_state_dict(training["weights"])
         average.module.load_state_dict(weights)
         average.n_averaged.fill_(training["step"])  # at 0 the next update would begin it anew
         optimizer.load_state_dict(training["optimizer"])
@@ -1795,9 +1816,11 @@ class Log:
 
 # --- Evaluation and pictures -------------------------------------------------------------------
 #
-# A factor's nats become bits/dim by a division, and there are three: by the sub-pixels of X, so
-# that factors add up to the total; by those of the view itself; and, as in the paper's Table 2, of
-# all factors up to a view by the sub-pixels of that view, which is bits/dim of the smaller model.
+# A factor's bits, of an image, become bits/dim by one of three divisions:
+#
+#     of X          bits of factor k / sub-pixels of X                  add up to the total
+#     own           bits of factor k / sub-pixels of view k
+#     cumulative    bits of factors 0..k / sub-pixels of view k         as in the paper's Table 2
 
 
 def test_bits(model, k, images):
@@ -1950,20 +1973,22 @@ def save_samples(model, views, path, given=0):
 #     v within block 3, read at (r, c + 1) by its second convolution          -1
 #     v after block 2, read at (r, c + 1) by the first one of block 3         -2
 #     ..
-#     v after its first convolution: 6 steps before the first pixel           -6
+#     v after its first convolution (so the first step is 6 before pixel 0)   -6
 #     x, read at (r - 1, c + 1) by that one                    lag - 1 - 6 =   1
 #
-# A pixel is known only after its own step, so that the delay of x must be 1 or more: lag 8. In
-# general, who is read at an offset (dy, dx) must be there lag dy + dx steps earlier or later:
-# delay_source <= delay_reader - (lag dy + dx). Of all its readers the most impatient one counts. At
-# half the resolution a position stands for two columns, so that steps count double: what is halved
-# s times is computed at step 2^s (lag r + c) + delay, and an offset between two resolutions counts
-# 2^m (lag dy + dx), in pixels of the finer one, halved m times.
+# A pixel is known only after its own step, so that the delay of x must be 1 or more: lag 8.
 #
-# **Strips.** What is read in the row above was there some lag steps before it is needed. So the
-# kernel rows that lie above need not be multiplied position by position: a convolution is split,
-# and what these rows add is computed for a *strip* of lag positions when the first of them is due.
-# One large product takes half the time of many small ones.
+# In general, position (r + dy, c + dx) has its step lag dy + dx later than (r, c), or earlier. Who
+# is read there must be that much ahead: delay_source <= delay_reader - (lag dy + dx). Of all its
+# readers the most impatient one counts. At half the resolution a position stands for two columns,
+# so that steps count double: what is halved s times is computed at step 2^s (lag r + c) + delay,
+# and the rule has 2^m (lag dy + dx), the offset in pixels of the finer resolution of the two,
+# halved m times.
+#
+# **Strips.** In the row above things are lag steps ahead. So the kernel rows that lie above need
+# not be multiplied position by position: a convolution is split, and what these rows add is
+# computed for a *strip* of lag positions (or fewer, so that strips fit into the row) when the first
+# of them is due. One large product takes half the time of many small ones.
 #
 #     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
 #     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
@@ -1976,14 +2001,14 @@ def save_samples(model, views, path, given=0):
 # Of CausalNet nothing is known here: what there is to compute is read from its forward pass. Any
 # network will do that is made of Conv and of functions of values at one position. All that can be
 # decided beforehand is decided once, in Plan, which makes of every value a function of the places
-# where it is due; a step calls these functions.
+# where it is due; a step calls these functions. The loop over the steps is sample_by, at the end.
 
 
 class Places(typing.NamedTuple):
-    """Positions (row + i down, column + i right + j across), i < count, j < strip.
+    """Positions (row + i * down, column + i * right + j * across), i < count, j < strip.
 
     Places(r, c): one position. Places(r, c, 1, -lag, 5): 5 along a diagonal; with strip=8, the
-    strips that begin there. (across is 2 in Plan.summation alone.)
+    strips that begin there. (across is 2 in Plan.by_parity alone.)
     """
 
     row: int
@@ -2019,9 +2044,9 @@ class Node:
     known: bool = False
     delay: int = 0
     strip: int = 1  # how many neighbours in a row are computed together
-    image: torch.Tensor | None = None  # (n, H, W, C), if it is read elsewhere or later
-    margin: tuple = (0, 0, 0, 0)  # of zeros in `image`: above, below, left, right
-    compute: object = None  # the function Places -> values there, (n positions, C)
+    buffer: torch.Tensor | None = None  # its values, (n, H, W, C), if read elsewhere or later
+    margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
+    compute: object = None  # the function Places -> values there, (n * positions, C)
 
     @property
     def when(self):
@@ -2041,21 +2066,22 @@ class Node:
         """Whether what it reads of source was computed in this step, or with the strip it is in."""
         here = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
         computed = source.terms or source.taps  # others are x, or known
-        return here and computed and source.when[:2] == self.when[:2]
+        together = (source.halved, source.delay) == (self.halved, self.delay)
+        return here and computed and together
 
     def window(self, dy=0, dx=0, columns=1, stride=1, shrink=1):
-        """The function Places -> a view (n, count, strip, columns C) of `image`: for each position
+        """The function Places -> a view (n, count, strip, columns C) of `buffer`: for each position
         p, `columns` neighbours from (stride p + (dy, dx)) / shrink on.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
         reads at a position is a vector. The vectors of neighbouring positions overlap, and those of
         Places are equally far from each other: no copy, and no table of indices.
         """
-        n, length = len(self.image), columns * self.channels
-        next_image, next_row, next_column, _ = self.image.stride()
+        n, length = len(self.buffer), columns * self.channels
+        next_image, next_row, next_column, _ = self.buffer.stride()
         start = self.margin[0] * next_row + self.margin[2] * next_column
 
-        def view(places):
+        def read(places):
             r, c, down, right, count, strip, across = places
             r, c = (stride * r + dy) // shrink, (stride * c + dx) // shrink
             down, right = stride * down // shrink, stride * right // shrink
@@ -2063,14 +2089,15 @@ class Node:
             next_place = max(0, down * next_row + right * next_column)  # below 0 only if count is 1
             strides = (next_image, next_place, across * next_column, 1)
             offset = start + r * next_row + c * next_column
-            return self.image.as_strided((n, count, strip, length), strides, offset)
+            return self.buffer.as_strided((n, count, strip, length), strides, offset)
 
-        return view
+        return read
 
 
 class Symbol(torch.Tensor):
-    """Stands for a node while a network is read: whatever function of torch is called with it,
-    Conv.forward, concat_elu and gate among them, is recorded in its place."""
+    """Stands for a node while a network is read. torch calls __torch_function__ in place of any of
+    its functions that gets a Symbol, and wrap_torch_function makes Conv.forward, concat_elu and
+    gate do the same: so what would be computed is recorded."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -2096,6 +2123,8 @@ class Recorder:
         return symbol
 
     def record(self, function, args, kwargs):
+        if function is F.dropout and not kwargs["training"]:
+            return args[0]
         expression = (function, *map(id, args), repr(kwargs))
         if expression not in self.symbols:
             node = self.node(function, args, kwargs)
@@ -2111,8 +2140,9 @@ class Recorder:
             return Node(halved, len(conv.b), taps=taps, bias=conv.b)
         halved = next(a.node.halved for a in args if isinstance(a, Symbol))
         terms = [self.term(a, halved) for a in args]
-        function = functools.partial(function, **kwargs) if kwargs else function
-        node = Node(halved, self.channels(function, terms), function, terms)
+        if kwargs:
+            function = functools.partial(function, **kwargs)
+        node = Node(halved, self.tried(function, terms), function, terms)
         if function in (torch.add, torch.Tensor.add):
             self.merge(node)
         return node
@@ -2126,13 +2156,13 @@ class Recorder:
             return value
         channels = value.shape[-3] if value.dim() > 2 else 1
         try:
-            image = value.expand(self.n, channels, *(side >> halved for side in self.size))
+            values = value.expand(self.n, channels, *(side >> halved for side in self.size))
         except RuntimeError:
             raise Problem(f"sample_fast: a tensor {tuple(value.shape)} is no image") from None
-        image = image.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        return Node(halved, channels, known=True, image=image)
+        values = values.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+        return Node(halved, channels, known=True, buffer=values)
 
-    def channels(self, function, terms):
+    def tried(self, function, terms):
         """How many channels it returns, by trial on images, (N, C, H, W), and on the same values as
         a row of positions, (N H W, C). A function of values at one position makes the same of both;
         and it must leave its arguments as they are."""
@@ -2153,7 +2183,8 @@ class Recorder:
         raise Problem(f"sample_fast: {function} is no function of values at one position")
 
     def merge(self, node):
-        """A sum takes in the convolutions that are its terms: each adds to one total."""
+        """A sum takes in the convolutions that are its terms: h_above(x) + h_left(x) is one running
+        total in place of two results and an addition. (Doubling ones sum by parity, and stay.)"""
         convs = [term for term in node.terms if isinstance(term, Node) and term.taps]
         convs = [conv for conv in convs if conv.channels == node.channels and not is_doubling(conv)]
         if not convs or not all(isinstance(term, Node) for term in node.terms):
@@ -2190,7 +2221,7 @@ class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
     In this order: the network is read; what the output does not need is left out; delays, and the
-    lag; strips; images for values that are read elsewhere or later; a function for every node.
+    lag; strips; buffers for values that are read elsewhere or later; a function for every node.
     nodes: in the order of computation within a step, without x. least_lag: if pixels are not to be
     drawn together though the network would allow it.
     """
@@ -2253,9 +2284,9 @@ class Plan:
         """
         nodes, self.nodes = self.nodes, []
         for node in nodes:
-            # It divides the lag, by which c changes from row to row of a diagonal, and the row. So
-            # all of a diagonal's positions have one place in their strips (`at` relies on it),
-            # which begin together.
+            # A strip divides the width, and the lag, by which c changes from row to row of a
+            # diagonal. So all positions of a diagonal have one place in their strips (`at` relies
+            # on it), which begin together.
             strip = math.gcd(self.lag, self.size[1] >> node.halved)
             late = [read for read in node.reads() if not self.in_time(node, read, strip)]
             if not all(self.in_time(node, read, 1) for read in late):
@@ -2276,18 +2307,21 @@ class Plan:
     def in_time(self, node, read, strip):
         """Whether what a strip of node reads is there when its first position is due."""
         source, dy, dx = read
-        finer, columns = 2 ** min(node.halved, source.halved), self.size[1]
-        # From the strip's first position to the last that it reads: columns, which are steps.
+        finer = 2 ** min(node.halved, source.halved)
+        # From the strip's first position to the last that it reads: columns of x, which are steps.
         ahead = finer * dx + 2**node.halved * (strip - 1)
-        # Two cases of raster order, where a strip may be a row. v reads v to the right of itself:
-        if source is not self.x and source.strip << source.halved == columns:
-            ahead = 0  # in a row that is computed as a whole
-        elif strip << node.halved == columns:
-            ahead = min(ahead, columns - 1)  # beyond are zeros
+        if source is not self.x and self.is_row(source.halved, source.strip):
+            ahead = 0  # all of the source's row was computed at once, v to the right of v, too
+        elif self.is_row(node.halved, strip):
+            ahead = min(ahead, self.size[1] - 1)  # what lies beyond is 0, and there at once
         return source.delay + finer * self.lag * dy + ahead <= node.delay
 
+    def is_row(self, halved, strip):
+        """Whether a strip is a whole row, as in raster order."""
+        return strip << halved == self.size[1]
+
     def allocate(self, weight):
-        """Images for x and the nodes that are read elsewhere or later, as wide as they are read."""
+        """Buffers for x and what is read elsewhere or later, as wide as they are read."""
         kept = {self.x}
         for node in self.nodes:
             reads = [(term, None) for term in node.terms if isinstance(term, Node)]
@@ -2302,7 +2336,10 @@ class Plan:
             above, below, left, right = node.margin
             height, width = (side >> node.halved for side in self.size)
             size = (self.n, above + height + below, left + width + right, node.channels)
-            node.image = weight.new_zeros(size)
+            node.buffer = weight.new_empty(size)  # what is inside is written before it is read
+            for margin in (node.buffer[:, :above], node.buffer[:, above + height :],
+                           node.buffer[:, :, :left], node.buffer[:, :, left + width :]):
+                margin.zero_()
 
     def steps(self):
         """Of each step: ({when: Places to compute}, Places of the pixels then drawn, or None)."""
@@ -2327,7 +2364,7 @@ class Plan:
         return Places(first, wave - self.lag * first, 1, -self.lag, last - first + 1, strip)
 
     def compute(self, due):
-        """Compute nodes, {their `when`: Places} -> the output's values, (n count, C), or None."""
+        """Compute nodes, {their `when`: Places} -> the output's values, (n * count, C), or None."""
         whens = tuple(due)
         work = sum(self.work[when] * due[when].count * due[when].strip for when in whens)
         torch.set_num_threads(self.threads if worth_threads(work) else 1)
@@ -2338,13 +2375,13 @@ class Plan:
         return self.now[self.output] if self.output.when in due else None
 
     def computation(self, node):
-        """The function Places -> values of node, which are also kept in node.image, if any."""
+        """The function Places -> values of node, which are also kept in node.buffer, if any."""
         if node.function is None:
             values_at = self.summation(node)
         else:
             terms = [self.at(node, term) for term in node.terms]
             values_at = lambda places: node.function(*[term(places) for term in terms])
-        if node.image is None:
+        if node.buffer is None:
             return values_at
         window = node.window()
 
@@ -2356,7 +2393,7 @@ class Plan:
         return compute
 
     def at(self, node, term):
-        """The function Places -> what node reads at its own position, (n positions, C)."""
+        """The function Places -> what node reads at its own position, (n * positions, C)."""
         if not isinstance(term, Node):
             return lambda places: term
         if not node.has_at_hand(term):
@@ -2372,15 +2409,11 @@ class Plan:
         return from_strip
 
     def summation(self, node):
-        """The function Places -> bias + terms + taps of node.
-
-        Where the resolution doubles, an even position takes every second column and row of a
-        kernel, and an odd one the others. So that is a sum of its own for each parity of both.
-        """
-        doubles = is_doubling(node)
+        """The function Places -> bias + terms + taps of node."""
         terms = [self.at(node, term) for term in node.terms]
+        parities = itertools.product((0, 1), (0, 1)) if is_doubling(node) else [(0, 0)]
         taps = {}
-        for parity in itertools.product((0, 1), (0, 1)) if doubles else [(0, 0)]:
+        for parity in parities:
             taps[parity] = [self.tap(node, *tap, parity) for tap in node.taps]
 
         def add_terms(places):
@@ -2394,20 +2427,26 @@ class Plan:
                 total = tap(places, total)
             return total
 
-        def by_parity(places):
-            row, column, down, right, count, strip, _ = places
-            total = add_terms(places).expand(self.n * count * strip, -1)
-            total = total.reshape(self.n, count, strip, -1)
-            values = total.new_empty(total.shape)
-            for i, j in itertools.product(range(min(2, count)), range(min(2, strip))):
-                r, c = row + i * down, column + i * right + j
-                part = total[:, i::2, j::2]
-                some = Places(r, c, 2 * down, 2 * right, *part.shape[1:3], across=2)
-                part_values = add_taps(some, part.flatten(0, 2), (r % 2, c % 2))
-                values[:, i::2, j::2] = part_values.view(part.shape)
-            return values.flatten(0, 2)
+        if is_doubling(node):
+            return lambda places: self.by_parity(places, add_terms(places), add_taps)
+        return lambda places: add_taps(places, add_terms(places))
 
-        return by_parity if doubles else lambda places: add_taps(places, add_terms(places))
+    def by_parity(self, places, total, add_taps):
+        """total + taps, where these depend on the parity of row and column: a kernel's columns
+        dx = -1, 0 that read in(p + dx) / 2 are dx = 0 alone if p is even, and dx = -1 if it is odd.
+
+        Every second position of a diagonal, and of a strip, has the same parity: up to 2 x 2 calls.
+        """
+        row, column, down, right, count, strip, _ = places
+        total = total.expand(self.n * count * strip, -1).reshape(self.n, count, strip, -1)
+        values = total.new_empty(total.shape)
+        for i, j in itertools.product(range(min(2, count)), range(min(2, strip))):
+            r, c = row + i * down, column + i * right + j
+            part = total[:, i::2, j::2]
+            some = Places(r, c, 2 * down, 2 * right, *part.shape[1:3], across=2)
+            part_values = add_taps(some, part.flatten(0, 2), (r % 2, c % 2))
+            values[:, i::2, j::2] = part_values.view(part.shape)
+        return values.flatten(0, 2)
 
     def tap(self, node, source, conv, dy, parity):
         """The function (Places, total) -> total + what this kernel row adds."""
@@ -2440,7 +2479,7 @@ def product(weight, rows):
     MKL packs the weight anew in each call. oneDNN keeps it packed, and takes half the time where
     there is much to do. Its operators are private: where they are missing, addmm serves.
     """
-    onednn, large = torch.ops.mkldnn, rows >= 16 and weight.numel() >= 60_000
+    onednn, large = torch.ops.mkldnn, rows * weight.numel() >= 1_000_000
     cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     there = hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight")
     if not (large and cpu and there and torch.backends.mkldnn.is_available()):
@@ -2479,6 +2518,8 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
 
 
 def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
+    """The loop: each step computes what is due; if pixels are, they are drawn, and written to x and
+    to the plan's x, on -1 .. 1 with the plane of ones."""
     channels = factor.view.shape[0]
     x = torch.zeros(n, *factor.view.shape, dtype=torch.uint8, device=factor.a_weight.device)
     planes = plan.x.window()
@@ -2523,9 +2564,16 @@ def interval_at(psi, x, x_hat, rows, columns):
 
 # --- Command line: train, eval, sample ----------------------------------------------------------
 #
-# `train` goes through plan_run (what is to be trained: a new run, or the one in the folder), begin
-# (the factors are locked by now, and it is written down), and train_factor for each factor. Every
-# command ends in main, which makes one line of what the user can mend.
+# `train` goes through three functions: plan_run (what is to be trained), begin (the factors are
+# locked by now: it looks whether another process came in between, and writes down what is trained),
+# and train_factor for each factor. By what is in the folder and what flags say, plan_run comes to
+#
+#     the folder      no flag        --resume             --factor K
+#     is new          a new run      refused              a new run, of which this is one factor
+#     has a run       refused        goes on, if flags    goes on, if it does not have factor K
+#                                    do not contradict    and flags do not contradict
+#
+# Every command ends in main, which makes one line of what the user can mend.
 
 # What stands around the method is loaded when it is asked for: {command: (module of tools/, help)}.
 TOOLS = {
@@ -2536,6 +2584,7 @@ TOOLS = {
     "curves": ("curves", "a picture of a run's bits/dim by steps of training"),
     "figures": ("figures", "the paper's figures from a run's model"),
     "check": ("check", "is a network causal, and does a run's model hold what it promises"),
+    "claim": ("claim", "the paper's claim counted on shapes: four models at equal time"),
 }
 
 
@@ -2639,15 +2688,16 @@ def command_train(args):
 def train(args, device):
     kind = pathlib.Path((args.data or "shapes").partition(":")[0]).stem
     out = args.out or pathlib.Path("runs", f"{args.model or 'pyramid'}-{kind}")
-    first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
-    if first:  # of the processes on a machine: it fetches the data, which the others find
+    fetches = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
+    # The first process of a machine plans, and fetches the data, while the others wait; then they.
+    if fetches:
         config, data = plan_run(args, out)
     if world_size() > 1:
         dist.barrier()
-    if not first:
+    if not fetches:
         config, data = plan_run(args, out)
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier()  # now all have planned: begin may write
     model = PixelAux(config).to(device, memory_format=torch.channels_last)
     factors = range(len(model.factors)) if args.factor is None else [args.factor]
     if factors[-1] not in range(len(model.factors)):
@@ -2673,7 +2723,7 @@ def train(args, device):
             made += train_factor(model, k, data, out, stop, args.compile, args.save_every, show)
         if rank() > 0:
             return
-        show()
+        show_samples(model, factors[-1], factors[0], data, out, stop)
     if not made:
         print(f"{out} was finished before; --start {out} goes on in another folder")
     if args.factor is None:
@@ -2730,7 +2780,7 @@ def hardware(device):
 
 @contextlib.contextmanager
 def signals_noted():
-    """SIGINT and SIGTERM are only noted, as no step may be cut in two. -> the function that
+    """SIGINT, SIGTERM and SIGHUP are only noted, as no step may be cut in two. -> the function that
     tells."""
     noted, before = [], {}
     if threading.current_thread() is threading.main_thread():  # no other may set signals

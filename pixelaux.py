@@ -1617,7 +1617,8 @@ def steps_of(config, k, data):
 def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done and the last ones ended after `times`
     seconds; math.inf until 3% of the time tell the pace. (The first step is no measure: much
-    happens only once.)""" if len(times) < 3 or times[-1] < 0.03 * 60 * minutes:
+    happens only once.)"""
+    if len(times) < 3 or times[-1] < 0.03 * 60 * minutes:
         return math.inf
     pace = (times[-1] - times[0]) / (len(times) - 1)
     return step + max(1, round((60 * minutes - times[-1]) / pace))

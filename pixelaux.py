@@ -6,7 +6,8 @@
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel), of which the shape of things, all that a person sees, is a hundredth of a bit or so: a model
-that ignores it loses next to nothing. So it learns the cloth and not the coat.
+that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
+(On the built-in data one can count: `python pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, in which there is no texture, has a network of its own; and a
@@ -116,18 +117,22 @@ class Config:
     halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
     nr_filters: int = 160
     nr_logistic_mix: int = 10
-    layout: tuple = six_stages(6)  # of p(X), p(gray): PixelCNN++'s 36 blocks
-    layout_cond: tuple = six_stages(4)  # of p(X | gray) and its embedding: 24 blocks (Sec. 4.1)
-    layout_light: tuple = ((0, 3),)  # of the pyramid's causal networks (Sec. 4.2)
-    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))  # of the pyramid's embeddings
+    # causal network, embedding     of X or gray alone: layout, none
+    #                               of X given gray: layout_cond, layout_cond
+    #                               in a pyramid: layout_light, layout_embed (8x8: none)
+    layout: tuple = six_stages(6)  # PixelCNN++'s 36 blocks
+    layout_cond: tuple = six_stages(4)  # 24 blocks (Sec. 4.1)
+    layout_light: tuple = ((0, 3),)  # (Sec. 4.2)
+    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))
     look_right: bool = True  # False: only first layers of light networks do; see VERTICAL_LEFT
     dropout: float = 0.5
 
     tight: bool = False  # train distributions that are cut to what X^ leaves possible (see psi)
     batch_size: int = 64
+    # How long: by steps if they are not 0, else by minutes if they are not, else by epochs.
     epochs: tuple = (30, 200)  # if images are made on the fly, an epoch is 50,000 of them
-    steps: tuple = (0,)  # in place of epochs; 0: from epochs
-    minutes: tuple = (0.0,)  # become steps when the pace is known; 0: not by time
+    steps: tuple = (0,)
+    minutes: tuple = (0.0,)  # these become steps when the pace is known
     lr: float = 1e-3
     lr_decay: float = 0.99999  # the learning rate is multiplied by it after each step
     warmup: int = 0  # steps in which the learning rate grows to its full value
@@ -143,6 +148,8 @@ class Config:
     start: str = ""  # run or checkpoint whose weights training begins with
 
 
+# The small ones are for short runs: higher rates, and averages over fewer steps. `tiny` is trained
+# tight, as `shapes`, for which it is made, show what that is worth.
 PRESETS = {
     "tiny": dict(
         nr_filters=24, layout=six_stages(1), layout_cond=six_stages(1),
@@ -207,8 +214,8 @@ def feasible(values, weights, low, high, top):
     low no higher than those to come can add, with at most `top` each.
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
-    on the ones before i; weights: positive ints; low, high: int64 tensors, at least as far apart as
-    a weight, less 1, or an interval may be empty. -> lists lo, hi.
+    on the ones before i; weights: positive ints; low, high: int64 tensors. No interval is empty if
+    high - low is at least the largest weight - 1. -> lists lo, hi.
     """
     lo, hi = [], []
     rest = top * sum(weights)  # the most that the values to come can add
@@ -269,7 +276,7 @@ class Gray(Psi):
     """4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, one channel of 16 levels.
 
     The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. A
-    view leaves 4096 sums, more than any weight.
+    view leaves 4096 sums, and no weight is larger (see feasible).
     """
 
     label = "gray"
@@ -338,8 +345,9 @@ def log_mass(means, log_scales, lo, hi, levels):
 
     As sigma(b) - sigma(a) = (e^b - e^a) / ((1 + e^b) (1 + e^a)) = sigma(b) sigma(-a) (1 - e^(a-b)),
     its log is log sigma(b) + log sigma(-a) + log(1 - e^(a-b)), where b is infinite at the last
-    level, and -a at 0: exact and stable everywhere. (Widely copied code takes the density where the
-    mass is below 1e-5: up to 1.4e-5 of the mass is lost, and 3 bits in a tail.)
+    level, and -a at 0: then the two terms with it are log 1 = 0, and this is exact and stable
+    everywhere. (Instead, widely copied code takes the density where the mass is below 1e-5: up to
+    1.4e-5 of the mass is lost, and 3 bits in a tail.)
     """
     a, b = edges(means, log_scales, lo, hi, levels)
     # b - a, not by subtraction: both are large and nearly equal where a bin is narrow and far off.
@@ -416,9 +424,9 @@ class LogisticMixture:
     def log_prob(self, x, bounds=None):
         """x: uint8 (N, 3, H, W) -> nats of each pixel, (N, H, W), its channels together.
 
-        bounds = (lo, hi) of psi.bounds: each channel's mixture, its weights w updated by the
-        channels before, is cut to its interval: p'(x_c) = sum_k w_k m_k(x_c) / sum_k w_k M_k, with
-        m_k and M_k the masses of component k on x_c and on lo..hi.
+        bounds = (lo, hi) of psi.bounds: each channel's mixture is cut to its interval, p'(x_c) =
+        sum_k v_k m_k / sum_k v_k M_k, with m_k and M_k the masses of component k on x_c and on
+        lo..hi. v_k is w_k times the m_k of the channels before.
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -426,10 +434,9 @@ class LogisticMixture:
         log_weights = self.logit_probs.log_softmax(1)  # (N, K, H, W)
         if bounds is None:
             return (log_weights + log_masses.sum(1)).logsumexp(1)
-        # With v_k the product of w_k and the masses of the channels before, p' = sum v_k m_k / sum
-        # v_k M_k: that v is not scaled to sum to 1 does not matter, as it stands in both sums. (If
-        # all levels are allowed, M_k is 1, the sums cancel between channels, and what is left is
-        # the line above.)
+        # That v is not scaled to sum to 1 does not matter, as it stands in both sums. (If all
+        # levels are allowed, M_k is 1, the sums cancel between channels, and the line above is
+        # left.)
         lo, hi = (bound.unsqueeze(2) for bound in bounds)
         log_allowed = log_mass(means, self.log_scales, lo, hi, self.levels)  # M
         total, log_v = 0.0, log_weights
@@ -450,23 +457,22 @@ class LogisticMixture:
         """
         if interval is not None:
             return self.sample_tight(noise, mode, interval)
-        one, x = self.component(pick(self.logit_probs, noise[:, 0])), []
+        picked, x = self.component(pick(self.logit_probs, noise[:, 0])), []
         for c in range(3):
-            value = one.means_given(c, x)
+            value = picked.means_given(c, x)
             if mode == "random":
                 logistic = noise[:, 2 * c + 1].logit().unsqueeze(1)
-                value = value + one.log_scales[:, c].exp() * logistic
+                value = value + picked.log_scales[:, c].exp() * logistic
             x.append(self.round(value))
         return torch.cat(x, 1)
 
     def sample_tight(self, noise, mode, interval):
         """The same from the mixtures cut to intervals, as in log_prob.
 
-        interval(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each. Without
-        intervals one component for all channels, or one for each channel by its weight given those
-        before, are the same distribution: p(k) p(r | k) = p(r) p(k | r). With them only the second
-        is log_prob's, as a channel's weights w_k m_k M_k take in what is cut off in that channel.
-        ("map" keeps the first component, as above.)
+        interval(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each.
+        log_prob scales each channel's mixture, not each component, so that a component must be
+        drawn anew for each channel, by v_k M_k. (Without a cut, where M_k is 1, one drawn at the
+        start would do: p(k) p(r | k) = p(r) p(k | r).) "map" keeps the first one.
         """
         x, log_v = [], self.logit_probs.log_softmax(1)  # v as in log_prob
         for c in range(3):
@@ -551,11 +557,10 @@ class Categorical:
 # Therefore v's other layers may read v in o's row, and to the right of o. h reads v; v never reads
 # h, which knows pixels of o's row.
 #
-# Nor does a change of resolution let a later pixel in. At half the resolution, (i, j) knows what
-# was known at the first of its four pixels; so all four may read it on the way back:
+# Nor does a change of resolution let a later pixel in:
 #
-#     (2 i, 2 j)         known there goes to (i, j)
-#     (2 i, 2 j + 1)     reads (i, j), and comes later than (2 i, 2 j); so do the two below
+#     down    (i, j) takes what was known at (2 i, 2 j), the first of its four pixels
+#     up      all four read (i, j); none of them comes before (2 i, 2 j), which knew it already
 
 
 class Conv(nn.Module):
@@ -576,7 +581,7 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        for first, last in (rows, columns):  # what torch can pad, see convolve
+        for first, last in (rows, columns):  # convolve pads both sides by -first, no further
             if not first <= last <= -first or (up and last < 0):
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
                               "-first")
@@ -584,12 +589,13 @@ class Conv(nn.Module):
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
         self.full_precision = full_precision  # float32 in bfloat16 training, too
         kernel = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
+        # v and g as in Salimans & Kingma 2016: direction and length. (No relation to the stream v.)
         self.v = nn.Parameter(0.05 * torch.randn(c_out, c_in, *kernel))
         self.g = nn.Parameter(gain * torch.ones(c_out))
         self.b = nn.Parameter(torch.zeros(c_out))
 
     def weight(self):
-        """g v / |v|, the norm over all but the output channels (Salimans & Kingma 2016)."""
+        """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
     # With tensors this changes nothing. With a Symbol (see Sampling fast) a call is only recorded.
@@ -608,10 +614,11 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # in(q) adds w_d in(q) to out(2 q - d). In a row that reads d = -1, 0: out(0) = w_0
-            # in(0), out(1) = w_-1 in(0), out(2) = w_0 in(1), .. So torch's kernel is [w_0, w_-1]: w
-            # is stored backwards. What d > 0 adds before out(0) is cut off as padding; extra: to
-            # full size.
+            # The other way round, in(q) adds w_d in(q) to out(2 q - d): with d = -1, 0 that is
+            #     out(0) = w_0 in(0)    out(1) = w_-1 in(0)    out(2) = w_0 in(1)    ..
+            # so that the kernel, as torch has it, is [w_0, w_-1]: backwards. What d > 0 adds before
+            # out(0) is torch's padding; `extra`, its output_padding, is what it leaves off at the
+            # end.
             extra = (max(0, top + bottom + 1), max(0, left + right + 1))
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, (bottom, right), extra)
             return y[:, :, : 2 * height, : 2 * width]
@@ -620,8 +627,9 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# As many weights, but no look to the right: v sees no further to the upper right than its first
-# layer. That costs less where X^ tells what is there; the sampler's lag falls from 8 to 2.
+# As many weights, but no look to the right. This brings a blind spot back: v sees no further to the
+# upper right than its first layer. It costs less where X^ tells what is there, and samples in a
+# third of the steps (see Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -633,9 +641,9 @@ def data_dependent_init(network, *inputs):
     """PixelCNN++'s start: one pass, in which each Conv in turn is given the g and b that make its
     outputs have mean 0 and standard deviation `gain` in every channel."""
 
-    def normalise(conv, inputs):
+    def normalise(conv, given):  # just before its turn, when those before it are done
         conv.g.fill_(1.0)
-        y = conv.convolve(inputs[0].to(conv.v.dtype), conv.weight(), None)
+        y = conv.convolve(given[0].to(conv.v.dtype), conv.weight(), None)
         std, mean = torch.std_mean(y.transpose(0, 1).flatten(1), 1)
         g = torch.where(std > 1e-5, conv.gain / std, conv.gain)  # std 0: a constant channel
         conv.g.copy_(g)
@@ -734,7 +742,7 @@ class CausalNet(nn.Module):
     All six stages of PixelCNN++ have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in the paper.
     (Its code has two blocks more, for the outputs of the first and of the strided layers. Here the
     fourth stage follows the third at the same resolution, and so its first skip, the third's last
-    output, is its own input.)
+    output, is its own input, and adds little.)
     """
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
@@ -750,7 +758,10 @@ class CausalNet(nn.Module):
         self.last = Conv(filters, c_out, **POINT, gain=0.03, full_precision=True)
 
     def forward(self, x, embeddings=()):
-        """x: (N, C_in, H, W); embeddings: number i has been halved i times -> (N, C_out, H, W)."""
+        """x: (N, C_in, H, W); embeddings: number i at x's resolution, halved i times.
+
+        -> (N, C_out, H, W).
+        """
         v = self.v_first(x)
         h = self.h_above(x) + self.h_left(x)
         made = {}  # resolution -> the outputs of the last stage there
@@ -806,10 +817,11 @@ class EmbeddingNet(nn.Module):
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
 #
-# Here the parts meet. A View is a shape and the psi that makes the next one from it; a Factor is a
-# head, a causal network and, if there is an X^, its embedding; PixelAux is a chain of views with a
-# factor for each. The likelihood takes one pass of every factor, as all pixels are known. A sample
-# is drawn pixel by pixel, because each is needed to know the next one's distribution.
+# Here the parts meet. A View is a shape and the psi that makes the next coarser one from it; a
+# Factor is a head, a causal network and, if there is an X^, its embedding; PixelAux is a chain of
+# views with a factor for each. The likelihood takes one pass of every factor, as all pixels are
+# known. A sample is drawn pixel by pixel, because each is needed to know the next one's
+# distribution.
 
 
 @dataclasses.dataclass
@@ -913,8 +925,8 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval) -> levels, int64 (n P, C, 1, 1), of P pixels in each of n
-    images, of which `head` has the distributions, (n P, .., 1, 1). P is 1 in sample_naive; the fast
-    sampler draws more at once. (A decoder of compressed images can take its place.)
+    images, of which `head` has the distributions, (n P, .., 1, 1). In sample_naive P is 1; the fast
+    sampler draws more in one step. (A decoder of compressed images can take its place.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -969,9 +981,8 @@ class PixelAux(nn.Module):
             for view in self.views:
                 # What is given a smaller view has a light network, and so has the coarsest view of
                 # a pyramid. The others, X and gray by themselves or X given gray, have PixelCNN++.
-                kinds = MODELS[config.model]
-                light = view.psi.cell > 1 if view.psi else bool(kinds) and kinds[-1].cell > 1
-                self.factors.append(Factor(config, view, light))
+                kinds = [view.psi] if view.psi else MODELS[config.model][-1:]
+                self.factors.append(Factor(config, view, any(kind.cell > 1 for kind in kinds)))
         height, width = config.size
         if min(height, width) < self.unit or height % self.unit or width % self.unit:
             raise Problem(f"size {height}x{width} does not fit model {config.model}: height and "
@@ -1047,7 +1058,8 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                self.factors[j].Head.start(self.factors[j].net.last.b)  # now at 0
+                # In place of the b that centres the outputs: they are small (gain 0.03) anyway.
+                self.factors[j].Head.start(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
                given_view=None, until=None, progress=None):
@@ -1282,7 +1294,7 @@ class Dataset:
         return images
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(2)  # a batch may lie in two epochs
 def permutation(seed, n):
     """Of 0 .. n - 1, a function of the seed."""
     return np.random.default_rng(seed).permutation(n)
@@ -1357,7 +1369,8 @@ def load_data(spec, folder="data", size=None):
     Raises Problem."""
     if spec == "shapes":
         shapes = Shapes(size or (16, 16))
-        return Dataset(None, shapes.sample(512, (0, 20170806)), shapes=shapes), shapes.size
+        test = shapes.sample(512, (0, 20170806))  # batches have seeds of three numbers
+        return Dataset(None, test, shapes=shapes), shapes.size
     if spec.endswith(".npy"):
         images = read_npy(spec)
         try:
@@ -1381,6 +1394,21 @@ def describe(data):
     return f"{len(data.train)} images, {data.fingerprint}"
 
 
+def digests_of(data):
+    """Of all images of a data set, sorted."""
+    return np.sort(np.concatenate([digests(data.train), digests(data.test)]))
+
+
+def what_changed(out, data):
+    """Since the run in the folder `out` was begun: so many images are new, so many are gone."""
+    path = out / "images.npy"
+    if data.train is None or not path.exists():
+        return ""
+    before, now = np.load(path), digests_of(data)
+    new, gone = len(np.setdiff1d(now, before)), len(np.setdiff1d(before, now))
+    return f" ({new} new, {gone} gone)"
+
+
 def to_tensor(images):
     """uint8 array (N, H, W, C) -> tensor (N, C, H, W)."""
     return torch.from_numpy(np.require(images, requirements=("C", "W"))).permute(0, 3, 1, 2)
@@ -1397,6 +1425,7 @@ def to_array(images):
 #
 #     config.json        the Config                      commands.jsonl   each `train`, its hardware
 #     factor-K.pt        the checkpoint of factor K      metrics.jsonl    the loss, now and then
+#     images.npy         a digest of each image
 #
 # and a checkpoint is {format, config, factors: {K: averaged weights}, training: {weights: those
 # that are trained, optimizer: Adam's state, step, seconds}}; without `training` where only weights
@@ -1640,7 +1669,7 @@ def record_steps(out, config, k, steps):
 def learning_rate(config, step, steps):
     warmup = config.warmup
     if config.start:  # at full rate Adam's first steps, second moments from 0, would ruin weights
-        warmup = max(warmup, 2 / (1 - config.betas[1]))
+        warmup = max(warmup, 2 / (1 - config.betas[1]))  # twice as long as their memory
     rate = config.lr * config.lr_decay**step * min(1.0, (step + 1) / max(1, warmup))
     if config.anneal:
         rate *= min(1.0, (1 - step / steps) / config.anneal)
@@ -1708,11 +1737,11 @@ def training_step(forward, batch, optimizer, average, config, dims):
 def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_every=120, show=None):
     """Train factor k of `model` on `data`, or go on from its checkpoint in the folder `out`.
 
-    From here on the model has the averaged weights, so that tests and pictures show them; a copy is
-    trained. -> the number of steps made. Writes out/factor-k.pt every save_every seconds and after
-    each quarter, and out/metrics.jsonl. stop(): whether to save and raise KeyboardInterrupt.
-    show(): makes pictures after each quarter. Raises Failure if the loss is not finite, Problem if
-    the checkpoint is of another run.
+    From here on the model has an averaged copy of the factor, which tests and pictures show; what
+    is trained is the original. -> the number of steps made. Writes out/factor-k.pt every save_every
+    seconds and after each quarter, and out/metrics.jsonl. stop(): whether to save and raise
+    KeyboardInterrupt. show(): makes pictures after each quarter. Raises Failure if the loss is not
+    finite, Problem if the checkpoint is of another run.
     """
     config, device, seed = model.config, model.device, (model.config.seed, k)
     out.mkdir(parents=True, exist_ok=True)
@@ -1746,7 +1775,7 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
         bits, seconds, stopping = averaged([bits, seconds, stop()], device)  # > 0: one is to stop
         check_finite(bits, k, step, path)
         times.append(seconds)
-        decided = False  # now, how many steps the minutes are
+        decided = False  # at this look: how many steps the minutes are
         if steps == math.inf:
             steps = steps_in_time(of_factor(config.minutes, k), step, times)
             decided = steps < math.inf
@@ -1756,7 +1785,7 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
         if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
             save_training(path, config, k, trained, average, optimizer, step, seconds)
             save_at = time.monotonic() + save_every
-        if decided:  # after saving: or a kill in between repeats these steps at another rate
+        if decided:  # after saving: else, after a kill, these steps are done again, but annealed
             record_steps(out, config, k, steps)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
@@ -1803,10 +1832,10 @@ class Log:
         self.path, self.k, self.step = out / "metrics.jsonl", k, step
         self.bar = progress_bar(initial=step, desc=f"factor {k}", unit="step")
 
-    def write(self, step, steps, bits, seconds, test_bits):
+    def write(self, step, steps, bits, seconds, tested):
         record = dict(factor=self.k, step=step, bits_per_dim=bits, seconds=round(seconds, 3))
-        if test_bits is not None:
-            record["test_bits_per_dim"] = test_bits
+        if tested is not None:
+            record["test_bits_per_dim"] = tested
         if rank() == 0:
             append_record(self.path, record)
         self.bar.total = None if steps == math.inf else steps
@@ -1906,7 +1935,8 @@ def distance_to_truth(model, bound, exact, shapes, images):
     lines = [f"{'true p(X)':21}{bits:8.4f}{bits:8.4f}  the limit: {shape_bits:.1f} bits an image "
              "for what is shown,", "the rest is noise. excess over the limit, bits per image:"]
     parts, result = [("total", true, bound.sum(0), exact.sum(0))], dict(true=bits)
-    if [type(view.psi) for view in model.views] == [type(None), Half]:  # the truth of each is known
+    # In a pyramid of two views the truth of each factor is known.
+    if [type(view.psi) for view in model.views] == [type(None), Half]:
         coarse = shapes.log_prob_half(to_array(model.views_of(to_tensor(images))[0]))
         parts = [(model.names[0], coarse, bound[0], exact[0]),
                  (model.names[1], true - coarse, bound[1], exact[1]), *parts]
@@ -1967,29 +1997,36 @@ def save_samples(model, views, path, given=0):
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
-# **Delays.** Each value inside the network has its step, too: lag r + c + delay. Back from the
-# output, in the light network:
+# **Delays.** Each value inside the network has its step, too: lag r + c + delay. How late may it
+# be? Back from the output, in the light network:
 #
-#     the output, h and v after block 3                                 delay  0
-#     v within block 3, read at (r, c + 1) by its second convolution          -1
-#     v after block 2, read at (r, c + 1) by the first one of block 3         -2
+#     the output; h everywhere, as it reads nothing to its right; v at the end    0
+#     v within block 3, read at (r, c + 1) by its second convolution             -1
+#     v after block 2, read at (r, c + 1) by the first one of block 3            -2
 #     ..
-#     v after its first convolution (so the first step is 6 before pixel 0)   -6
-#     x, read at (r - 1, c + 1) by that one                    lag - 1 - 6 =   1
+#     v after its first convolution (so the first step is 6 before pixel 0)      -6
+#     x, read at (r - 1, c + 1) by that one                           lag - 1 - 6
 #
-# A pixel is known only after its own step, so that the delay of x must be 1 or more: lag 8.
+# These are the latest delays that serve all readers. But x cannot be earlier than 1, as a pixel is
+# there one step after its own; so lag - 7 >= 1. In general position (r + dy, c + dx) has its step
+# lag dy + dx later than (r, c), or earlier if that is negative, and who is read there must be that
+# much ahead:
 #
-# In general, position (r + dy, c + dx) has its step lag dy + dx later than (r, c), or earlier. Who
-# is read there must be that much ahead: delay_source <= delay_reader - (lag dy + dx). Of all its
-# readers the most impatient one counts. At half the resolution a position stands for two columns,
-# so that steps count double: what is halved s times is computed at step 2^s (lag r + c) + delay,
-# and the rule has 2^m (lag dy + dx), the offset in pixels of the finer resolution of the two,
-# halved m times.
+#     delay_source <= delay_reader - (lag dy + dx)
+#
+# Of all its readers the most impatient one counts. At half the resolution a position stands for two
+# columns: what is halved s times is computed at step 2^s (lag r + c) + delay, and the rule is
+#
+#     delay_source <= delay_reader - 2^m (lag dy + dx)      m: the smaller s of both
+#
+# So at half the resolution a kernel that looks one to the right costs two steps.
 #
 # **Strips.** In the row above things are lag steps ahead. So the kernel rows that lie above need
 # not be multiplied position by position: a convolution is split, and what these rows add is
 # computed for a *strip* of lag positions (or fewer, so that strips fit into the row) when the first
-# of them is due. One large product takes half the time of many small ones.
+# of them is due. (No longer one will do: the last of 8 positions reads 8 columns further right than
+# the place of the first one, and the row above is just 8 steps ahead. What reads x in the row above
+# has no such lead, and is not split.) One large product takes half the time of many small ones.
 #
 #     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
 #     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
@@ -2064,7 +2101,8 @@ class Node:
             yield read_of(tap)
 
     def has_at_hand(self, source, conv=None):
-        """Whether what it reads of source was computed in this step, or with the strip it is in."""
+        """Whether what it reads of source was computed in this step, or with the strip it is in. It
+        is in Plan.latest then, and else in source's buffer."""
         here = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
         computed = source.terms or source.taps  # others are x, or known
         together = (source.halved, source.delay) == (self.halved, self.delay)
@@ -2116,9 +2154,9 @@ class Recorder:
     """
 
     def __init__(self, n, size, dtype):
-        self.nodes, self.symbols, self.n, self.size, self.dtype = [], {}, n, size, dtype
+        self.nodes, self.recorded, self.n, self.size, self.dtype = [], {}, n, size, dtype
 
-    def symbol(self, node):
+    def make_symbol(self, node):
         symbol = torch.empty(0).as_subclass(Symbol)
         symbol.recorder, symbol.node = self, node
         return symbol
@@ -2127,13 +2165,14 @@ class Recorder:
         if function is F.dropout and not kwargs["training"]:
             return args[0]
         expression = (function, *map(id, args), repr(kwargs))
-        if expression not in self.symbols:
-            node = self.node(function, args, kwargs)
+        if expression not in self.recorded:
+            node = self.make_node(function, args, kwargs)
             self.nodes.append(node)
-            self.symbols[expression] = self.symbol(node), args  # while args live, ids stay theirs
-        return self.symbols[expression][0]
+            # While args are kept here, nothing else can come to have their ids.
+            self.recorded[expression] = self.make_symbol(node), args
+        return self.recorded[expression][0]
 
-    def node(self, function, args, kwargs):
+    def make_node(self, function, args, kwargs):
         if function is Conv.forward:
             conv, source = args[0], args[1].node
             taps = [(source, conv, dy) for dy in range(conv.rows[0], conv.rows[1] + 1)]
@@ -2232,7 +2271,7 @@ class Plan:
         self.x = Node(0, channels, delay=1)  # a pixel is known only after its step
         weight = next(net.parameters())
         recorder = Recorder(n, size, weight.dtype)
-        output = net(recorder.symbol(self.x), embeddings)
+        output = net(recorder.make_symbol(self.x), embeddings)
         if not isinstance(output, Symbol):
             raise Problem("sample_fast: the network's output does not depend on x")
         self.output = output.node
@@ -2240,7 +2279,7 @@ class Plan:
         self.lag = self.set_delays(least_lag)
         self.set_strips()
         self.allocate(weight)
-        self.now = {}  # node -> its values at the positions where it was computed last
+        self.latest = {}  # node -> its values at the places where it was computed last
         self.nodes_of = {}  # some `when` -> the nodes that have them, in order
         self.work = collections.Counter()  # of each `when`: multiplications at one position
         self.weights = {}  # of each convolution, (rows, F, columns, C)
@@ -2285,9 +2324,9 @@ class Plan:
         """
         nodes, self.nodes = self.nodes, []
         for node in nodes:
-            # A strip divides the width, and the lag, by which c changes from row to row of a
-            # diagonal. So all positions of a diagonal have one place in their strips (`at` relies
-            # on it), which begin together.
+            # It divides the width and the lag. From row to row of a diagonal c changes by lag, so
+            # that c % strip is the same for all of it: strips on a diagonal begin together, and
+            # `at` finds every position at one place in them.
             strip = math.gcd(self.lag, self.size[1] >> node.halved)
             late = [read for read in node.reads() if not self.in_time(node, read, strip)]
             if not all(self.in_time(node, read, 1) for read in late):
@@ -2297,22 +2336,22 @@ class Plan:
                 node.strip = strip
             elif early_taps and strip > 1:
                 early_terms = [term for term in node.terms if (term, 0, 0) not in late]
-                above = dataclasses.replace(
+                early = dataclasses.replace(
                     node, taps=early_taps, terms=early_terms, strip=strip)
-                node.terms = [above] + [term for term in node.terms if term not in early_terms]
+                node.terms = [early] + [term for term in node.terms if term not in early_terms]
                 node.taps = [tap for tap in node.taps if tap not in early_taps]
-                node.bias = None  # it is in `above`
-                self.nodes.append(above)
+                node.bias = None  # it is in `early`
+                self.nodes.append(early)
             self.nodes.append(node)
 
     def in_time(self, node, read, strip):
         """Whether what a strip of node reads is there when its first position is due."""
         source, dy, dx = read
         finer = 2 ** min(node.halved, source.halved)
-        # From the strip's first position to the last that it reads: columns of x, which are steps.
+        # From the strip's first position to the last that it reads: columns of x, that is steps.
         ahead = finer * dx + 2**node.halved * (strip - 1)
         if source is not self.x and self.is_row(source.halved, source.strip):
-            ahead = 0  # all of the source's row was computed at once, v to the right of v, too
+            ahead = 0  # all of that row is computed at once: v may read v to the right of itself
         elif self.is_row(node.halved, strip):
             ahead = min(ahead, self.size[1] - 1)  # what lies beyond is 0, and there at once
         return source.delay + finer * self.lag * dy + ahead <= node.delay
@@ -2364,7 +2403,7 @@ class Plan:
             return None
         return Places(first, wave - self.lag * first, 1, -self.lag, last - first + 1, strip)
 
-    def compute(self, due):
+    def run_step(self, due):
         """Compute nodes, {their `when`: Places} -> the output's values, (n * count, C), or None."""
         whens = tuple(due)
         work = sum(self.work[when] * due[when].count * due[when].strip for when in whens)
@@ -2372,8 +2411,8 @@ class Plan:
         if whens not in self.nodes_of:
             self.nodes_of[whens] = [node for node in self.nodes if node.when in due]
         for node in self.nodes_of[whens]:
-            self.now[node] = node.compute(due[node.when])
-        return self.now[self.output] if self.output.when in due else None
+            self.latest[node] = node.compute(due[node.when])
+        return self.latest[self.output] if self.output.when in due else None
 
     def computation(self, node):
         """The function Places -> values of node, which are also kept in node.buffer, if any."""
@@ -2386,12 +2425,12 @@ class Plan:
             return values_at
         window = node.window()
 
-        def compute(places):
+        def compute_and_keep(places):
             values, kept = values_at(places), window(places)
             kept.copy_(values.view(kept.shape))
             return values
 
-        return compute
+        return compute_and_keep
 
     def at(self, node, term):
         """The function Places -> what node reads at its own position, (n * positions, C)."""
@@ -2401,10 +2440,10 @@ class Plan:
             window = term.window()
             return lambda places: window(places).reshape(-1, term.channels)
         if term.strip == node.strip:
-            return lambda places: self.now[term]
+            return lambda places: self.latest[term]
 
         def from_strip(places):
-            strips = self.now[term].view(-1, term.strip, term.channels)
+            strips = self.latest[term].view(-1, term.strip, term.channels)
             return strips[:, places.column % term.strip]  # the same in all rows of a diagonal
 
         return from_strip
@@ -2434,7 +2473,7 @@ class Plan:
 
     def by_parity(self, places, total, add_taps):
         """total + taps, where these depend on the parity of row and column: a kernel's columns
-        dx = -1, 0 that read in(p + dx) / 2 are dx = 0 alone if p is even, and dx = -1 if it is odd.
+        dx = -1, 0 that read in((p + dx) / 2) are dx = 0 alone if p is even, dx = -1 if it is odd.
 
         Every second position of a diagonal, and of a strip, has the same parity: up to 2 x 2 calls.
         """
@@ -2453,7 +2492,7 @@ class Plan:
         """The function (Places, total) -> total + what this kernel row adds."""
         dx, weight = conv.columns[0], self.weights[conv][dy - conv.rows[0]]  # (F, columns, C)
         if conv.up:  # it reads at (p + d) / 2, where that is whole
-            odd = (parity[1] + dx) % 2
+            odd = (parity[1] + dx) % 2  # whole from the first or the second column on, in twos
             dx, weight = dx + odd, weight[:, odd::2]
         columns = weight.shape[1]
         if columns == 0 or (conv.up and (parity[0] + dy) % 2):
@@ -2525,7 +2564,7 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
     x = torch.zeros(n, *factor.view.shape, dtype=torch.uint8, device=factor.a_weight.device)
     planes = plan.x.window()
     for due, pixels in plan.steps():
-        params = plan.compute(due)
+        params = plan.run_step(due)
         if pixels is None:
             continue
         rows, columns = pixels.positions()
@@ -2648,7 +2687,8 @@ def resumed_run(out, fields):
     data, _ = load_data(config.data, config.data_dir, config.size)
     if config.data_set != describe(data):
         raise Problem(f"--data: {out} was begun with {config.data_set}, now there are "
-                      f"{describe(data)}; --start takes its weights over to another folder")
+                      f"{describe(data)}{what_changed(out, data)}; --start takes its weights over "
+                      "to another folder")
     return config, data
 
 
@@ -2716,7 +2756,7 @@ def train(args, device):
         if rank() == 0:
             for k in factors:
                 held.enter_context(locked(out, f"factor-{k}"))
-            begin(out, config, factors, args, device)
+            begin(out, config, factors, data, args, device)
         stop = held.enter_context(signals_noted())
         made = 0
         for k in factors:
@@ -2747,7 +2787,7 @@ def start_from(model, run):
     model.load_state_dict(weights)
 
 
-def begin(out, config, factors, args, device):
+def begin(out, config, factors, data, args, device):
     """Write down what is trained, by which command, and on what. If another process has been here
     since we planned, it must have had the same in mind; only where the data lie may differ, and how
     many steps its factors' minutes have become."""
@@ -2761,6 +2801,9 @@ def begin(out, config, factors, args, device):
                 raise Problem(f"--out: {out} was begun meanwhile with other settings")
         if not args.resume and any((out / f"factor-{k}.pt").exists() for k in factors):
             raise Problem(f"--out: {out} holds a run by now; --resume goes on with it")
+        if data.train is not None and not (out / "images.npy").exists():
+            images = digests_of(data)
+            write_atomically(out / "images.npy", lambda file: np.save(file, images))
         write_config(out, config)
     for part in out.glob("part-*"):  # an hour old: of a writer that was killed
         with contextlib.suppress(FileNotFoundError):
@@ -2782,13 +2825,24 @@ def hardware(device):
 @contextlib.contextmanager
 def signals_noted():
     """SIGINT, SIGTERM and SIGHUP are only noted, as no step may be cut in two. -> the function that
-    tells."""
+    tells. While its attribute at_once is true, a signal is a KeyboardInterrupt at once."""
     noted, before = [], {}
+
+    def stop():
+        return len(noted) > 0
+
+    def note(number, frame):
+        noted.append(number)
+        if stop.at_once:
+            raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
+
+    stop.at_once = False
     if threading.current_thread() is threading.main_thread():  # no other may set signals
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before[number] = signal.signal(number, lambda number, frame: noted.append(number))
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+                before[number] = signal.signal(number, note)
     try:
-        yield lambda: len(noted) > 0
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -2796,22 +2850,23 @@ def signals_noted():
 
 def show_samples(model, k, first, data, out, stop):
     """Pictures during training: samples of the views up to k, of which those before `first` are of
-    test images, and curves. If they cannot be made, training goes on without."""
-
-    def look(pixels):
+    test images, and curves. If they cannot be made, training goes on without; a signal ends them at
+    once, as all is saved by now."""
+    try:
+        stop.at_once = True
         if stop():
             raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
-
-    try:
         given = model.views_of(to_tensor(data.test[:16]))[first - 1] if first else None
         n = 16 if given is None else len(given)
         views = model.sample(n, model.config.seed, tight=model.config.tight, given=given,
-                             given_view=first - 1 if first else None, until=k + 1, progress=look)
+                             given_view=first - 1 if first else None, until=k + 1)
         save_samples(model, views, out / "samples.png", first)
         with contextlib.suppress(Problem):  # where this file stands alone
             tool("curves").save_curves(out, model.names)
     except Exception as error:  # whatever it is, it is only a picture
         warn(f"no picture: {type(error).__name__}: {error}")
+    finally:
+        stop.at_once = False
 
 
 def run_data(args, model):
@@ -2821,7 +2876,8 @@ def run_data(args, model):
         config = read_config(args.run)
     data, _ = load_data(args.data or config.data, args.data_dir or config.data_dir, config.size)
     if not args.data and config.data_set not in ("", describe(data)):
-        warn(f"{config.data}: trained on {config.data_set}, now there are {describe(data)}")
+        now = describe(data) + what_changed(args.run, data)
+        warn(f"{config.data}: trained on {config.data_set}, now there are {now}")
     return data
 
 

@@ -3124,7 +3124,8 @@ def on_file(tmp_path, monkeypatch, small_preset):
 
 
 def test_a_changed_training_set_is_refused_by_resume_and_told_by_eval(on_file, capsys):
-    """With both counts and fingerprints. Control: the same images in another order are the same."""
+    """With both counts and fingerprints, and what changed. Control: the same images in another order
+    are the same."""
     images = np.load("images.npy")
     count = lambda: pixelaux.describe(pixelaux.load_data("images.npy")[0])
     before = count()
@@ -3137,7 +3138,10 @@ def test_a_changed_training_set_is_refused_by_resume_and_told_by_eval(on_file, c
     assert re.fullmatch(r"\d+ images, [0-9a-f]{12}", before) and before != after
     assert command("train --resume --out run") == 2
     assert len(lines := said(capsys)) == 1 and "--data" in lines[0]
-    assert before in lines[0] and after in lines[0]
+    assert before in lines[0] and after in lines[0] and "(1 new, 0 gone)" in lines[0]
+    np.save("images.npy", np.concatenate([images[2:], random_images(1, (8, 8), seed=1)]))
+    assert command("eval run") == 0 and "(1 new, 2 gone)" in "".join(said(capsys))
+    np.save("images.npy", np.concatenate([images, random_images(1, (8, 8), seed=1)]))
     assert command("eval run") == 0
     told = [line for line in said(capsys) if "trained on" in line]
     assert len(told) == 1 and before in told[0] and after in told[0]
@@ -3408,9 +3412,9 @@ def test_a_stop_during_pictures_ends_them_at_once_with_the_state_saved(
     drawn, draw = [], pixelaux.Draw.__call__
 
     def counted(self, *arguments):
-        if not drawn:
-            os.kill(os.getpid(), number)
         drawn.append(1)
+        if len(drawn) == 1:
+            os.kill(os.getpid(), number)
         return draw(self, *arguments)
 
     with monkeypatch.context() as patch:
@@ -5059,6 +5063,23 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
 # --- What users ran into ------------------------------------------------------------------------
 
 
+def test_a_signal_is_noted_or_ends_pictures_at_once_and_nohup_keeps_its_word():
+    """Control: what was set before is set afterwards."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, noted in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
+            signal.signal(signal.SIGHUP, handler)
+            with pixelaux.signals_noted() as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert stop() == noted
+                stop.at_once = True
+                with pytest.raises(KeyboardInterrupt) if noted else contextlib.nullcontext():
+                    signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", ["-1e-1", "-1.", "-.5", "-2", "+0.5", "1e-1", "0"])
 def test_signed_numbers_are_taken_in_every_usual_form(run, tmp_path, number):
     """Other samples for other numbers (control: 0)."""
@@ -5141,7 +5162,7 @@ def test_small_products_run_on_one_thread_and_the_count_is_put_back(monkeypatch)
             node.compute = lambda places: (
                 seen.append(torch.get_num_threads()), compute(places))[1]
             due, _ = next(iter(plan.steps()))
-            plan.compute(due)
+            plan.run_step(due)
         assert seen == [1, 2]
         torch.set_num_threads(2)
         model.sample(1)

@@ -75,10 +75,13 @@ def check_network(file, name, args):
         with blaming(file, "its gradients"):
             sight = sights.Sight(network, shape, order, dtype)
             answers = sights.answers(sight)
-        sights.save_picture(sight, answers, what, out)
+        if not sight.seen.any():
+            raise Problem(f"{file}: no gradient leads from any output to any pixel: is the input "
+                          "rounded, or looked up in a table?")
     try:
         show(answers, what)
     finally:
+        sights.save_picture(sight, answers, what, out)
         print(f"{out}: what an output sees")
 
 

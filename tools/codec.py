@@ -229,7 +229,8 @@ def main(argv):
             else:
                 file = png(unpack(fit, content, bar.update))
         write_atomically(target, file)
-        rate = 8 * len(file) / (3 * math.prod(size))
+        packed = len(file) if packing else path.stat().st_size
+        rate = 8 * packed / (3 * math.prod(size))
         print(f"{path} {path.stat().st_size:,} bytes -> {target} {len(file):,} bytes, "
               f"{rate:.3f} bits/dim, height {size[0]}, width {size[1]}")
 

@@ -137,8 +137,10 @@ def complete(model, x, rows, answers, how):
             uniform = noise_for(how.seed, len(model.factors) + k, range(n), (1, 1, count))
             uniform = uniform[:, 0, 0].contiguous()
             chosen, effective = choose(weights, uniform.to(model.device))
-            told.append(f"{model.views[k - 1].name}: {CANDIDATES} candidates for each, of which "
-                        f"{float(effective.mean()):.1f} are effective (1: its rows may fit badly)")
+            name = model.views[k - 1].name
+            told.append(f"approximate: {name} is one of {CANDIDATES} candidates, drawn by "
+                        "p(the rows that are kept | it); effective are "
+                        f"{float(effective.mean()):.1f} of them (1: its rows may fit badly)")
             views = [view[chosen] for view in views]
         x_hat = views[-1] if views else None
         copies = known[k].repeat_interleave(count, 0)

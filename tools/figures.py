@@ -44,7 +44,8 @@ def main(argv):
     for name, make in planned(source):
         path = out / f"{name}.png"
         try:
-            with progress_bar(desc=name, unit="pixel", unit_scale=True, delay=1, leave=False) as bar:
+            bar = progress_bar(desc=name, unit="pixel", unit_scale=True, delay=1, leave=False)
+            with bar:
                 source.count = bar.update
                 figure = make(source)
         except NotMade as reason:

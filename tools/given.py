@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from pixelaux import (
-    Problem, evaluating, load, progress_bar, read_npy, result_path, run_data, save_picture, to_array,
-    to_tensor, tool, warn, write_atomically)
+    Problem, evaluating, load, progress_bar, read_npy, result_path, run_data, save_picture,
+    to_array, to_tensor, tool, warn, write_atomically)
 
 # --- What is given -----------------------------------------------------------------------------
 
@@ -223,7 +223,8 @@ def result_name(args, given, tight):
         return f"{out}-{given.name}" if folder and args.given != "test" else out
     return result_path(
         args, f"sample-{args.mode}-{args.seed or 0}", args.n and f"n{args.n}",
-        args.naive and "naive", args.shift and f"shift{args.shift:g}", f"given-{given.name}", args.view is not None and f"view{args.view}",
+        args.naive and "naive", args.shift and f"shift{args.shift:g}", f"given-{given.name}",
+        args.view is not None and f"view{args.view}",
         args.reduce and "reduced", args.rows and f"rows{args.rows}",
         args.answers and f"answers{args.answers}", tight)
 

@@ -254,6 +254,8 @@ def raising(x):
 def untied(x): return torch.zeros_like(x)
 def detached(x): return right(x.detach()).detach()
 def infinite(x): return x / 0
+looked_up = __import__("torch").nn.Embedding(100, 3)
+def embedded(x): return looked_up(x.long()[:, 0].clamp(0, 99)).movedim(3, 1).to(x.dtype)
 def five(x): return x[:, :1].repeat(1, 5, 1, 1)
 def undone(x):
     y = torch.exp(x)
@@ -335,6 +337,7 @@ WRONG = [
     ("own.py:flat", "got (2, 6, 7)"), ("own.py:pair", "got a tuple"),
     ("own.py:raising", "of an input (2, 3, 6, 7): KeyError: 'no such"),
     ("own.py:untied", "no gradient"), ("own.py:detached", "no gradient"),
+    ("own.py:embedded", "no gradient leads from any output to any pixel"),
     ("own.py:infinite", "not finite"), ("own.py:undone", "its gradients: RuntimeError"),
     ("own.py:right --shape 4x6x7", "RuntimeError"), ("own.py:right --shape 3x6", "--shape"),
     ("own.py:right --shape 3x0x6", "--shape"), ("own.py:right --shape 3x99x6", "--shape"),

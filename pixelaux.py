@@ -2281,11 +2281,12 @@ class Plan:
         self.allocate(weight)
         self.latest = {}  # node -> its values at the places where it was computed last
         self.nodes_of = {}  # some `when` -> the nodes that have them, in order
-        self.work = collections.Counter()  # of each `when`: multiplications at one position
+        self.work = collections.Counter()  # of each `when`: the largest product, at one position
         self.weights = {}  # of each convolution, (rows, F, columns, C)
         for node in self.nodes:
             for _, conv, _ in node.taps:
-                self.work[node.when] += n * conv.v[:, :, 0].numel()
+                work = n * conv.v[:, :, 0].numel()
+                self.work[node.when] = max(self.work[node.when], work)
                 if conv not in self.weights:
                     weight = conv.weight().flip(2, 3) if conv.up else conv.weight()  # see Conv
                     self.weights[conv] = weight.permute(2, 0, 3, 1).contiguous()
@@ -2406,8 +2407,8 @@ class Plan:
     def run_step(self, due):
         """Compute nodes, {their `when`: Places} -> the output's values, (n * count, C), or None."""
         whens = tuple(due)
-        work = sum(self.work[when] * due[when].count * due[when].strip for when in whens)
-        torch.set_num_threads(self.threads if worth_threads(work) else 1)
+        work = [self.work[when] * due[when].count * due[when].strip for when in whens]
+        torch.set_num_threads(self.threads if worth_threads(max(work, default=0)) else 1)
         if whens not in self.nodes_of:
             self.nodes_of[whens] = [node for node in self.nodes if node.when in due]
         for node in self.nodes_of[whens]:
@@ -2508,9 +2509,9 @@ class Plan:
 
 
 def worth_threads(work):
-    """Whether so many multiplications, of a step or of a layer, are shared between threads. Small
-    products gain little from that, and beside other load threads wait long for each other."""
-    return work > 100_000_000
+    """Whether layers or products of at most so many multiplications are shared between threads.
+    Small ones gain little from that, and beside other load threads wait long for each other."""
+    return work > 60_000_000
 
 
 def product(weight, rows):

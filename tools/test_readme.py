@@ -66,7 +66,7 @@ def course(tmp_path_factory):
         (folder / "view.py").write_text(block("class TwoColour"))
         recipe = block("train.npy")
         for words, fewer in ((".size, 64", ".size, 8"), ("range(20 *", "range(3 *"),
-                             ("sample(50)", "sample(12, tight=True)"), ("(0, 128,", "(0, 32,")):
+                             ("sample(50,", "sample(12,"), ("(0, 128,", "(0, 32,")):
             assert words in recipe
             recipe = recipe.replace(words, fewer)
         (folder / "recipe.py").write_text(recipe)

@@ -78,11 +78,11 @@ def check_network(file, name, args):
         if not sight.seen.any():
             raise Problem(f"{file}: no gradient leads from any output to any pixel: is the input "
                           "rounded, or looked up in a table?")
-    try:
-        show(answers, what)
-    finally:
-        sights.save_picture(sight, answers, what, out)
-        print(f"{out}: what an output sees")
+        try:
+            show(answers, what)
+        finally:
+            sights.save_picture(sight, answers, what, out)
+            print(f"{out}: what an output sees")
 
 
 @contextlib.contextmanager

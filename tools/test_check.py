@@ -341,7 +341,6 @@ WRONG = [
     ("own.py:infinite", "not finite"), ("own.py:undone", "its gradients: RuntimeError"),
     ("own.py:right --shape 4x6x7", "RuntimeError"), ("own.py:right --shape 3x6", "--shape"),
     ("own.py:right --shape 3x0x6", "--shape"), ("own.py:right --shape 3x99x6", "--shape"),
-    ("own.py:right --out beside.py/x.png", "pixelaux: beside.py: File exists"),
     ("gone", "gone: no such checkpoint"), ("gone --shape 3x6x7", "--shape"), ("", "what"),
     ("gone --out x.png", "--out"), ("gone --channel-order", "--channel-order"),
 ]
@@ -357,6 +356,13 @@ def test_what_cannot_be_checked_is_one_line_and_status_2(networks, capsys, line,
     assert status == 2 and out == [] and len(error) == 1, (out, error)
     assert expected in error[0] or (line == "" and "required" in error[0])
     assert not list(networks.glob("*.png"))
+
+
+def test_a_picture_that_cannot_be_written_costs_no_answers(networks, capsys):
+    status, lines, errors = checking(
+        capsys, "own.py:right", "--shape", "3x6x7", "--out", "beside.py/x.png")
+    assert status == 2 and lines[0].startswith("causal") and "OK" in lines[0]
+    assert errors == ["pixelaux: beside.py: File exists"]
 
 
 def test_a_check_leaves_the_program_as_it_was(networks, capsys):

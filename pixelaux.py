@@ -1577,7 +1577,7 @@ def read_metrics(out):
         except (ValueError, TypeError, KeyError):  # cut by a kill
             continue
         before.append(record)
-    return [record for k in sorted(kept) for record in kept[k]]
+    return sum((kept[k] for k in sorted(kept)), [])
 
 
 def counted(n, what):

@@ -2,6 +2,7 @@
 
 Panels in the order of pixelaux.py: views, the bound, intervals, masks, the wavefront.
 """
+import itertools
 import pathlib
 import sys
 
@@ -46,13 +47,15 @@ def terms():
 
 def offsets(rows, columns):
     """The (dy, dx) that a Conv reads around its output."""
-    return {(y, x) for y in range(rows[0], rows[1] + 1) for x in range(columns[0], columns[1] + 1)}
+    ys, xs = range(rows[0], rows[1] + 1), range(columns[0], columns[1] + 1)
+    return set(itertools.product(ys, xs))
 
 
 def through(seen, kernel, layers):
     """What is seen through more layers of a kernel."""
     for _ in range(layers):
-        seen = {(y + dy, x + dx) for y, x in seen for dy, dx in kernel}
+        steps = itertools.product(seen, kernel)
+        seen = {(y + dy, x + dx) for (y, x), (dy, dx) in steps}
     return seen
 
 

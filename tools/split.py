@@ -31,6 +31,7 @@ What the truth predicts is computed by Bayes, without approximation: each config
 probability, which every sub-pixel changes. The truth's own shape bits are log2 of the number of
 configurations (for X alone on average nearly so, as noise may tell 122 from 133).
 """
+import itertools
 import math
 
 import numpy as np
@@ -54,7 +55,8 @@ def block_of(psi, row, column, channel):
     if isinstance(psi, Gray):
         return [(row, column, c, psi.weights[c]) for c in range(3)], channel, 0, 4096
     if isinstance(psi, Half):
-        return [(r, c, channel, 1) for r in (0, 1) for c in (0, 1)], 2 * row + column, -2, 4
+        four = [(r, c, channel, 1) for r, c in itertools.product((0, 1), (0, 1))]
+        return four, 2 * row + column, -2, 4
     return [(row, column, channel, 0)], 0, 0, 1
 
 

@@ -3093,7 +3093,13 @@ def program():
     """The command `pixelaux` that pip installs."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # names of files may be any bytes
-    return main()
+    status = main()
+    if status == 130:  # who stops a program does not want to wait a second for torch to be unloaded
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -2825,8 +2825,9 @@ def hardware(device):
 
 @contextlib.contextmanager
 def signals_noted():
-    """SIGINT, SIGTERM and SIGHUP are only noted, as no step may be cut in two. -> the function that
-    tells. While its attribute at_once is true, a signal is a KeyboardInterrupt at once."""
+    """SIGINT and SIGTERM are only noted, as no step may be cut in two, and SIGHUP, a terminal that
+    goes away, is no reason to stop. -> the function that tells. While its attribute at_once is
+    true, a signal is a KeyboardInterrupt at once."""
     noted, before = [], {}
 
     def stop():
@@ -2839,8 +2840,9 @@ def signals_noted():
 
     stop.at_once = False
     if threading.current_thread() is threading.main_thread():  # no other may set signals
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
                 before[number] = signal.signal(number, note)
     try:
         yield stop

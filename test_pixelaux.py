@@ -5063,21 +5063,23 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
 # --- What users ran into ------------------------------------------------------------------------
 
 
-def test_a_signal_is_noted_or_ends_pictures_at_once_and_nohup_keeps_its_word():
+def test_a_signal_is_noted_or_ends_pictures_at_once_and_what_was_ignored_stays_so():
     """Control: what was set before is set afterwards."""
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         for handler, noted in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
-            signal.signal(signal.SIGHUP, handler)
+            signal.signal(signal.SIGTERM, handler)
             with pixelaux.signals_noted() as stop:
-                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(signal.SIGHUP)  # a terminal goes away: training goes on
+                assert not stop()
+                signal.raise_signal(signal.SIGTERM)
                 assert stop() == noted
                 stop.at_once = True
                 with pytest.raises(KeyboardInterrupt) if noted else contextlib.nullcontext():
-                    signal.raise_signal(signal.SIGHUP)
-            assert signal.getsignal(signal.SIGHUP) == handler
+                    signal.raise_signal(signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) == handler
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("number", ["-1e-1", "-1.", "-.5", "-2", "+0.5", "1e-1", "0"])

@@ -7,17 +7,18 @@ The problem: a model that predicts an image pixel by pixel spends its capacity w
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel), of which the shape of things, all that a person sees, is a hundredth of a bit or so: a model
 that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
-(On the built-in data one can count: `python pixelaux.py claim`.)
+(On the built-in data one can count, and there it is not borne out: `python pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
-p(X, X^) = p(X^) p(X | X^). The view, in which there is no texture, has a network of its own; and a
+p(X, X^) = p(X^) p(X | X^). The view, which is poorer in texture, has a network of its own; and a
 view may have a view in turn:  X_0 = X,  X_1 = psi_0(X_0),  ..,  X_K = psi_{K-1}(X_{K-1}),
 
     log p(X) >= log p(X_0, .., X_K) = log p(X_K) + log p(X_{K-1} | X_K) + .. + log p(X_0 | X_1)
 
 It is a bound because p(X) is the sum of p(X, X^) over all X^, and a sum of terms that are 0 or more
-is no smaller than any one of them. (X_1 determines all that is coarser, so that p(X_0 | X_1) needs
-nothing else.)
+is no smaller than any one of them. (There are many terms: X has one view, but the networks do not
+know that, and give some probability to X beside other views, too. X_1 determines all that is
+coarser, so that p(X_0 | X_1) needs nothing else.)
 
     Eq. 1       p(X) = product of p(pixel | earlier ones)    Conv, CausalNet
     Eq. 2, 3    p(X, X^) = p(X^) p(X | X^)                   PixelAux.log_prob_factors, .sample
@@ -91,9 +92,13 @@ class Failure(Exception):
 # explained where the parts are built. A network's *layout* is a row of stages of residual blocks,
 # each (times halved, blocks):
 #
-#     ((0, 3),)                            3 blocks at the resolution of the input
-#     ((0, 3), (1, 6), (0, 3), (-1, 3))    3, 6 at half of it, 3 at the input's again, 3 at double
-#                                          (an embedding reads X^, half as large as what it is for)
+#     ((0, 3),          3 blocks at the resolution of what the network reads,
+#      (1, 6),          6 at half of it,
+#      (0, 3),          3 at its own again,
+#      (-1, 3))         3 at double: this network embeds X^, half as large as what it is for
+#
+# *Light* networks are the pyramid's: a few blocks at one resolution. They see only what is near,
+# but X^ tells them the rest; and the smallest view, 8x8, is all near.
 
 
 def six_stages(blocks):
@@ -117,22 +122,25 @@ class Config:
     halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
     nr_filters: int = 160
     nr_logistic_mix: int = 10
-    # causal network, embedding     of X or gray alone: layout, none
-    #                               of X given gray: layout_cond, layout_cond
-    #                               in a pyramid: layout_light, layout_embed (8x8: none)
+    # Which layout a factor's networks have:
+    #
+    #     factor                          causal network    embedding of X^
+    #     X or gray, given nothing        layout            there is no X^
+    #     X given gray                    layout_cond       layout_cond
+    #     a pyramid's smallest view       layout_light      there is no X^
+    #     its other views                 layout_light      layout_embed
     layout: tuple = six_stages(6)  # PixelCNN++'s 36 blocks
     layout_cond: tuple = six_stages(4)  # 24 blocks (Sec. 4.1)
     layout_light: tuple = ((0, 3),)  # (Sec. 4.2)
     layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))
-    look_right: bool = True  # False: only first layers of light networks do; see VERTICAL_LEFT
+    look_right: bool = True  # False: light networks do in their first layer only (VERTICAL_LEFT)
     dropout: float = 0.5
 
-    tight: bool = False  # train distributions that are cut to what X^ leaves possible (see psi)
     batch_size: int = 64
-    # How long: by steps if they are not 0, else by minutes if they are not, else by epochs.
-    epochs: tuple = (30, 200)  # if images are made on the fly, an epoch is 50,000 of them
+    # How long each factor is trained: the first of these three that is not 0.
     steps: tuple = (0,)
-    minutes: tuple = (0.0,)  # these become steps when the pace is known
+    minutes: tuple = (0.0,)  # become steps when the pace is known; --minutes also sets anneal to 1
+    epochs: tuple = (30, 200)  # the paper's, of gray and of X; of images made on the fly: 50,000
     lr: float = 1e-3
     lr_decay: float = 0.99999  # the learning rate is multiplied by it after each step
     warmup: int = 0  # steps in which the learning rate grows to its full value
@@ -140,25 +148,35 @@ class Config:
     betas: tuple = (0.95, 0.9995)  # of Adam, PixelCNN++'s
     ema: float = 0.9995  # decay of the moving average of the weights, PixelCNN++'s
     precision: str = "auto"  # in training: float32, bfloat16; auto: bfloat16 on CUDA
-    flip: bool = False  # mirror half of the training images
     seed: int = 0
     data: str = "shapes"
     data_dir: str = "data"
     data_set: str = ""  # what was found there: see `describe`
+    flip: bool = False  # mirror half of the training images
+
+    # Beyond the paper.
+    tight: bool = False  # train distributions that are cut to what X^ leaves possible (see psi)
+    muon: float = 0.0  # rate of Muon for convolutions within blocks; 0: Adam, as for the rest
+    hold_out: int = 0  # training images that are not trained on: the loss on them is recorded
     start: str = ""  # run or checkpoint whose weights training begins with
 
 
-# The small ones are for short runs: higher rates, and averages over fewer steps. `tiny` is trained
-# tight, as `shapes`, for which it is made, show what that is worth.
+# The first three are for short runs: tight, as that is worth much (see the README), at higher rates,
+# averaged over fewer steps. `small` and `speedrun` are one recipe, for a CPU core and for a GPU; how
+# it was found: results/recipe.md.
+RECIPE = dict(
+    layout=six_stages(1), layout_cond=six_stages(1), layout_embed=((0, 2), (-1, 1)), dropout=0.0,
+    tight=True, lr=5e-3, muon=0.05, lr_decay=1.0, anneal=1.0, betas=(0.9, 0.99))
 PRESETS = {
     "tiny": dict(
         nr_filters=24, layout=six_stages(1), layout_cond=six_stages(1),
         layout_embed=((0, 1), (-1, 1)), dropout=0.0, tight=True, batch_size=16, steps=(2400, 2900),
         lr=2e-2, lr_decay=1.0, warmup=50, anneal=1.0, betas=(0.9, 0.95), ema=0.98),
     "small": dict(
-        nr_filters=48, layout=six_stages(2), layout_cond=six_stages(2),
-        layout_embed=((0, 2), (1, 3), (0, 2), (-1, 2)), dropout=0.0, batch_size=8, steps=(8000,),
-        lr=5e-3, lr_decay=1.0, anneal=1.0, betas=(0.9, 0.99), ema=0.995),
+        RECIPE, nr_filters=48, batch_size=8, steps=(8000,), warmup=30, ema=0.99),
+    "speedrun": dict(
+        RECIPE, nr_filters=128, batch_size=64, steps=(8000,), warmup=100, ema=0.998,
+        precision="bfloat16"),
     "cifar10": dict(),
     "celeba": dict(nr_filters=100, batch_size=16, epochs=(60,), lr_decay=0.999995),
 }
@@ -214,8 +232,10 @@ def feasible(values, weights, low, high, top):
     low no higher than those to come can add, with at most `top` each.
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
-    on the ones before i; weights: positive ints; low, high: int64 tensors. No interval is empty if
-    high - low is at least the largest weight - 1. -> lists lo, hi.
+    on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
+
+    No interval is empty if low..high has as many numbers as the largest weight, or more: w v must
+    be in low - rest .. high, and w numbers in a row have a multiple of w among them.
     """
     lo, hi = [], []
     rest = top * sum(weights)  # the most that the values to come can add
@@ -235,7 +255,8 @@ class Psi:
     psi(x): uint8 (N, C, H, W) -> x_hat: uint8 (N, channels_out, H / cell, W / cell) of levels_out
     levels, in which a pixel depends on a cell of cell x cell pixels of x; psi.bounds(x, x_hat) ->
     (lo, hi), int64 of x's shape: the interval, both ends included, that is left for each sub-pixel
-    by x_hat and the sub-pixels before it in its cell (raster order, then channels).
+    by x_hat and the sub-pixels before it in its cell (raster order, then channels). Those after it
+    may not be drawn yet, and make no difference.
     """
 
     cell = 1
@@ -276,7 +297,7 @@ class Gray(Psi):
     """4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, one channel of 16 levels.
 
     The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. A
-    view leaves 4096 sums, and no weight is larger (see feasible).
+    level of the view leaves 4096 sums, more than the largest weight (see feasible).
     """
 
     label = "gray"
@@ -286,6 +307,7 @@ class Gray(Psi):
             raise Problem("gray needs 3 channels of 16 levels or more, levels - 1 dividing 255, "
                           f"got {channels=}, {levels=}")
         self.levels, self.channels_out, self.levels_out = levels, 1, 16
+        # They sum to 256, and >> 12 divides by 256 and by 16. Fewer levels are spread over 0..255.
         self.weights = [weight * 255 // (levels - 1) for weight in (77, 150, 29)]
 
     def __call__(self, x):
@@ -298,7 +320,8 @@ class Gray(Psi):
         return torch.cat(lo, 1), torch.cat(hi, 1)
 
 
-# A model is its list of psi. Half stands for as many of it as `halvings` says.
+# A model is its list of psi, in the order in which they are applied, from X on. Half stands for as
+# many of it as `halvings` says.
 MODELS = {
     "pixelcnn": [],
     "grayscale": [Gray],
@@ -318,8 +341,8 @@ MODELS = {
 #     bin   -inf   |  .  |  .  |  .. |  .  |   +inf         sigma((right edge - mean) / scale)
 #                                                           - sigma((left edge - mean) / scale)
 #
-# The channels of a pixel share the mixture's component. Besides, green's mean moves with the red
-# that was drawn, and blue's with both.
+# Red, green and blue of a pixel go together: so all three have the mixture's component in common,
+# and green's mean moves with the red that was drawn, blue's with both.
 
 
 def to_unit(x, levels, dtype):
@@ -344,10 +367,13 @@ def log_mass(means, log_scales, lo, hi, levels):
     """Log of a logistic's mass on the levels lo..hi. All arguments broadcast.
 
     As sigma(b) - sigma(a) = (e^b - e^a) / ((1 + e^b) (1 + e^a)) = sigma(b) sigma(-a) (1 - e^(a-b)),
-    its log is log sigma(b) + log sigma(-a) + log(1 - e^(a-b)), where b is infinite at the last
-    level, and -a at 0: then the two terms with it are log 1 = 0, and this is exact and stable
-    everywhere. (Instead, widely copied code takes the density where the mass is below 1e-5: up to
-    1.4e-5 of the mass is lost, and 3 bits in a tail.)
+
+        its log = log sigma(b) + log sigma(-a) + log(1 - e^(a-b))
+
+    At the last level b is infinite, and the first and the third term are log 1 = 0; at level 0 -a
+    is, and the second and the third are. This is exact and stable everywhere. (Instead, widely
+    copied code takes the density where the mass is below 1e-5: at the worst the masses of all
+    levels then sum to 1 - 1.4e-5, and a level in a tail is given up to 3 bits too many or too few.)
     """
     a, b = edges(means, log_scales, lo, hi, levels)
     # b - a, not by subtraction: both are large and nearly equal where a bin is narrow and far off.
@@ -355,12 +381,14 @@ def log_mass(means, log_scales, lo, hi, levels):
     first, last = lo == 0, hi == levels - 1
     below_b = F.logsigmoid(b).masked_fill(last, 0.0)
     above_a = F.logsigmoid(-a).masked_fill(first, 0.0)
-    return below_b + above_a + torch.log(-torch.expm1(-width)).masked_fill(first | last, 0.0)
+    between = torch.log(-torch.expm1(-width))  # 1 - e^(a-b)
+    return below_b + above_a + between.masked_fill(first | last, 0.0)
 
 
 def pick(log_weights, u):
     """Draw an index in dim 1 by inverse cdf. log_weights: (N, K, H, W), any scale; u: (N, H, W)."""
     cdf = log_weights.softmax(1).cumsum(1)
+    # Times the last value, which is 1 but for rounding.
     index = (cdf < u.unsqueeze(1) * cdf[:, -1:]).sum(1, keepdim=True)
     return index.clamp(max=log_weights.shape[1] - 1)
 
@@ -369,14 +397,14 @@ def logistic_between(a, b, u):
     """The standard logistic cut to (a, b), at its quantile u: what sample_tight draws by."""
     # Far to the right the cdf rounds to 1, far to the left it keeps its digits. So we mirror: by
     # symmetry -z lies between -b and -a, at 1 - u.
-    flip = a + b > 0
+    flip = a + b > 0  # (of both ends infinite not: nan > 0 is false)
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
     u = torch.where(flip, 1 - u, u)
     # The cdf at z is sigma(low) + u (sigma(high) - sigma(low)); its logit is z.
     ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
-    z = log_cdf - torch.log(-torch.expm1(log_cdf))
+    z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
     return torch.where(flip, -z, z)
 
 
@@ -402,7 +430,7 @@ class LogisticMixture:
         self.coeffs = by_channel[:, :, 2 * k :].tanh()  # dim 1: of R in G, of R in B, of G in B
 
     @staticmethod
-    def start(bias):
+    def set_bias(bias):
         """Set the network's last bias, (10 K,): means spread over the range, scales well below it.
 
         PixelCNN++ starts with components as wide as the range.
@@ -421,42 +449,47 @@ class LogisticMixture:
             means = torch.addcmul(means, self.coeffs[:, which], unit)
         return means
 
-    def log_prob(self, x, bounds=None):
+    def log_prob(self, x, intervals=None):
         """x: uint8 (N, 3, H, W) -> nats of each pixel, (N, H, W), its channels together.
 
-        bounds = (lo, hi) of psi.bounds: each channel's mixture is cut to its interval, p'(x_c) =
-        sum_k v_k m_k / sum_k v_k M_k, with m_k and M_k the masses of component k on x_c and on
-        lo..hi. v_k is w_k times the m_k of the channels before.
+        intervals = (lo, hi) of psi.bounds: each channel's mixture is cut to its interval. With w_k
+        the weights, m_k a component's mass on the value, M_k on the interval:
+
+            p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
+            p'(g | r) = sum_k w_k m_k(r) m_k(g) / sum_k w_k m_k(r) M_k(g's interval)
+
+        and blue likewise: what was drawn before changes how much each component counts.
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
         log_masses = log_mass(means, self.log_scales, x, x, self.levels)  # (N, 3, K, H, W)
         log_weights = self.logit_probs.log_softmax(1)  # (N, K, H, W)
-        if bounds is None:
+        if intervals is None:
             return (log_weights + log_masses.sum(1)).logsumexp(1)
-        # That v is not scaled to sum to 1 does not matter, as it stands in both sums. (If all
-        # levels are allowed, M_k is 1, the sums cancel between channels, and the line above is
-        # left.)
-        lo, hi = (bound.unsqueeze(2) for bound in bounds)
+        # (If all levels are allowed, M_k is 1, and of the fractions above the numerator of the last
+        # is left: the same.)
+        lo, hi = (ends.unsqueeze(2) for ends in intervals)
         log_allowed = log_mass(means, self.log_scales, lo, hi, self.levels)  # M
-        total, log_v = 0.0, log_weights
+        total, log_joint = 0.0, log_weights  # of a component and the channels so far
         for channel in range(3):
-            total = total - (log_v + log_allowed[:, channel]).logsumexp(1)
-            log_v = log_v + log_masses[:, channel]
-            total = total + log_v.logsumexp(1)
+            total = total - (log_joint + log_allowed[:, channel]).logsumexp(1)
+            log_joint = log_joint + log_masses[:, channel]
+            total = total + log_joint.logsumexp(1)
         return total
 
-    def sample(self, noise, mode="random", interval=None):
+    def sample(self, noise, mode="random", interval_of=None):
         """Draw every pixel from given noise -> int64 (N, 3, H, W).
 
-        noise: uniform in (0, 1), (N, 6, H, W): component and value of each channel. One component,
-        drawn by its weight, serves all channels; "random" draws its value, "map" takes its mean
-        (the paper's MAP sampling, Sec. 4.2, though the component is still drawn). With an interval:
-        see sample_tight. Each channel is rounded before the next is conditioned on it; without
-        that, samples have another distribution than log_prob.
+        noise: uniform in (0, 1), (N, 6, H, W): of channel c number 2 c for the component and 2 c +
+        1 for the value. One component, drawn by its weight with number 0, serves all channels.
+        "random" draws values from it, by the inverse of the logistic's cdf, which is the logit;
+        "map" takes its means, and shows what the model holds most probable without the noise
+        around it (the paper's MAP sampling, Sec. 4.2, though the component is still drawn). Each
+        channel is rounded before the next is conditioned on it; without that, samples have another
+        distribution than log_prob. With interval_of: see sample_tight.
         """
-        if interval is not None:
-            return self.sample_tight(noise, mode, interval)
+        if interval_of is not None:
+            return self.sample_tight(noise, mode, interval_of)
         picked, x = self.component(pick(self.logit_probs, noise[:, 0])), []
         for c in range(3):
             value = picked.means_given(c, x)
@@ -466,22 +499,25 @@ class LogisticMixture:
             x.append(self.round(value))
         return torch.cat(x, 1)
 
-    def sample_tight(self, noise, mode, interval):
+    def sample_tight(self, noise, mode, interval_of):
         """The same from the mixtures cut to intervals, as in log_prob.
 
-        interval(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each.
-        log_prob scales each channel's mixture, not each component, so that a component must be
-        drawn anew for each channel, by v_k M_k. (Without a cut, where M_k is 1, one drawn at the
-        start would do: p(k) p(r | k) = p(r) p(k | r).) "map" keeps the first one.
+        interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each.
+        Without a cut a component drawn at the start is right for all channels; to draw it anew for
+        each, by what log_prob calls its joint probability, would be the same: p(k) p(r | k) = p(r)
+        p(k | r). With a cut red's fraction is drawn by w_k M_k, but green's counts components by
+        w_k m_k(r) M_k with another M: so they must be drawn anew. "map" keeps the first one, so
+        that a pixel's channels belong together.
         """
-        x, log_v = [], self.logit_probs.log_softmax(1)  # v as in log_prob
+        x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
-            lo, hi = interval(x)
+            lo, hi = interval_of(x)
             means, log_scales = self.means_given(c, x), self.log_scales[:, c]
-            k = pick(log_v + log_mass(means, log_scales, lo, hi, self.levels), noise[:, 2 * c])
+            log_allowed = log_mass(means, log_scales, lo, hi, self.levels)
+            k = pick(log_joint + log_allowed, noise[:, 2 * c])
             value, log_scale = means.gather(1, k), log_scales.gather(1, k)
             if mode == "map":
-                log_v = torch.full_like(log_v, -math.inf).scatter(1, k, 0.0)
+                log_joint = torch.full_like(log_joint, -math.inf).scatter(1, k, 0.0)
             else:
                 a, b = edges(value, log_scale, lo, hi, self.levels)
                 a = a.masked_fill(lo == 0, -math.inf)
@@ -489,11 +525,12 @@ class LogisticMixture:
                 logistic = logistic_between(a, b, noise[:, 2 * c + 1].unsqueeze(1))
                 value = value + log_scale.exp() * logistic
             x.append(self.round(value).clamp(lo, hi))
-            log_v = log_v + log_mass(means, log_scales, x[c], x[c], self.levels)
+            log_joint = log_joint + log_mass(means, log_scales, x[c], x[c], self.levels)
         return torch.cat(x, 1)
 
     def component(self, k):
-        """Component k, (N, 1, H, W), of each pixel's mixture, as a mixture of one."""
+        """Component k, (N, 1, H, W), of each pixel's mixture, as a mixture of one. (Its
+        logit_probs, still those of all, are not used.)"""
         one, k = copy.copy(self), k.unsqueeze(1).expand(-1, 3, -1, -1, -1)
         one.means, one.log_scales = self.means.gather(2, k), self.log_scales.gather(2, k)
         one.coeffs = self.coeffs.gather(2, k)
@@ -505,11 +542,8 @@ class LogisticMixture:
         return ((unit + 1) * (top / 2)).round().clamp(0, top).long()
 
 
-def cut(logits, interval):
-    """Logits (N, levels, H, W), -inf outside interval = (lo, hi), (N, 1, H, W) each; or None."""
-    if interval is None:
-        return logits
-    lo, hi = interval
+def cut(logits, lo, hi):
+    """Logits (N, levels, H, W), -inf outside lo..hi, (N, 1, H, W) each."""
     level = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     return logits.masked_fill((level < lo) | (level > hi), -math.inf)
 
@@ -525,17 +559,18 @@ class Categorical:
         self.logits = params * math.exp(-shift)
 
     @staticmethod
-    def start(bias):
+    def set_bias(bias):
         """Nothing to set: equal logits are uniform."""
 
-    def log_prob(self, x, bounds=None):
-        """x: uint8 (N, 1, H, W) -> nats (N, H, W); bounds = (lo, hi) of psi.bounds."""
-        return cut(self.logits, bounds).log_softmax(1).gather(1, x.long()).squeeze(1)
+    def log_prob(self, x, intervals=None):
+        """x: uint8 (N, 1, H, W) -> nats (N, H, W); intervals = (lo, hi) of psi.bounds."""
+        logits = self.logits if intervals is None else cut(self.logits, *intervals)
+        return logits.log_softmax(1).gather(1, x.long()).squeeze(1)
 
-    def sample(self, noise, mode="random", interval=None):
+    def sample(self, noise, mode="random", interval_of=None):
         """noise: uniform (N, 2, H, W), of which the first is used -> int64 (N, 1, H, W). "map"
-        takes the most probable level. interval: as in LogisticMixture.sample_tight."""
-        logits = cut(self.logits, interval and interval([]))
+        takes the most probable level. interval_of: as in LogisticMixture.sample_tight."""
+        logits = self.logits if interval_of is None else cut(self.logits, *interval_of([]))
         return logits.argmax(1, keepdim=True) if mode == "map" else pick(logits, noise[:, 0])
 
 
@@ -559,8 +594,9 @@ class Categorical:
 #
 # Nor does a change of resolution let a later pixel in:
 #
-#     down    (i, j) takes what was known at (2 i, 2 j), the first of its four pixels
-#     up      all four read (i, j); none of them comes before (2 i, 2 j), which knew it already
+#     down    (i, j) holds what may be known at (2 i, 2 j), the first of its four pixels
+#     up      all four read (i, j): (2 i, 2 j) may know it, and the other three come later
+#             (v also reads beside and above (i, j), as everywhere: these know rows above alone)
 
 
 class Conv(nn.Module):
@@ -581,7 +617,7 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        for first, last in (rows, columns):  # convolve pads both sides by -first, no further
+        for first, last in (rows, columns):  # torch pads both sides alike, by -first: see convolve
             if not first <= last <= -first or (up and last < 0):
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
                               "-first")
@@ -589,7 +625,8 @@ class Conv(nn.Module):
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
         self.full_precision = full_precision  # float32 in bfloat16 training, too
         kernel = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
-        # v and g as in Salimans & Kingma 2016: direction and length. (No relation to the stream v.)
+        # Called v and g by Salimans & Kingma 2016: of a weight the direction, and the length. (No
+        # relation to the stream v.)
         self.v = nn.Parameter(0.05 * torch.randn(c_out, c_in, *kernel))
         self.g = nn.Parameter(gain * torch.ones(c_out))
         self.b = nn.Parameter(torch.zeros(c_out))
@@ -598,7 +635,7 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # With tensors this changes nothing. With a Symbol (see Sampling fast) a call is only recorded.
+    # With tensors this changes nothing; it is there for Sampling fast.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
@@ -614,11 +651,11 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # The other way round, in(q) adds w_d in(q) to out(2 q - d): with d = -1, 0 that is
-            #     out(0) = w_0 in(0)    out(1) = w_-1 in(0)    out(2) = w_0 in(1)    ..
-            # so that the kernel, as torch has it, is [w_0, w_-1]: backwards. What d > 0 adds before
-            # out(0) is torch's padding; `extra`, its output_padding, is what it leaves off at the
-            # end.
+            # torch goes from the input: in(q) adds w_d in(q) to out(2 q - d). So its kernel begins
+            # at the last d: of an up-Conv, weight[.., 0] is w_d of the last d. For example
+            #     d = -1, 0       kernel [w_0, w_-1], in(0) adds to out(0), out(1): nothing to cut
+            #     d = -1, 0, 1    in(0) adds to out(-1) .. out(1): torch's padding of 1 cuts out(-1)
+            #                     off, and as much at the end, which `extra`, 1, puts back
             extra = (max(0, top + bottom + 1), max(0, left + right + 1))
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, (bottom, right), extra)
             return y[:, :, : 2 * height, : 2 * width]
@@ -629,7 +666,7 @@ class Conv(nn.Module):
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
 # As many weights, but no look to the right. This brings a blind spot back: v sees no further to the
 # upper right than its first layer. It costs less where X^ tells what is there, and samples in a
-# third of the steps (see Sampling fast).
+# third of the steps (lag 2 in place of 8: 382 steps in place of 1,144, see Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -692,8 +729,17 @@ def gate(x, y):
 
 
 class Block(nn.Module):
-    """Gated residual block (PixelCNN++): two convolutions, the second one gated, added to x; what
-    auxiliary inputs have to say comes in between. reach: rows and columns of both, as VERTICAL."""
+    """Gated residual block (PixelCNN++): two convolutions, the second one gated, added to x; side
+    inputs come in between. reach: rows and columns of both, as VERTICAL.
+
+        x --> concat_elu --> conv_in --> + --> concat_elu --> conv_out --> a sigmoid(b) --> + -->
+        |                                ^                                                  ^
+        |                           side inputs                                             |
+        +-----------------------------------------------------------------------------------+
+
+    Side inputs, each by a conv_aux: v, in the blocks of h; a long skip; the embedding of X^. (A
+    block that finds no skip has one conv_aux too many, the last one.)
+    """
 
     def __init__(self, filters, nr_aux, reach, dropout):
         super().__init__()
@@ -703,7 +749,7 @@ class Block(nn.Module):
         self.conv_out = Conv(2 * filters, 2 * filters, **reach, gain=0.1)
 
     def forward(self, x, *aux):
-        """x: (N, F, H, W); aux: concat_elu of auxiliary inputs, (N, 2 F, H, W) -> (N, F, H, W)."""
+        """x: (N, F, H, W); aux: concat_elu of side inputs, (N, 2 F, H, W) -> (N, F, H, W)."""
         hidden = self.conv_in(concat_elu(x))
         for conv, a in zip(self.conv_aux, aux):
             hidden = hidden + conv(a)
@@ -715,8 +761,8 @@ class Stage(nn.Module):
     """The modules of stage i of a layout, which CausalNet and EmbeddingNet run.
 
     enter: if the resolution changes, a convolution for each stream. blocks: in each a Block for
-    each stream, of which `reaches` has the kernel and nr_aux the number of auxiliary inputs; a skip
-    is one more, if an earlier stage has this resolution.
+    each stream, of which `reaches` has the kernel and nr_aux the number of side inputs; a skip is
+    one more, if an earlier stage has this resolution.
     """
 
     def __init__(self, layout, i, filters, dropout, reaches, nr_aux):
@@ -739,15 +785,20 @@ class CausalNet(nn.Module):
     """PixelCNN++, or a light network of the pyramid, by its layout (see Config): the parameters of
     every pixel's distribution from the pixels before it.
 
-    All six stages of PixelCNN++ have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in the paper.
-    (Its code has two blocks more, for the outputs of the first and of the strided layers. Here the
-    fourth stage follows the third at the same resolution, and so its first skip, the third's last
-    output, is its own input, and adds little.)
+    On the way up the first block of a stage has its skip from the last one of the stage that went
+    down at this resolution, the second from the last but one, and so on.
+
+    Deviations: all six stages of PixelCNN++ have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in
+    the paper; its code has two more, for the outputs of the first and of the strided layers. The
+    fourth stage follows the third at the same resolution, and so its first skip is its own input,
+    and adds little.
     """
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
         self.conditional = conditional
+        # h's first layer reads no rectangle, so it is two: three pixels above, and what is left of
+        # o (as in PixelCNN++ with the one above that).
         self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), full_precision=True)
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
@@ -758,7 +809,7 @@ class CausalNet(nn.Module):
         self.last = Conv(filters, c_out, **POINT, gain=0.03, full_precision=True)
 
     def forward(self, x, embeddings=()):
-        """x: (N, C_in, H, W); embeddings: number i at x's resolution, halved i times.
+        """x: (N, C_in, H, W); embeddings: number i has x's resolution, halved i times.
 
         -> (N, C_out, H, W).
         """
@@ -766,8 +817,8 @@ class CausalNet(nn.Module):
         h = self.h_above(x) + self.h_left(x)
         made = {}  # resolution -> the outputs of the last stage there
         for stage in self.stages:
-            skips = made.get(stage.halved, [])
-            made[stage.halved] = []  # a new list: skips are still the old one
+            skips = made.pop(stage.halved, [])
+            made[stage.halved] = []
             embedding = [concat_elu(embeddings[stage.halved])] if self.conditional else []
             if stage.enter:
                 v_enter, h_enter = stage.enter
@@ -788,7 +839,7 @@ class EmbeddingNet(nn.Module):
 
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
-    Resolutions are counted from X^'s own: in a pyramid -1 is that of X.
+    A layout counts from the resolution of what is read, X^'s here: in a pyramid -1 is that of X.
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -803,7 +854,7 @@ class EmbeddingNet(nn.Module):
         y = self.first(x_hat)
         made, last = {}, {}
         for stage in self.stages:
-            skips = made.get(stage.halved, [])
+            skips = made.pop(stage.halved, [])
             made[stage.halved] = []
             for enter in stage.enter:
                 y = enter(y)
@@ -812,7 +863,7 @@ class EmbeddingNet(nn.Module):
                 y = block(y, *skip)
                 made[stage.halved].append(y)
             last[stage.halved] = y
-        return [last[halved] for halved in sorted(last)]  # -1, 0, 1: of x they are 0, 1, 2
+        return [last[halved] for halved in sorted(last)]
 
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
@@ -873,9 +924,9 @@ class Factor(nn.Module):
             strides += [psi.cell * 2**halved for halved, _ in layout_embed]
         self.multiple = max(strides)  # of which the height and the width of x must be multiples
 
-        self.Head, nr_params = Categorical, view.levels
+        self.kind_of_head, nr_params = Categorical, view.levels
         if channels == 3:
-            self.Head, nr_params = LogisticMixture, 10 * config.nr_logistic_mix
+            self.kind_of_head, nr_params = LogisticMixture, 10 * config.nr_logistic_mix
         self.net = CausalNet(channels + 1, nr_params, layout, filters, dropout,
                              conditional=psi is not None, look_right=config.look_right or not light)
 
@@ -909,7 +960,7 @@ class Factor(nn.Module):
         return self.net(self.planes(x, self.view.levels), embeddings)
 
     def head(self, params, shift=0.0):
-        return self.Head(params, self.view.levels, shift)
+        return self.kind_of_head(params, self.view.levels, shift)
 
     def forward(self, x, x_hat=None, tight=False):
         """log p(x | x_hat), nats per image, (N,). x: uint8 (N, C, H, W); x_hat = psi(x), or None.
@@ -917,25 +968,26 @@ class Factor(nn.Module):
         tight: of the distribution that is cut to what x_hat leaves possible.
         """
         head = self.head(self.params(x, self.embeddings(x_hat)))
-        bounds = self.view.psi.bounds(x, x_hat) if tight and self.view.psi is not None else None
-        return head.log_prob(x, bounds).flatten(1).sum(1)
+        intervals = self.view.psi.bounds(x, x_hat) if tight and x_hat is not None else None
+        return head.log_prob(x, intervals).flatten(1).sum(1)
 
 
 class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
-    draw(head, rows, columns, interval) -> levels, int64 (n P, C, 1, 1), of P pixels in each of n
-    images, of which `head` has the distributions, (n P, .., 1, 1). In sample_naive P is 1; the fast
-    sampler draws more in one step. (A decoder of compressed images can take its place.)
+    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of the P pixels (rows,
+    columns) in each of n images, of which `head` has the distributions, (n P, .., 1, 1). P is 1
+    until Sampling fast, where several pixels of an image are drawn in one step. (A decoder of
+    compressed images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
         """noise: uniform in (0, 1), float64 (n, 2 C, H, W)."""
         self.noise, self.mode = noise, mode
 
-    def __call__(self, head, rows, columns, interval):
+    def __call__(self, head, rows, columns, interval_of):
         noise = self.noise[:, :, rows, columns].transpose(1, 2).flatten(0, 1)  # (n P, 2 C)
-        return head.sample(noise[:, :, None, None], self.mode, interval)
+        return head.sample(noise[:, :, None, None], self.mode, interval_of)
 
 
 def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
@@ -947,12 +999,12 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.a_weight.device)
     embeddings = factor.embeddings(x_hat)
     for r, c in itertools.product(range(height), range(width)):
-        pixel = x[:, :, r : r + 1, c : c + 1]  # a part of x: what is written to it, is in x
+        pixel = x[:, :, r : r + 1, c : c + 1]  # no copy: what is written to it is written to x
         params = factor.params(x, embeddings)[:, :, r : r + 1, c : c + 1]
 
-        def interval(drawn):
-            """Write the channels drawn so far into x, where psi.bounds reads them -> (lo, hi) of
-            the next one."""
+        def interval_of(drawn):
+            """(lo, hi) of the channel after those drawn. psi.bounds looks for these in x, so they
+            are written there first."""
             for channel, value in enumerate(drawn):
                 pixel[:, channel : channel + 1] = value
             lo, hi = factor.view.psi.bounds(x, x_hat)
@@ -960,7 +1012,7 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
             return lo[here], hi[here]
 
         head = factor.head(params.double(), shift)  # float64, as the noise
-        pixel[:] = draw(head, [r], [c], interval if tight else None)
+        pixel[:] = draw(head, [r], [c], interval_of if tight else None)
         if progress:
             progress(n)
     return x
@@ -981,21 +1033,22 @@ class PixelAux(nn.Module):
             for view in self.views:
                 # What is given a smaller view has a light network, and so has the coarsest view of
                 # a pyramid. The others, X and gray by themselves or X given gray, have PixelCNN++.
-                kinds = [view.psi] if view.psi else MODELS[config.model][-1:]
-                self.factors.append(Factor(config, view, any(kind.cell > 1 for kind in kinds)))
-        height, width = config.size
-        if min(height, width) < self.unit or height % self.unit or width % self.unit:
+                psi = view.psi or next(reversed(MODELS[config.model]), None)
+                light = psi is not None and psi.cell > 1
+                self.factors.append(Factor(config, view, light))
+        (height, width), multiple = config.size, self.size_multiple
+        if min(height, width) < multiple or height % multiple or width % multiple:
             raise Problem(f"size {height}x{width} does not fit model {config.model}: height and "
-                          f"width must be multiples of {self.unit}")
+                          f"width must be multiples of {multiple}")
 
     @property
-    def unit(self):
-        """Of which the height and the width of X must be multiples."""
-        unit, cell = 1, 1  # cell: how many pixels of X, in height, one of the view stands for
+    def size_multiple(self):
+        """Height and width of X must be multiples of this."""
+        multiple, cell = 1, 1  # cell: how many pixels of X, in height, one of the view stands for
         for factor in reversed(self.factors):
-            unit = math.lcm(unit, cell * factor.multiple)
+            multiple = math.lcm(multiple, cell * factor.multiple)
             cell *= factor.view.psi.cell if factor.view.psi else 1
-        return unit
+        return multiple
 
     def resized(self, size):
         """The same weights, with as many views, for images of another size (H, W). Raises
@@ -1043,6 +1096,7 @@ class PixelAux(nn.Module):
         """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], nats per image, (N,) each.
 
         tight: factors are cut to what their x_hat leaves possible; the sum is then log p(X) itself.
+        (Not what config.tight says, how it was trained: commands follow that, methods are told.)
         """
         return [factor(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
 
@@ -1058,8 +1112,8 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # In place of the b that centres the outputs: they are small (gain 0.03) anyway.
-                self.factors[j].Head.start(self.factors[j].net.last.b)
+                # Over the b that has just centred the outputs, which are small (gain 0.03) anyway.
+                self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
                given_view=None, until=None, progress=None):
@@ -1107,10 +1161,10 @@ def noise_for(seed, k, images, shape):
     channels, height, width = shape
     generators = [np.random.default_rng((seed, k, int(i))) for i in images]
     noise = np.stack([generator.random((2 * channels, height, width)) for generator in generators])
-    return torch.from_numpy(noise).clamp_(1e-16)
+    return torch.from_numpy(noise).clamp_(1e-16)  # as the logit of 0 is infinite
 
 
-IN_TURN = threading.RLock()  # what `evaluating` changes belongs to all threads
+IN_TURN = threading.RLock()  # what `evaluating` changes belongs to all threads of a program
 
 
 @contextlib.contextmanager
@@ -1151,13 +1205,13 @@ class Shapes:
 
     A configuration is a mask (square, cross, triangle or ring, and its centre), a pair of colours
     and a weave (rows, columns or checks). Drawn uniformly, it fixes a clean image. Then every
-    sub-pixel gets its own noise: a logistic, rounded to levels and cut off at `bound`.
+    sub-pixel gets its own noise: a logistic, rounded to levels and cut off at `farthest`.
 
     A clean pixel has one of six values: three colours, light or dark. Any two of them are more
-    than 2 bound apart in some channel, so that only one configuration can have made an image: the
-    sum over configurations has one term, and
+    than 2 * farthest apart in some channel, so that only one configuration can have made an image:
+    the sum over configurations has one term, and
 
-        log p(X) = -log_configurations + sum over the sub-pixels of log pmf(noise)
+        log p(X) = -log_count + sum over the sub-pixels of log pmf(noise)
 
     is exact. Masks are made of cells of 2x2 pixels, and the weave averages out in every cell: the
     half-resolution view has the mask and the colours, and leaves the weave to p(X | X_1).
@@ -1167,7 +1221,7 @@ class Shapes:
     palette = np.array([[174, 81, 81], [174, 174, 81], [81, 81, 174]], np.int16)
     pairs = np.array(list(itertools.permutations(range(3), 2)))  # colours of ground and shape
     contrast = 41  # of the weave: levels from a colour up to light and down to dark
-    scale, bound = 6.0, 40  # of the noise, in levels
+    scale, farthest = 6.0, 40  # of the noise, in levels
 
     def __init__(self, size):
         (h, w), side = size, min(size)
@@ -1175,27 +1229,29 @@ class Shapes:
             raise Problem(f"--size {h}x{w}: shapes need an even height and width of 12 or more")
         self.size, radius = (h, w), 2 * max(1, side // 16)  # in cells
         ys, xs = (range(radius + 1, s // 2 - radius, radius // 2) for s in size)  # off the border
-        y, x = np.array(list(itertools.product(ys, xs))).T[:, :, None, None]
+        centres = np.array(list(itertools.product(ys, xs)))  # each a corner between four cells
+        y, x = centres.T[:, :, None, None]  # (centres, 1, 1) each
 
-        # From the centre, a corner between four cells, to the middle of each cell.
+        # From the centre to the middle of each cell: (centres, H/2, 1) and (centres, 1, W/2).
         dy, dx = np.arange(h // 2)[:, None] + 0.5 - y, np.arange(w // 2) + 0.5 - x
         square = np.maximum(abs(dy), abs(dx)) < radius
         cross = square & (np.minimum(abs(dy), abs(dx)) < radius / 2)
         triangle = square & (2 * abs(dx) < dy + radius + 1)
         ring = square & (np.maximum(abs(dy), abs(dx)) > radius / 2)
-        self.cells = np.concatenate([square, cross, triangle, ring])  # (M, H/2, W/2): masks
-        self.masks = self.cells.repeat(2, 1).repeat(2, 2)  # (M, H, W)
+        self.masks_half = np.concatenate([square, cross, triangle, ring])  # (M, H/2, W/2)
+        self.masks = self.masks_half.repeat(2, 1).repeat(2, 2)  # (M, H, W)
 
         row, column = np.indices(size)
         odd = np.stack([row, column, row + column]) % 2 == 1
         self.weaves = np.concatenate([odd, ~odd])  # (6, H, W): where it is dark
         shades = np.array([[self.contrast], [-self.contrast]], np.int16)
         self.values = (self.palette[:, None] + shades).reshape(-1, 3)  # at 2 * colour + dark
-        self.log_configurations = math.log(len(self.masks) * len(self.pairs) * len(self.weaves))
+        # Of configurations, all equally likely.
+        self.log_count = math.log(len(self.masks) * len(self.pairs) * len(self.weaves))
 
-        between = np.arange(-self.bound, self.bound + 2) - 0.5  # levels of noise
+        between = np.arange(-self.farthest, self.farthest + 2) - 0.5  # levels of noise
         cdf = 1 / (1 + np.exp(-between / self.scale))
-        self.pmf = np.diff(cdf) / (cdf[-1] - cdf[0])  # of noise -bound..bound
+        self.pmf = np.diff(cdf) / (cdf[-1] - cdf[0])  # of noise -farthest..farthest
 
     def sample(self, n, seed):
         """uint8 (n, H, W, 3), a function of the seed (an int or a sequence of ints)."""
@@ -1204,7 +1260,7 @@ class Shapes:
         mask, pair, weave = (rng.integers(len(part), size=n) for part in parts)
         clean = self.values[2 * self.colours(self.masks[mask], pair) + self.weaves[weave]]
         uniform = rng.random(clean.shape, np.float32)
-        noise = np.searchsorted(self.pmf.cumsum()[:-1], uniform, side="right") - self.bound
+        noise = np.searchsorted(self.pmf.cumsum()[:-1], uniform, side="right") - self.farthest
         return (clean + noise).astype(np.uint8)
 
     def colours(self, masks, pair):
@@ -1216,17 +1272,18 @@ class Shapes:
         """The colours, (N, H, W), of the mask and pair that agree with `colour` on most pixels:
         with the pair's second colour inside the mask, and with its first one outside."""
         numbers = np.arange(len(self.palette))[:, None]
-        has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)
-        # How many pixels of each colour are inside, and outside, of each mask: (N, colours, M).
+        has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
+        # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
         inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)
         outside = has.sum(2, keepdims=True) - inside
+        # How many agree if the ground has one colour of a pair and the shape the other.
         ground, shape = self.pairs.T
         agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
         pair, mask = np.divmod(agree.reshape(len(colour), -1).argmax(1), len(masks))
         return self.colours(masks[mask], pair)
 
-    def decode(self, x):
-        """x: uint8 (N, H, W, 3) -> the noise that x would be around its best configuration."""
+    def noise_of(self, x):
+        """x: uint8 (N, H, W, 3) -> x - the clean image that fits it best, int16."""
         x = np.asarray(x).astype(np.int16)
         colour, dark = np.divmod(nearest(x, self.values), 2)
         weave = (dark[:, None] == self.weaves).sum((2, 3)).argmax(1)
@@ -1234,11 +1291,11 @@ class Shapes:
 
     def decodable(self, x, share=0.98):
         """bool (N,): is this share of the sub-pixels within the noise of one configuration?"""
-        return (abs(self.decode(x)) <= self.bound).mean((1, 2, 3)) >= share
+        return (abs(self.noise_of(x)) <= self.farthest).mean((1, 2, 3)) >= share
 
     def log_prob(self, x):
         """True log p(X) of uint8 (N, H, W, 3), nats (N,); -inf where X is impossible."""
-        return log_pmf_of(self.decode(x), self.pmf) - self.log_configurations
+        return log_pmf_of(self.noise_of(x), self.pmf) - self.log_count
 
     def log_prob_half(self, x_hat):
         """True log p(X_1) of X_1 = Half(X), uint8 (N, H/2, W/2, 3), nats (N,); -inf likewise.
@@ -1249,11 +1306,11 @@ class Shapes:
         x_hat, four = np.asarray(x_hat).astype(np.int16), np.ones(1)
         for _ in range(4):
             four = np.convolve(four, self.pmf)  # pmf of a sum of noises
-        total = np.arange(-4 * self.bound, 4 * self.bound + 1)
-        pmf = np.bincount((total + 2) // 4 + self.bound, four)  # of (total + 2) // 4
-        noise = x_hat - self.palette[self.fit(nearest(x_hat, self.palette), self.cells)]
-        log_configurations = self.log_configurations - math.log(len(self.weaves))
-        return log_pmf_of(noise, pmf) - log_configurations
+        total = np.arange(-4 * self.farthest, 4 * self.farthest + 1)
+        pmf = np.bincount((total + 2) // 4 + self.farthest, four)  # of (total + 2) // 4
+        noise = x_hat - self.palette[self.fit(nearest(x_hat, self.palette), self.masks_half)]
+        log_count = self.log_count - math.log(len(self.weaves))
+        return log_pmf_of(noise, pmf) - log_count
 
 
 def nearest(x, values):
@@ -1262,7 +1319,7 @@ def nearest(x, values):
 
 
 def log_pmf_of(noise, pmf):
-    """Log probability of noise, (N, H, W, 3), summed: (N,). pmf: of -bound..bound."""
+    """Log probability of noise, (N, H, W, 3), summed: (N,). pmf: of -farthest..farthest."""
     far = len(pmf) // 2 + 1  # impossible, as is all beyond
     log_pmf = np.pad(np.log(pmf), 1, constant_values=-np.inf)
     return log_pmf[noise.clip(-far, far) + far].sum((1, 2, 3))
@@ -1271,13 +1328,15 @@ def log_pmf_of(noise, pmf):
 @dataclasses.dataclass
 class Dataset:
     """train, test: uint8 (N, H, W, 3), arrays or Rows; train is None if `shapes` makes images on
-    the fly. flip: whether mirror images are as good. fingerprint: of all images."""
+    the fly. held_out: see holding_out. flip: whether mirror images are as good. fingerprint: of all
+    images."""
 
     train: object
     test: object
     flip: bool = False
     fingerprint: str = ""
     shapes: Shapes | None = None
+    held_out: object = ()
 
     def batch(self, step, n, seed, flip=False):
         """Batch number `step` for training, uint8 (n, 3, H, W): a function of the arguments."""
@@ -1292,6 +1351,19 @@ class Dataset:
             mirrored = torch.from_numpy(np.random.default_rng((*seed, step)).random(n) < 0.5)
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         return images
+
+    def holding_out(self, n):
+        """The same, but n training images, the same ones each time, are kept from training: how
+        good a model gets in the course of training is nothing to ask the test set. Raises
+        Problem."""
+        if n == 0:
+            return self
+        if self.train is None or n >= len(self.train):
+            there = "made on the fly" if self.train is None else f"{len(self.train)} in number"
+            raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
+        rows = permutation((20170806,), len(self.train))
+        kept = Rows(self.train, np.sort(rows[n:]))
+        return dataclasses.replace(self, train=kept, held_out=self.train[np.sort(rows[:n])])
 
 
 @functools.lru_cache(2)  # a batch may lie in two epochs
@@ -1369,7 +1441,7 @@ def load_data(spec, folder="data", size=None):
     Raises Problem."""
     if spec == "shapes":
         shapes = Shapes(size or (16, 16))
-        test = shapes.sample(512, (0, 20170806))  # batches have seeds of three numbers
+        test = shapes.sample(512, (0, 20170806))  # no batch's seed, as these have three numbers
         return Dataset(None, test, shapes=shapes), shapes.size
     if spec.endswith(".npy"):
         images = read_npy(spec)
@@ -1391,17 +1463,18 @@ def describe(data):
     """What a training set is: where it lies may change in the course of a run, this may not."""
     if data.train is None:
         return "made on the fly"
-    return f"{len(data.train)} images, {data.fingerprint}"
+    return f"{len(data.train) + len(data.held_out)} images, {data.fingerprint}"
 
 
 def digests_of(data):
     """Of all images of a data set, sorted."""
-    return np.sort(np.concatenate([digests(data.train), digests(data.test)]))
+    parts = [data.train, data.held_out, data.test]
+    return np.sort(np.concatenate([digests(images) for images in parts]))
 
 
 def what_changed(out, data):
     """Since the run in the folder `out` was begun: so many images are new, so many are gone."""
-    path = out / "images.npy"
+    path = out / "digests.npy"
     if data.train is None or not path.exists():
         return ""
     before, now = np.load(path), digests_of(data)
@@ -1425,11 +1498,12 @@ def to_array(images):
 #
 #     config.json        the Config                      commands.jsonl   each `train`, its hardware
 #     factor-K.pt        the checkpoint of factor K      metrics.jsonl    the loss, now and then
-#     images.npy         a digest of each image
+#     digests.npy        a digest of each image
 #
 # and a checkpoint is {format, config, factors: {K: averaged weights}, training: {weights: those
-# that are trained, optimizer: Adam's state, step, seconds}}; without `training` where only weights
-# are kept. No random state is in it, as all that is random is a function of seed, factor and step.
+# that are trained, optimizer: its state, step, seconds}}; without `training` where only weights are
+# kept. A run goes by config.json; the copy in a checkpoint is for who has nothing else. No random
+# state is in it, as all that is random is a function of seed, factor and step.
 
 
 def rank():
@@ -1566,7 +1640,7 @@ def append_record(path, record):
 
 def read_metrics(out):
     """The records of OUT/metrics.jsonl, in order. A run that was stopped and resumed has done some
-    steps again, those after its checkpoint: the later records of a step count."""
+    steps again, those after its checkpoint: of records of the same step the last is valid."""
     kept = {}  # factor -> records
     for line in (out / "metrics.jsonl").read_text().splitlines():
         try:
@@ -1613,18 +1687,24 @@ def progress_bar(iterable=None, **options):
 # Factors share nothing (Eq. 4, 5): each is trained on its own, in turn or on machines of their own.
 # All that is random is a function of the seed, the factor and the step, so that a run that is
 # stopped and resumed ends in the same weights as one that is not. Several processes (torchrun) each
-# take a share of the rows of every batch, and average their gradients. The loop of train_factor:
+# take a share of the rows of every batch, and average their gradients. Config, at the top, is worth
+# reading now.
+#
+# What is trained is not what the model shows: the moving average of the weights is better, and less
+# noisy, than the weights themselves. So train_factor puts the average in the factor's place in the
+# model, and only it still holds the weights that are trained. Its loop:
 #
 #     each step     batch -> loss -> gradient -> Adam -> moving average of the weights
 #     at a look     (now and then) is the loss finite?  minutes -> steps, once;  test images after
-#                   each quarter;  log;  checkpoint;  told to stop?  pictures after each quarter
+#                   each quarter, held out ones after each twentieth;  log;  checkpoint;  told to
+#                   stop?  pictures after each quarter
 
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def averaged(values, device):
+def mean_of_processes(values, device):
     """Means of floats over the processes, the same in all of them; each waits for the last."""
     if world_size() > 1:
         values = torch.tensor(values, dtype=torch.float64, device=device) / world_size()
@@ -1645,8 +1725,8 @@ def steps_of(config, k, data):
 
 def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done and the last ones ended after `times`
-    seconds; math.inf until 3% of the time tell the pace. (The first step is no measure: much
-    happens only once.)"""
+    seconds (until then there is a look after each); math.inf until 3% of the time tell the pace.
+    (The first step is no measure: much happens only once.)"""
     if len(times) < 3 or times[-1] < 0.03 * 60 * minutes:
         return math.inf
     pace = (times[-1] - times[0]) / (len(times) - 1)
@@ -1666,11 +1746,68 @@ def record_steps(out, config, k, steps):
             write_config(out, dataclasses.replace(there, steps=tuple(numbers)))
 
 
+class Optimizer:
+    """Adam, as in the paper; with config.muon, Muon (Jordan 2024) for the directions v of the
+    convolutions within blocks, and Adam for all else.
+
+    Adam sees numbers, each with a step of its own. Muon sees a matrix, a convolution's outputs by
+    what it reads, and gives its step equal singular values: what the gradient shows faintly is
+    learnt as fast as what dominates it. It takes a fraction of the steps (results/recipe.md).
+    """
+
+    def __init__(self, factor, config):
+        self.config, self.muon, self.directions = config, None, []
+        if config.muon:
+            convs = [module for module in factor.modules() if isinstance(module, Conv)]
+            self.directions = [conv.v for conv in convs if not conv.full_precision]
+            self.matrices = [nn.Parameter(v.detach().flatten(1).clone()) for v in self.directions]
+            self.muon = torch.optim.Muon(self.matrices, weight_decay=0.0)
+        by_muon = set(map(id, self.directions))
+        others = [weights for weights in factor.parameters() if id(weights) not in by_muon]
+        self.adam = torch.optim.Adam(others, betas=config.betas, fused=True)
+
+    def zero_grad(self):
+        self.adam.zero_grad()
+        for v in self.directions:
+            v.grad = None
+
+    def step(self, rate):
+        """A step at `rate` of the full learning rates."""
+        self.adam.param_groups[0]["lr"] = self.config.lr * rate
+        self.adam.step()
+        if self.muon:
+            self.muon.param_groups[0]["lr"] = self.config.muon * rate
+            self.step_of_muon()
+
+    @torch.no_grad()
+    def step_of_muon(self):
+        """A step from rows of v scaled to length 1. Their length means nothing (see Conv) but would
+        grow, and then equal steps would turn v less and less."""
+        for v, matrix in zip(self.directions, self.matrices):
+            matrix.copy_(F.normalize(v.flatten(1)))
+            matrix.grad = v.grad.flatten(1)
+        self.muon.step()
+        for v, matrix in zip(self.directions, self.matrices):
+            v.copy_(matrix.view_as(v))
+
+    def state_dict(self):
+        muon = self.muon.state_dict() if self.muon else None
+        return dict(adam=self.adam.state_dict(), muon=muon)
+
+    def load_state_dict(self, state):
+        self.adam.load_state_dict(state["adam"])
+        if self.muon:
+            self.muon.load_state_dict(state["muon"])
+
+
 def learning_rate(config, step, steps):
+    """The share of the full learning rates at a step."""
     warmup = config.warmup
-    if config.start:  # at full rate Adam's first steps, second moments from 0, would ruin weights
-        warmup = max(warmup, 2 / (1 - config.betas[1]))  # twice as long as their memory
-    rate = config.lr * config.lr_decay**step * min(1.0, (step + 1) / max(1, warmup))
+    if config.start:
+        # Adam has yet to learn how large gradients are, which takes 1 / (1 - beta2) steps; at full
+        # rate its steps until then would ruin good weights. So it is given twice that time.
+        warmup = max(warmup, 2 / (1 - config.betas[1]))
+    rate = config.lr_decay**step * min(1.0, (step + 1) / max(1, warmup))
     if config.anneal:
         rate *= min(1.0, (1 - step / steps) / config.anneal)
     return rate
@@ -1686,7 +1823,8 @@ def bfloat16(config, device):
 def wrapped(factor, batch, tight, compile, stop=lambda: False):
     """The factor as training calls it: compiled and distributed, where that is asked for.
 
-    stop(): whether the process has been told to end, as its compilers then have, too.
+    stop(): whether a signal has come. It ends the compiler's processes, too, and their error is
+    then no failure.
     """
     forward, device = factor, factor.a_weight.device
     if compile:
@@ -1720,16 +1858,22 @@ def time_to_look(step, steps):
     return step % every == 0 or step == steps
 
 
-def training_step(forward, batch, optimizer, average, config, dims):
-    """Gradient, Adam, moving average of the weights -> the loss: bits per sub-pixel of X."""
+def has_ended(parts, before, step, steps):
+    """Whether one of so many equal parts of the steps is over since step `before`. (None is, while
+    steps is infinite.)"""
+    return parts * step // steps > parts * before // steps
+
+
+def training_step(forward, batch, optimizer, rate, average, config, dims):
+    """Gradient, optimizer, moving average of the weights -> the loss: bits per sub-pixel of X."""
     device = batch[0].device
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16(config, device)):
         nats = forward(*batch, config.tight)
     loss = bits_per_dim(nats.mean(), dims)
     optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
-    average.update_parameters(forward)
+    optimizer.step(rate)
+    average.update_parameters(forward)  # compiled or distributed: the weights are the same
     return loss.detach()
 
 
@@ -1737,11 +1881,10 @@ def training_step(forward, batch, optimizer, average, config, dims):
 def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_every=120, show=None):
     """Train factor k of `model` on `data`, or go on from its checkpoint in the folder `out`.
 
-    From here on the model has an averaged copy of the factor, which tests and pictures show; what
-    is trained is the original. -> the number of steps made. Writes out/factor-k.pt every save_every
-    seconds and after each quarter, and out/metrics.jsonl. stop(): whether to save and raise
-    KeyboardInterrupt. show(): makes pictures after each quarter. Raises Failure if the loss is not
-    finite, Problem if the checkpoint is of another run.
+    The model has the averaged factor from here on. -> the number of steps made. Writes
+    out/factor-k.pt every save_every seconds and after each quarter, and out/metrics.jsonl. stop():
+    whether to save and raise KeyboardInterrupt. show(): makes pictures after each quarter. Raises
+    Failure if the loss is not finite, Problem if the checkpoint is of another run.
     """
     config, device, seed = model.config, model.device, (model.config.seed, k)
     out.mkdir(parents=True, exist_ok=True)
@@ -1751,20 +1894,21 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     trained = model.factors[k].train()
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
-    model.factors[k] = average.module
-    optimizer = torch.optim.Adam(trained.parameters(), betas=config.betas, fused=True)
+    model.factors[k] = average.module  # `trained` is held here alone
+    optimizer = Optimizer(trained, config)
     begun, seconds = restore(saved, path, trained, average, optimizer)
     step, steps = begun, steps_of(config, k, data)
     compile = compile and step < steps
     forward = wrapped(trained, batch_of(model, k, data, 0), config.tight, compile, stop)
     log = Log(out, k, step)
-    total, looked, times = torch.zeros((), device=device), step, []  # of losses since step `looked`
+    total, looked = torch.zeros((), device=device), step  # of the losses since step `looked`
+    times = []  # of the looks
     clock, save_at = time.monotonic(), time.monotonic() + save_every
     while step < steps:
-        optimizer.param_groups[0]["lr"] = learning_rate(config, step, steps)
         torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout
         batch = batch_of(model, k, data, step)
-        total += training_step(forward, batch, optimizer, average, config, model.dims)
+        rate = learning_rate(config, step, steps)
+        total += training_step(forward, batch, optimizer, rate, average, config, model.dims)
         step += 1
         # Now and then we look: here the host waits for the device, and processes for each other
         # (which can agree only at the same step; a single one looks as soon as it is to stop).
@@ -1772,20 +1916,23 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
             continue
         seconds += time.monotonic() - clock
         bits = float(total) / (step - looked)
-        bits, seconds, stopping = averaged([bits, seconds, stop()], device)  # > 0: one is to stop
+        means = mean_of_processes([bits, seconds, stop()], device)
+        bits, seconds, stopping = means  # stopping > 0: one is to stop
         check_finite(bits, k, step, path)
         times.append(seconds)
         decided = False  # at this look: how many steps the minutes are
         if steps == math.inf:
             steps = steps_in_time(of_factor(config.minutes, k), step, times)
             decided = steps < math.inf
-        quarter = 4 * step // steps > 4 * looked // steps  # one is over since the last look
-        test = test_bits(model, k, data.test[:128]) if quarter else None
-        log.write(step, steps, bits, seconds, test)
+        quarter = has_ended(4, looked, step, steps)
+        measured = measurements(model, k, data, looked, step, steps)
+        log.write(step, steps, bits, seconds, measured)
         if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
             save_training(path, config, k, trained, average, optimizer, step, seconds)
             save_at = time.monotonic() + save_every
-        if decided:  # after saving: else, after a kill, these steps are done again, but annealed
+        if decided:
+            # After saving. The other way round, a kill in between would leave a number of steps and
+            # no checkpoint, and the steps so far would be done again at other learning rates.
             record_steps(out, config, k, steps)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
@@ -1793,6 +1940,17 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
             show()
         total, looked, clock = torch.zeros_like(total), step, time.monotonic()
     return step - begun
+
+
+def measurements(model, k, data, before, step, steps):
+    """What the model, as it is now, has on images that it is not trained on: bits/dim of X of test
+    images after each quarter of the steps, of those held out after each twentieth; as a dict."""
+    measured = {}
+    if has_ended(4, before, step, steps):
+        measured["test_bits_per_dim"] = bits_of(model, k, data.test[:128])
+    if len(data.held_out) and has_ended(20, before, step, steps):
+        measured["held_out_bits_per_dim"] = bits_of(model, k, data.held_out)
+    return measured
 
 
 def check_finite(bits, k, step, path):
@@ -1832,12 +1990,10 @@ class Log:
         self.path, self.k, self.step = out / "metrics.jsonl", k, step
         self.bar = progress_bar(initial=step, desc=f"factor {k}", unit="step")
 
-    def write(self, step, steps, bits, seconds, tested):
+    def write(self, step, steps, bits, seconds, measured):
         record = dict(factor=self.k, step=step, bits_per_dim=bits, seconds=round(seconds, 3))
-        if tested is not None:
-            record["test_bits_per_dim"] = tested
         if rank() == 0:
-            append_record(self.path, record)
+            append_record(self.path, record | measured)
         self.bar.total = None if steps == math.inf else steps
         self.bar.set_postfix_str(f"{bits:.3f} bits/dim", refresh=False)
         self.bar.update(step - self.step)
@@ -1853,7 +2009,7 @@ class Log:
 #     cumulative    bits of factors 0..k / sub-pixels of view k         as in the paper's Table 2
 
 
-def test_bits(model, k, images):
+def bits_of(model, k, images):
     """Factor k's bits/dim of X on images, uint8 (N, H, W, 3)."""
     nats = []
     with evaluating(model):
@@ -1931,7 +2087,7 @@ def distance_to_truth(model, bound, exact, shapes, images):
     """
     true = shapes.log_prob(images)
     bits = float(bits_per_dim(true.mean(), model.dims))
-    shape_bits = shapes.log_configurations / math.log(2)
+    shape_bits = shapes.log_count / math.log(2)
     lines = [f"{'true p(X)':21}{bits:8.4f}{bits:8.4f}  the limit: {shape_bits:.1f} bits an image "
              "for what is shown,", "the rest is noise. excess over the limit, bits per image:"]
     parts, result = [("total", true, bound.sum(0), exact.sum(0))], dict(true=bits)
@@ -1988,53 +2144,64 @@ def save_samples(model, views, path, given=0):
 # **The wavefront.** What does pixel (r, c) need in the pyramid's light network? h at its place, so
 # v at its place. Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one
 # column to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
-# further to the right. If (r, c) is drawn at step lag r + c, which grows to the right, it is enough
-# that this pixel comes before: lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8. The pixels
-# of a step lie on a diagonal, and 128x128 take 8 * 127 + 128 = 1,144 steps. The step of each pixel,
-# step 8 in brackets:
+# further to the right. Choose a number, the lag, and draw (r, c) at step lag * r + c. Steps grow to
+# the right, so it is enough that (r - 1, c + 7) comes before: lag (r - 1) + c + 7 < lag r + c. The
+# smallest lag is 8. The pixels of a step lie on a diagonal, and 128x128 take 8 * 127 + 128 = 1,144
+# steps. The step of each pixel, step 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
-# **Delays.** Each value inside the network has its step, too: lag r + c + delay. How late may it
-# be? Back from the output, in the light network:
+# **Delays.** Each value inside the network has its step, too: lag r + c + delay. A delay below 0 is
+# earlier than the pixel's own step. How late may it be? A source that is read at (r + dy, c + dx)
+# must have its step there no later than its reader at (r, c):
+#
+#     lag (r + dy) + c + dx + delay_source <= lag r + c + delay_reader
+#
+#     delay_source <= delay_reader - (lag dy + dx)
+#
+# From the output back, in the light network:
 #
 #     the output; h everywhere, as it reads nothing to its right; v at the end    0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
 #     v after block 2, read at (r, c + 1) by the first one of block 3            -2
 #     ..
-#     v after its first convolution (so the first step is 6 before pixel 0)      -6
-#     x, read at (r - 1, c + 1) by that one                           lag - 1 - 6
+#     v after its first convolution: six steps before the pixel's own            -6
+#     x, read at (r - 1, c + 1) by that one: -6 - (-lag + 1)                lag - 7
 #
-# These are the latest delays that serve all readers. But x cannot be earlier than 1, as a pixel is
-# there one step after its own; so lag - 7 >= 1. In general position (r + dy, c + dx) has its step
-# lag dy + dx later than (r, c), or earlier if that is negative, and who is read there must be that
-# much ahead:
+# These are the latest delays that serve all readers; of several readers the most impatient counts.
+# A pixel is there from delay 1 on, one step after its own, and may be asked for no earlier: 1 <=
+# lag - 7, and lag is 8 again.
 #
-#     delay_source <= delay_reader - (lag dy + dx)
-#
-# Of all its readers the most impatient one counts. At half the resolution a position stands for two
-# columns: what is halved s times is computed at step 2^s (lag r + c) + delay, and the rule is
+# At half the resolution a position stands for two columns: what is halved s times is computed at
+# step 2^s (lag r + c) + delay. There a kernel that looks one to the right costs two steps:
 #
 #     delay_source <= delay_reader - 2^m (lag dy + dx)      m: the smaller s of both
 #
-# So at half the resolution a kernel that looks one to the right costs two steps.
+# The smaller, because a kernel's dy and dx count pixels of the finer of both: with stride 2 (r, c)
+# at s = 1 reads (2 r + dy, 2 c + dx) at s = 0, whose step is 2 (lag r + c) + lag dy + dx.
 #
 # **Strips.** In the row above things are lag steps ahead. So the kernel rows that lie above need
 # not be multiplied position by position: a convolution is split, and what these rows add is
-# computed for a *strip* of lag positions (or fewer, so that strips fit into the row) when the first
-# of them is due. (No longer one will do: the last of 8 positions reads 8 columns further right than
-# the place of the first one, and the row above is just 8 steps ahead. What reads x in the row above
-# has no such lead, and is not split.) One large product takes half the time of many small ones.
+# computed for a *strip* of positions when the first of them is due: one large product takes half
+# the time of many small ones. A strip has lag positions, or as many as divide both the lag and the
+# width: then all strips of a diagonal begin at the same step, and end at the same step.
 #
 #     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
 #     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
 #
+# Whether that is possible is asked of each kernel row by itself. v's first layer reads x two rows
+# above and one row above. Two above all is known; but in the row above x is known up to column
+# c + 7 when (r, c) is due, and 8 positions from c on read up to c + 8: this row is multiplied
+# position by position.
+#
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
 # PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width: a
 # pixel a step. Then a strip is a row, and what depends on the rows above alone, such as v, is
-# computed a row at a time by the same rule.
+# computed a row at a time by the same rule, but for two things: a row is finished when it begins,
+# so that who comes after it in the same step may read it to the right of itself, too; and beyond
+# its end there is nothing to wait for.
 #
 # Of CausalNet nothing is known here: what there is to compute is read from its forward pass. Any
 # network will do that is made of Conv and of functions of values at one position. All that can be
@@ -2087,8 +2254,8 @@ class Node:
     compute: object = None  # the function Places -> values there, (n * positions, C)
 
     @property
-    def when(self):
-        """Nodes of the same `when` are computed at the same positions."""
+    def group(self):
+        """Nodes of one group are computed in the same steps at the same positions."""
         return self.halved, self.delay, self.strip
 
     def reads(self):
@@ -2101,8 +2268,9 @@ class Node:
             yield read_of(tap)
 
     def has_at_hand(self, source, conv=None):
-        """Whether what it reads of source was computed in this step, or with the strip it is in. It
-        is in Plan.latest then, and else in source's buffer."""
+        """Whether what it reads of source is in Plan.latest, which has what was computed last of
+        each node; else it is in source's buffer. It is, if it is read at the reader's own position
+        and has the same delay: then it was computed in this step, or with the strip it is in."""
         here = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
         computed = source.terms or source.taps  # others are x, or known
         together = (source.halved, source.delay) == (self.halved, self.delay)
@@ -2114,7 +2282,10 @@ class Node:
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
         reads at a position is a vector. The vectors of neighbouring positions overlap, and those of
-        Places are equally far from each other: no copy, and no table of indices.
+        Places are equally far from each other: no copy, and no table of indices. For example with 2
+        channels, in a row that begins at number 0 of the buffer, position p is numbers 2 p and 2 p
+        + 1; 3 columns from p = 1 on are numbers 2..7, from p = 2 on 4..9. As an array, (2, 6) with
+        strides (2, 1).
         """
         n, length = len(self.buffer), columns * self.channels
         next_image, next_row, next_column, _ = self.buffer.stride()
@@ -2280,13 +2451,13 @@ class Plan:
         self.set_strips()
         self.allocate(weight)
         self.latest = {}  # node -> its values at the places where it was computed last
-        self.nodes_of = {}  # some `when` -> the nodes that have them, in order
-        self.work = collections.Counter()  # of each `when`: the largest product, at one position
+        self.nodes_of = {}  # some groups -> their nodes, in order
+        self.work = collections.Counter()  # of each group: the largest product, at one position
         self.weights = {}  # of each convolution, (rows, F, columns, C)
         for node in self.nodes:
             for _, conv, _ in node.taps:
                 work = n * conv.v[:, :, 0].numel()
-                self.work[node.when] = max(self.work[node.when], work)
+                self.work[node.group] = max(self.work[node.group], work)
                 if conv not in self.weights:
                     weight = conv.weight().flip(2, 3) if conv.up else conv.weight()  # see Conv
                     self.weights[conv] = weight.permute(2, 0, 3, 1).contiguous()
@@ -2346,10 +2517,11 @@ class Plan:
             self.nodes.append(node)
 
     def in_time(self, node, read, strip):
-        """Whether what a strip of node reads is there when its first position is due."""
+        """Whether what a strip of node reads is there when its first position is due: source at the
+        last position that the strip reads must have its step no later than node at its first."""
         source, dy, dx = read
         finer = 2 ** min(node.halved, source.halved)
-        # From the strip's first position to the last that it reads: columns of x, that is steps.
+        # From the strip's first position to the last that it reads: columns of x, a step each.
         ahead = finer * dx + 2**node.halved * (strip - 1)
         if source is not self.x and self.is_row(source.halved, source.strip):
             ahead = 0  # all of that row is computed at once: v may read v to the right of itself
@@ -2383,13 +2555,13 @@ class Plan:
                 margin.zero_()
 
     def steps(self):
-        """Of each step: ({when: Places to compute}, Places of the pixels then drawn, or None)."""
-        whens = {node.when for node in self.nodes}
+        """Of each step: ({group: Places to compute}, Places of the pixels then drawn, or None)."""
+        groups = {node.group for node in self.nodes}
         height, width = self.size
-        first = min(delay for _, delay, _ in whens)
+        first = min(delay for _, delay, _ in groups)
         for step in range(first, self.lag * (height - 1) + width):
-            due = {when: self.places(step, *when) for when in whens}
-            due = {when: places for when, places in due.items() if places is not None}
+            due = {group: self.places(step, *group) for group in groups}
+            due = {group: places for group, places in due.items() if places is not None}
             yield due, self.places(step, 0, 0, 1)
 
     def places(self, step, halved, delay, strip):
@@ -2405,15 +2577,15 @@ class Plan:
         return Places(first, wave - self.lag * first, 1, -self.lag, last - first + 1, strip)
 
     def run_step(self, due):
-        """Compute nodes, {their `when`: Places} -> the output's values, (n * count, C), or None."""
-        whens = tuple(due)
-        work = [self.work[when] * due[when].count * due[when].strip for when in whens]
+        """Compute nodes, {their group: Places} -> the output's values, (n * count, C), or None."""
+        groups = tuple(due)
+        work = [self.work[group] * due[group].count * due[group].strip for group in groups]
         torch.set_num_threads(self.threads if worth_threads(max(work, default=0)) else 1)
-        if whens not in self.nodes_of:
-            self.nodes_of[whens] = [node for node in self.nodes if node.when in due]
-        for node in self.nodes_of[whens]:
-            self.latest[node] = node.compute(due[node.when])
-        return self.latest[self.output] if self.output.when in due else None
+        if groups not in self.nodes_of:
+            self.nodes_of[groups] = [node for node in self.nodes if node.group in due]
+        for node in self.nodes_of[groups]:
+            self.latest[node] = node.compute(due[node.group])
+        return self.latest[self.output] if self.output.group in due else None
 
     def computation(self, node):
         """The function Places -> values of node, which are also kept in node.buffer, if any."""
@@ -2444,8 +2616,10 @@ class Plan:
             return lambda places: self.latest[term]
 
         def from_strip(places):
+            # A strip is as old as its first position. All of a diagonal are equally old, as they
+            # begin together (see set_strips), so that every row takes the same place of its strip.
             strips = self.latest[term].view(-1, term.strip, term.channels)
-            return strips[:, places.column % term.strip]  # the same in all rows of a diagonal
+            return strips[:, places.column % term.strip]
 
         return from_strip
 
@@ -2473,8 +2647,11 @@ class Plan:
         return lambda places: add_taps(places, add_terms(places))
 
     def by_parity(self, places, total, add_taps):
-        """total + taps, where these depend on the parity of row and column: a kernel's columns
-        dx = -1, 0 that read in((p + dx) / 2) are dx = 0 alone if p is even, dx = -1 if it is odd.
+        """total + taps, where these depend on the parity of row and column. A kernel's columns dx =
+        -1, 0, 1, where (p + dx) / 2 is whole:
+
+            p even    dx = 0         reads in(p / 2)
+            p odd     dx = -1, 1     read in((p - 1) / 2) and in((p + 1) / 2)
 
         Every second position of a diagonal, and of a strip, has the same parity: up to 2 x 2 calls.
         """
@@ -2492,8 +2669,8 @@ class Plan:
     def tap(self, node, source, conv, dy, parity):
         """The function (Places, total) -> total + what this kernel row adds."""
         dx, weight = conv.columns[0], self.weights[conv][dy - conv.rows[0]]  # (F, columns, C)
-        if conv.up:  # it reads at (p + d) / 2, where that is whole
-            odd = (parity[1] + dx) % 2  # whole from the first or the second column on, in twos
+        if conv.up:  # of its columns dx, dx + 1, .. every second one reads, see by_parity
+            odd = (parity[1] + dx) % 2  # 1: the first one does not
             dx, weight = dx + odd, weight[:, odd::2]
         columns = weight.shape[1]
         if columns == 0 or (conv.up and (parity[0] + dy) % 2):
@@ -2570,8 +2747,8 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
             continue
         rows, columns = pixels.positions()
         head = factor.head(params.double()[:, :, None, None], shift)
-        interval = interval_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
-        drawn = draw(head, rows, columns, interval).view(n, -1, channels)  # (n, count, C)
+        interval_of = intervals_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
+        drawn = draw(head, rows, columns, interval_of).view(n, -1, channels)  # (n, count, C)
         x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
         unit = to_unit(drawn, factor.view.levels, factor.a_weight.dtype)
         planes(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
@@ -2580,41 +2757,57 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
     return x
 
 
-def interval_at(psi, x, x_hat, rows, columns):
-    """The function drawn -> (lo, hi) of the next channel, (n P, 1, 1, 1), for P pixels of x
-    each."""
+def intervals_at(psi, x, x_hat, rows, columns):
+    """The function drawn -> (lo, hi) of the next channel, (n P, 1, 1, 1), for the P pixels (rows,
+    columns) of x: first all of image 0, then of image 1, ..
+
+    Each pixel's cell is cut out of x, and its pixel out of x_hat: then psi.bounds need only look at
+    n P images of one cell.
+    """
     rows, columns = torch.tensor([rows, columns], device=x.device)
-    r, c = rows % psi.cell, columns % psi.cell  # in their cells
+    r, c = rows % psi.cell, columns % psi.cell  # in their cells, (P,)
     inside = torch.arange(psi.cell, device=x.device)
     cell_rows = (rows - r)[:, None, None] + inside[:, None]  # (P, cell, 1)
     cell_columns = (columns - c)[:, None, None] + inside  # (P, 1, cell)
     cells = x[:, :, cell_rows, cell_columns]  # (n, C, P, cell, cell)
-    cells = cells.transpose(1, 2).flatten(0, 1)
-    views = x_hat[:, :, rows // psi.cell, columns // psi.cell].transpose(1, 2).flatten(0, 1)
+    cells = cells.transpose(1, 2).flatten(0, 1)  # (n P, C, cell, cell)
+    pixels = x_hat[:, :, rows // psi.cell, columns // psi.cell]  # (n, C^, P)
+    pixels = pixels.transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (n P, C^, 1, 1)
     each = torch.arange(len(cells), device=x.device)
     r, c = r.repeat(len(x)), c.repeat(len(x))
 
-    def interval(drawn):
+    def interval_of(drawn):
         for channel, values in enumerate(drawn):
             cells[each, channel, r, c] = values.flatten().to(torch.uint8)
-        bounds = psi.bounds(cells, views[:, :, None, None])
-        return [bound[each, len(drawn), r, c][:, None, None, None] for bound in bounds]
+        ends = psi.bounds(cells, pixels)
+        return [end[each, len(drawn), r, c][:, None, None, None] for end in ends]
 
-    return interval
+    return interval_of
 
 
 # --- Command line: train, eval, sample ----------------------------------------------------------
 #
-# `train` goes through three functions: plan_run (what is to be trained), begin (the factors are
-# locked by now: it looks whether another process came in between, and writes down what is trained),
-# and train_factor for each factor. By what is in the folder and what flags say, plan_run comes to
+# Nothing of the method comes any more. A command is a function of what argparse has found (FLAGS
+# tells it what there is), called by main, which makes one line of what the user can mend:
+#
+#     main -> command_train -> train -> plan_run       what is to be trained, and on what
+#                                    -> begin          write that down
+#                                    -> train_factor   for each factor
+#                                    -> show_samples
+#          -> command_eval  -> evaluate, report
+#          -> command_sample -> PixelAux.sample
+#          -> a module of tools/
+#
+# By what is in the folder and what flags say, plan_run comes to
 #
 #     the folder      no flag        --resume             --factor K
 #     is new          a new run      refused              a new run, of which this is one factor
 #     has a run       refused        goes on, if flags    goes on, if it does not have factor K
 #                                    do not contradict    and flags do not contradict
 #
-# Every command ends in main, which makes one line of what the user can mend.
+# Several machines may train factors of one run in one folder at the same time, but each factor only
+# one of them: it holds a lock on factor-K as long as it trains. Between plan_run and the lock
+# somebody else may have come: begin looks again.
 
 # What stands around the method is loaded when it is asked for: {command: (module of tools/, help)}.
 TOOLS = {
@@ -2626,6 +2819,7 @@ TOOLS = {
     "figures": ("figures", "the paper's figures from a run's model"),
     "check": ("check", "is a network causal, and does a run's model hold what it promises"),
     "claim": ("claim", "the paper's claim counted on shapes: four models at equal time"),
+    "speedrun": ("speedrun", "time to bits/dim, of a run with images held out from training"),
 }
 
 
@@ -2671,7 +2865,8 @@ def new_run(fields):
     folder = fields.setdefault("data_dir", from_anywhere("data"))
     data, size = load_data(fields.get("data", "shapes"), folder, fields.get("size"))
     fields = dict(flip=data.flip) | fields | dict(size=size, data_set=describe(data))
-    return make_config(**fields), data
+    config = make_config(**fields)
+    return config, data.holding_out(config.hold_out)
 
 
 def resumed_run(out, fields):
@@ -2690,7 +2885,7 @@ def resumed_run(out, fields):
         raise Problem(f"--data: {out} was begun with {config.data_set}, now there are "
                       f"{describe(data)}{what_changed(out, data)}; --start takes its weights over "
                       "to another folder")
-    return config, data
+    return config, data.holding_out(config.hold_out)
 
 
 def kind_of(data):
@@ -2731,7 +2926,8 @@ def train(args, device):
     kind = pathlib.Path((args.data or "shapes").partition(":")[0]).stem
     out = args.out or pathlib.Path("runs", f"{args.model or 'pyramid'}-{kind}")
     fetches = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
-    # The first process of a machine plans, and fetches the data, while the others wait; then they.
+    # The first process of a machine plans, and fetches the data, while the others wait; then they
+    # plan, with the data that are there.
     if fetches:
         config, data = plan_run(args, out)
     if world_size() > 1:
@@ -2802,9 +2998,9 @@ def begin(out, config, factors, data, args, device):
                 raise Problem(f"--out: {out} was begun meanwhile with other settings")
         if not args.resume and any((out / f"factor-{k}.pt").exists() for k in factors):
             raise Problem(f"--out: {out} holds a run by now; --resume goes on with it")
-        if data.train is not None and not (out / "images.npy").exists():
+        if data.train is not None and not (out / "digests.npy").exists():
             images = digests_of(data)
-            write_atomically(out / "images.npy", lambda file: np.save(file, images))
+            write_atomically(out / "digests.npy", lambda file: np.save(file, images))
         write_config(out, config)
     for part in out.glob("part-*"):  # an hour old: of a writer that was killed
         with contextlib.suppress(FileNotFoundError):
@@ -2826,8 +3022,8 @@ def hardware(device):
 @contextlib.contextmanager
 def signals_noted():
     """SIGINT and SIGTERM are only noted, as no step may be cut in two, and SIGHUP, a terminal that
-    goes away, is no reason to stop. -> the function that tells. While its attribute at_once is
-    true, a signal is a KeyboardInterrupt at once."""
+    goes away, is no reason to stop. -> stop(): has one come? While stop.immediately is true, one is
+    a KeyboardInterrupt at once."""
     noted, before = [], {}
 
     def stop():
@@ -2835,10 +3031,10 @@ def signals_noted():
 
     def note(number, frame):
         noted.append(number)
-        if stop.at_once:
+        if stop.immediately:
             raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
 
-    stop.at_once = False
+    stop.immediately = False
     if threading.current_thread() is threading.main_thread():  # no other may set signals
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -2856,7 +3052,7 @@ def show_samples(model, k, first, data, out, stop):
     test images, and curves. If they cannot be made, training goes on without; a signal ends them at
     once, as all is saved by now."""
     try:
-        stop.at_once = True
+        stop.immediately = True
         if stop():
             raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
         given = model.views_of(to_tensor(data.test[:16]))[first - 1] if first else None
@@ -2869,7 +3065,7 @@ def show_samples(model, k, first, data, out, stop):
     except Exception as error:  # whatever it is, it is only a picture
         warn(f"no picture: {type(error).__name__}: {error}")
     finally:
-        stop.at_once = False
+        stop.immediately = False
 
 
 def run_data(args, model):
@@ -2978,8 +3174,8 @@ FLAGS = {
     "run": ("eval sample", "output folder of train, or a checkpoint file",
             dict(metavar="RUN", type=PATH)),
     "--model": ("train", "default pyramid", dict(choices=MODELS)),
-    "--preset": ("train", "tiny: minutes on a laptop (default); small: an hour; cifar10, celeba: "
-                 "the paper's", dict(choices=PRESETS)),
+    "--preset": ("train", "tiny: minutes on a laptop (default); small: an hour; speedrun: minutes "
+                 "on a GPU; cifar10, celeba: the paper's", dict(choices=PRESETS)),
     "--data": ("train eval sample", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default: "
                "shapes, or the run's)", {}),
     "--data-dir": ("train eval sample", "where cifar10 (cifar-10-binary.tar.gz, fetched if it is "
@@ -2999,6 +3195,8 @@ FLAGS = {
                      dict(type=COUNT, metavar="N")),
     "--lr": ("train", "learning rate of Adam (default: the preset's)", dict(type=NUMBER)),
     "--flip": ("train", "mirror half of the images (default: of cifar10, celeba, folder)", YES_NO),
+    "--hold-out": ("train", "keep N images from training, and record the loss on them",
+                   dict(type=COUNT, metavar="N")),
     "--tight": ("train sample", "cut distributions to what the coarser view leaves possible: the "
                 "exact likelihood in place of the bound, consistent samples (default: the "
                 "preset's)", YES_NO),

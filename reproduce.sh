@@ -7,15 +7,17 @@
 #   bash reproduce.sh celeba-pyramid      Sec. 4.2, Table 2: pyramid, CelebA 128  paper: <= 1.52 bits/dim
 #   bash reproduce.sh table               paper | ours | hardware | hours | command, from what the runs recorded
 #
-# For a GPU that is there for half an hour at a time:
-#   bash reproduce.sh half-hour TARGET    one of the three above in MINUTES (default 18) of training, not counting the
-#                                         compilation, some minutes a factor; evaluation, benchmarks; in
-#                                         RUNS/half-hour-TARGET: weights in parts/, all the rest in records.tgz.
+# The record, time to bits/dim, and the proof that a GPU computes what it should:
+#   bash reproduce.sh speedrun [MINUTES]  CIFAR-10 pyramid in MINUTES (default 7) of training over all factors, by the
+#                                         preset speedrun: time to bits/dim of 1,000 training images that are held out,
+#                                         then the whole test set, samples, MAP samples, weights in bfloat16. In
+#                                         RUNS/speedrun: speedrun.md, weights in parts/, all the rest in records.tgz.
 #                                         Goes on if run again; another machine goes on from the weights alone (--start)
-#   bash reproduce.sh benchmarks TARGET   the benchmarks alone, which need no data
+#   bash reproduce.sh proof               the tests on the GPU, and benchmarks, into RUNS/proof
 #   bash reproduce.sh pack PATH DIR       a file or folder as DIR/part.*, of PART MiB (default 15) at most, with checksums
 #   bash reproduce.sh unpack DIR [WHERE]  the parts checked and put together in WHERE (default: beside DIR)
-# A dry run on a CPU: MINUTES=1 PRESET=tiny SIZE=32 bash reproduce.sh half-hour cifar10-pyramid
+# Of these two a part that fails does not stop the next. A dry run on a CPU:
+#   PRESET=tiny HOLD_OUT=100 TEST=100 bash reproduce.sh speedrun 1
 #
 # DATA_DIR (default data) is where CIFAR-10 and CelebA are, RUNS (default runs) where results go. CIFAR-10 is
 # downloaded; CelebA's img_align_celeba.zip has to be fetched by hand (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html).
@@ -27,33 +29,45 @@ trap 'exit 143' TERM  # sent to all, as timeout does: bash waits until the progr
 DATA_DIR=${DATA_DIR:-data}
 RUNS=${RUNS:-runs}
 PYTHON=${PYTHON:-$(command -v python || echo python3)}
-target=${1:-help}
+target=${1:-help} failed=0
 shift || true
 
 run() {  # run NAME train-arguments...
-  local out=$RUNS/$1 launch=("$PYTHON") resume=
-  shift
-  [ -z "${NPROC:-}" ] || launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$NPROC")
-  if [ "$(cat "$out/finished" 2> /dev/null)" != "$*" ]; then
-    [ ! -e "$out/config.json" ] || resume=--resume
-    "${launch[@]}" pixelaux.py train --out "$out" "$@" $resume
-    echo "$*" > "$out/finished"
-  fi
+  local out=$RUNS/$1
+  trained "$@"
   part "$out/eval.json" eval "$out"
   part "$out/sample-random-0.npz" sample "$out" --n 16
   part "$out/sample-map-0.npz" sample "$out" --n 16 --mode map
   echo "$out is finished: eval.json, samples in sample-random-0.png and sample-map-0.png; without the folder it begins anew"
 }
 
+trained() {  # trained NAME train-arguments...
+  local out=$RUNS/$1 launch=("$PYTHON") resume=
+  shift
+  [ -z "${NPROC:-}" ] || launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$NPROC")
+  if [ "$(cat "$out/finished" 2> /dev/null)" != "$*" ]; then
+    [ ! -e "$out/config.json" ] || resume=--resume
+    "${launch[@]}" pixelaux.py train --out "$out" "$@" $resume || return
+    echo "$*" > "$out/finished"
+  fi
+}
+
 part() {  # part FILE pixelaux-arguments... makes FILE, unless it was made after the end of training
   [ "$1" -nt "$(dirname "$1")/finished" ] || "$PYTHON" pixelaux.py "${@:2}"
 }
 
+attempt() {  # attempt COMMAND... goes on if it fails, but not if it was stopped (within it, set -e does not hold)
+  local status=0
+  "$@" || status=$?
+  [ $status -lt 128 ] || exit $status
+  [ $status = 0 ] || { failed=1; echo "reproduce.sh: failed, going on: $*" >&2; }
+}
+
 pack() {  # pack PATH DIR
-  [ $# = 2 ] && [ -e "$1" ] || { echo "reproduce.sh pack: expected a PATH that exists and a DIR, got: $*" >&2; exit 2; }
+  [ $# = 2 ] && [ -e "$1" ] || { echo "reproduce.sh pack: expected a PATH that exists and a DIR, got: $*" >&2; return 2; }
   mkdir -p "$2"
   rm -f "$2"/part.* "$2/sums"
-  tar -c -C "$(dirname "$1")" "$(basename "$1")" | split -b "${PART:-15}m" - "$2/part."
+  tar -c -C "$(dirname "$1")" "$(basename "$1")" | split -b "${PART:-15}m" - "$2/part." || return
   (cd "$2" && sha256sum part.* > sums)
 }
 
@@ -64,42 +78,38 @@ unpack() {  # unpack DIR [WHERE]
   (cd "$1" && cut -c 67- sums | xargs cat) | tar -x -C "${2:-$(dirname "$1")}"
 }
 
-settings() {  # settings TARGET; shares: of the minutes, coarsest factor first
-  case ${1:-} in
-    cifar10-grayscale) model=grayscale data=cifar10 preset=cifar10 shares="0.25 0.75" size=32 ;;
-    cifar10-pyramid) model=pyramid data=cifar10 preset=celeba shares="0.1 0.25 0.65" size=32 ;;
-    celeba-pyramid) model=pyramid data=celeba preset=celeba shares="0.04 0.08 0.16 0.27 0.45" size=128 ;;
-    *) echo "reproduce.sh: expected cifar10-grayscale, cifar10-pyramid or celeba-pyramid" >&2; exit 2 ;;
-  esac
-  name=half-hour-$1 preset=${PRESET:-$preset} size=${SIZE:-$size}
+speedrun() {  # speedrun [MINUTES] train-arguments...
+  local minutes=7 out=$RUNS/speedrun
+  [[ ! ${1:-} =~ ^[0-9.]+$ ]] || { minutes=$1; shift; }
+  # To each factor, coarsest first, so much that another second is worth the same in each (results/recipe.md).
+  minutes=$(awk -v all="$minutes" 'BEGIN { printf "%g,%g,%g", 0.1 * all, 0.25 * all, 0.65 * all }')
+  attempt trained speedrun --model pyramid --data cifar10 --data-dir "$DATA_DIR" --preset "${PRESET:-speedrun}" \
+    --minutes "$minutes" --hold-out "${HOLD_OUT:-1000}" "$@"
+  attempt part "$out/weights.pt" export "$out" "$out/weights.pt"
+  attempt pack "$out/weights.pt" "$out/parts"
+  attempt "$PYTHON" pixelaux.py speedrun "$out"
+  attempt part "$out/eval.json" eval "$out" ${TEST:+--n "$TEST"}
+  attempt part "$out/sample-random-0-n64.npz" sample "$out" --n 64
+  attempt part "$out/sample-map-0.npz" sample "$out" --mode map
+  attempt "$PYTHON" pixelaux.py speedrun "$out"
+  attempt records "$out"
 }
 
-half_hour() {  # half_hour TARGET train-arguments...
-  settings "${1:-}"
-  local minutes
-  minutes=$(awk -v minutes="${MINUTES:-18}" '{ for (i = 1; i <= NF; i++) printf "%s%g", (i > 1 ? "," : ""), minutes * $i }' \
-    <<< "$shares")
-  run "$name" --model $model --data $data --data-dir "$DATA_DIR" --preset "$preset" --minutes "$minutes" "${@:2}"
-  part "$RUNS/$name/weights.pt" export "$RUNS/$name" "$RUNS/$name/weights.pt"
-  pack "$RUNS/$name/weights.pt" "$RUNS/$name/parts"
-  benchmarks "$1"
-  tar -czf "$RUNS/$name.tgz" -C "$RUNS/$name" --exclude='*.pt' --exclude=parts --exclude=records.tgz .
-  mv "$RUNS/$name.tgz" "$RUNS/$name/records.tgz"
+records() {  # records DIR: all but the weights in DIR/records.tgz
+  tar -czf "$1.tgz" -C "$1" --exclude='*.pt' --exclude=parts --exclude=records.tgz . && mv "$1.tgz" "$1/records.tgz"
 }
 
-benchmarks() {  # benchmarks TARGET
-  settings "${1:-}"
-  mkdir -p "$RUNS/$name"
-  bench "$RUNS/$name/bench-train.txt" train --model $model --preset "$preset" --size "$size"
-  bench "$RUNS/$name/bench-sample.txt" sample --model $model --preset "$preset" --size "$size"
+proof() {
+  attempt logged tests "$PYTHON" -m pytest -q -k cuda
+  attempt logged bench-train "$PYTHON" pixelaux.py bench train --preset "${PRESET:-speedrun}" --size 32
+  attempt logged bench-train-compiled "$PYTHON" pixelaux.py bench train --preset "${PRESET:-speedrun}" --size 32 --compile
+  attempt logged bench-train-float32 "$PYTHON" pixelaux.py bench train --preset "${PRESET:-speedrun}" --size 32 --precision float32
+  attempt logged bench-sample "$PYTHON" pixelaux.py bench sample --model pyramid --preset "${PRESET:-speedrun}" --size 32
 }
 
-bench() {  # bench FILE arguments... makes FILE, headed by the arguments, once
-  if [ "$(head -n 1 "$1" 2> /dev/null)" != "bench ${*:2}" ]; then
-    echo "bench ${*:2}" > "$1.part"
-    "$PYTHON" pixelaux.py bench "${@:2}" | tee -a "$1.part"
-    mv "$1.part" "$1"
-  fi
+logged() {  # logged NAME COMMAND... what it says also goes to RUNS/proof/NAME.txt
+  mkdir -p "$RUNS/proof"
+  { echo "${*:2}"; "${@:2}"; } 2>&1 | tee "$RUNS/proof/$1.txt"
 }
 
 table() {
@@ -117,7 +127,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*/eval.json")):
     seconds = {line["factor"]: line["seconds"] for line in lines("metrics.jsonl")}  # the last of each factor
     hardware = {f"{one['processes']} x {one['hardware']}, torch {one['torch']}": 0 for one in made}
     factors = " + ".join(f"{factor['bound_of_x']:.3f}" for factor in result["factors"])
-    print(f"| {path.parent.name} | {paper.get(path.parent.name.removeprefix('half-hour-'), '-')} | {result['bound']:.4f} ({factors}) "
+    print(f"| {path.parent.name} | {paper.get(path.parent.name, '-')} | {result['bound']:.4f} ({factors}) "
           f"| {result['exact']:.4f} | {result['images']} | {'; '.join(hardware)} | {sum(seconds.values()) / 3600:.2f} "
           f"| {'; '.join('`' + one['command'] + '`' for one in made)} |")
 END
@@ -135,8 +145,9 @@ case $target in
   cifar10-pyramid) run cifar10-pyramid --model pyramid --data cifar10 --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   celeba-pyramid) run celeba-pyramid --model pyramid --data celeba --data-dir "$DATA_DIR" --preset celeba "$@" ;;
   table) table ;;
-  half-hour) half_hour "$@" ;;
-  benchmarks) benchmarks "$@" ;;
+  speedrun) speedrun "$@" ;;
+  proof) proof ;;
   *) sed -n '2,/^set/s/^# \{0,1\}//p' "$source"
     [ "$target" = help ] || { echo "reproduce.sh: unknown target $target" >&2; exit 2; } ;;
 esac
+exit $failed

@@ -20,8 +20,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelaux import (
-    Conv, Draw, Parser, Plan, Problem, bfloat16, build, evaluating, hardware, sample_fast,
-    six_stages, training_step, wrapped)
+    Conv, Draw, Optimizer, Parser, Plan, Problem, bfloat16, build, evaluating, hardware,
+    sample_fast, six_stages, training_step, wrapped)
 
 
 def main(argv):
@@ -101,11 +101,11 @@ def plain(factor):
     return factor
 
 
-def step_of(factor, forward, pair, config, dims, **options):
+def step_of(factor, forward, pair, config, dims):
     """The function that makes a training step. forward: the factor, or what it was compiled to."""
-    adam = torch.optim.Adam(factor.parameters(), lr=config.lr, betas=config.betas, **options)
+    optimizer = Optimizer(factor, config)
     average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    return lambda: training_step(forward, pair, adam, average, config, dims)
+    return lambda: training_step(forward, pair, optimizer, 1.0, average, config, dims)
 
 
 def peak_flops(device, dtype):
@@ -123,7 +123,7 @@ def memory(device):
 
 
 TRAIN = """\
-training steps (gradient, Adam, moving average) of a batch of {}, model {}, preset {}, ours in {}.
+training steps (gradient, optimizer, moving average) of a batch of {}, model {}, preset {}, ours in {}.
 plain: float32 (torch's default: TF32 on CUDA), NCHW, padding by copy, torch's weight norm.
 Peak: a product of large matrices in {}, {:.3g} TFLOP/s. Memory: ours, the most so far.
 factor               images/s: ours    plain   ratio   GFLOP/image   TFLOP/s   of peak     GiB"""
@@ -153,10 +153,10 @@ def bench_train(args):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with FlopCounterMode(display=False) as counter:
-            step_of(factor, factor, pair, config, model.dims, fused=True)()
+            step_of(factor, factor, pair, config, model.dims)()
         gflop = counter.get_total_flops() / 1e9
         forward = wrapped(factor, pair, config.tight, args.compile)
-        our_step = step_of(factor, forward, pair, config, model.dims, fused=True)
+        our_step = step_of(factor, forward, pair, config, model.dims)
         our_step()
         gib = memory(device)
         other = plain(factor)

@@ -22,8 +22,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from pixelaux import (
-    NUMBER, PATH, Parser, PixelAux, Problem, batch_of, describe, evaluate, hardware, load_data,
-    make_config, to_array, tool, train_factor, training_step, write_atomically)
+    NUMBER, PATH, Optimizer, Parser, PixelAux, Problem, batch_of, describe, evaluate, hardware,
+    load_data, make_config, to_array, tool, train_factor, training_step, write_atomically)
 
 # Filters of each model, for about as many parameters.
 FILTERS = {"pixelcnn": 28, "grayscale": 16, "pyramid": 26, "grayscale-pyramid": 16}
@@ -159,12 +159,13 @@ def step_seconds(data, rounds=21):
 def seconds_of(model, k, data, steps=5):
     """CPU seconds of a training step of factor k; the first is not counted."""
     factor, config = model.factors[k], model.config
-    adam = torch.optim.Adam(factor.parameters(), lr=1e-4, fused=True)
+    optimizer = Optimizer(factor, config)
     average = AveragedModel(factor)
     for step in range(steps + 1):
         if step == 1:
             begin = time.process_time()
-        training_step(factor, batch_of(model, k, data, step), adam, average, config, model.dims)
+        batch = batch_of(model, k, data, step)
+        training_step(factor, batch, optimizer, 0.01, average, config, model.dims)
     return (time.process_time() - begin) / steps
 
 

@@ -24,13 +24,15 @@ from pixelaux import (
 # --- Images to words and back ------------------------------------------------------------------
 
 
-def pmf(head, drawn, interval=None):
+def pmf(head, drawn, interval_of=None):
     """Probabilities, (N, levels, H, W), of the channel after those in the list `drawn`.
 
-    drawn: int64 (N, 1, H, W) each; interval(drawn) -> (lo, hi), (N, 1, H, W) each, or None.
+    drawn: int64 (N, 1, H, W) each; interval_of: as LogisticMixture.sample_tight's, or None.
     """
     logits = head.logits if isinstance(head, Categorical) else mixture_logits(head, drawn)
-    return cut(logits, interval and interval(drawn)).softmax(1)
+    if interval_of is not None:
+        logits = cut(logits, *interval_of(drawn))
+    return logits.softmax(1)
 
 
 def mixture_logits(head, drawn):
@@ -62,11 +64,11 @@ class Coding:
         self.known = None if known is None else known.cpu().numpy().astype(np.int32)
         self.kind = constriction.stream.model.Categorical(perfect=False)
 
-    def __call__(self, head, rows, columns, interval):
+    def __call__(self, head, rows, columns, interval_of):
         """As Draw's: the levels of P pixels of each image, int64 (N P, C, 1, 1)."""
         drawn = []
         for c in range(self.channels):
-            probabilities = pmf(head, drawn, interval)
+            probabilities = pmf(head, drawn, interval_of)
             levels = np.empty((len(self.coders), len(rows)), np.int32)
             if self.known is not None:
                 levels[:] = self.known[:, c, rows, columns]
@@ -137,7 +139,7 @@ def mark_of(model):
 
 def fitting(model, size):
     """The model for images of `size`, (H, W), padded to what its networks take."""
-    height, width = (math.ceil(side / model.unit) * model.unit for side in size)
+    height, width = (math.ceil(side / model.size_multiple) * model.size_multiple for side in size)
     return model.resized((height, width))
 
 

@@ -44,8 +44,8 @@ class Completing:
     def __init__(self, draw, known, rows):
         self.draw, self.known, self.rows = draw, known, rows
 
-    def __call__(self, head, rows, columns, interval):
-        drawn = self.draw(head, rows, columns, interval)  # (n P, C, 1, 1)
+    def __call__(self, head, rows, columns, interval_of):
+        drawn = self.draw(head, rows, columns, interval_of)  # (n P, C, 1, 1)
         known = self.known[:, :, rows, columns].transpose(1, 2).flatten(0, 1)  # (n P, C)
         keep = torch.tensor(rows, device=drawn.device) < self.rows
         keep = keep.repeat(len(self.known))[:, None, None, None]
@@ -55,7 +55,7 @@ class Completing:
 def padded(model, image, scale):
     """(the image, uint8 (H, W, C), its lower and right edges repeated until X, `scale` times as
     large, fits the model's weights; the model for that size, with as many views)."""
-    unit = model.unit
+    unit = model.size_multiple
     step = unit // math.gcd(unit, scale)
     more = [(0, -side % step) for side in image.shape[:2]]
     image = np.pad(image, [*more, (0, 0)], mode="edge")
@@ -65,7 +65,7 @@ def padded(model, image, scale):
 def bands_of(model, k):
     """(factor k for bands, their rows, how many of these neighbours share), so that one image of a
     band's size takes some 4 GiB at most; a single band, if the whole image does."""
-    (height, width), unit = model.config.size, model.unit
+    (height, width), unit = model.config.size, model.size_multiple
     scale = height // model.views[k].shape[1]
     margin = unit * math.ceil(MARGIN * scale / unit)  # this, too, in rows of X
     strip = model.resized((unit, width))

@@ -1,4 +1,5 @@
 """Image files and data sets in: CIFAR-10, CelebA, and your own pictures in a folder or zip file."""
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -191,6 +192,10 @@ def cache_folder(lines):
         except OSError:
             continue
     folder = pathlib.Path(tempfile.gettempdir(), f"pixelaux-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700)
+    if folder.exists() and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="pixelaux-"))  # somebody else made it
     lines.append(f"neither XDG_CACHE_HOME nor ~/.cache can be written to; the cache is {folder}")
     return folder
 

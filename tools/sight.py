@@ -229,7 +229,7 @@ def of_model(model, views):
             return factor.net(planes, [each.expand(len(x), -1, -1, -1) for each in embeddings])
 
         with torch.enable_grad():
-            sight = Sight(network, factor.view.shape)
+            sight = Sight(network, factor.view.shape, dtype=factor.a_weight.dtype)
             for holds, found in (causal(sight), sees_all(sight)):
                 if not holds:
                     return False, f"{name}: {found.splitlines()[0]}"

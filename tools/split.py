@@ -89,7 +89,7 @@ def pmfs_of(shapes, views):
     for kind, row, column, channel in np.ndindex(pmf.shape[:4]):
         colour, weave = divmod(kind, 6)
         clean = shapes.values[2 * colour + shapes.weaves[weave, row, column], channel]
-        reach = slice(clean - shapes.bound, clean + shapes.bound + 1)
+        reach = slice(clean - shapes.farthest, clean + shapes.farthest + 1)
         pmf[kind, row, column, channel, reach] = shapes.pmf
     pmfs = [pmf]
     for view in views[:0:-1]:
@@ -228,7 +228,7 @@ class Truth:
     def __init__(self, shapes, model, images):
         self.images, kinds = images, kinds_of(shapes)
         pmfs = pmfs_of(shapes, model.views)
-        self.edges = [class_edges(pmf, shapes.bound) for pmf in pmfs]
+        self.edges = [class_edges(pmf, shapes.farthest) for pmf in pmfs]
         posterior = np.full((len(images), len(kinds)), 1 / len(kinds))
         results = []
         pairs = model.pairs(to_tensor(images))

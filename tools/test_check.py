@@ -517,8 +517,8 @@ def loses_a_little(monkeypatch):
 def another_formula_without_a_cut(monkeypatch):
     log_prob = LogisticMixture.log_prob
 
-    def other(self, x, bounds=None):
-        return log_prob(self, x, bounds) + (1e-7 if bounds is None else 0.0)
+    def other(self, x, intervals=None):
+        return log_prob(self, x, intervals) + (1e-7 if intervals is None else 0.0)
 
     monkeypatch.setattr(LogisticMixture, "log_prob", other)
 

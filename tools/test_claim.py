@@ -59,7 +59,7 @@ def test_truths_of_a_chains_factors_add_up_to_the_known_probability(name):
 def test_where_classes_are_clean_levels_the_truths_shape_bits_are_the_configurations():
     for name in ("pyramid", "grayscale", "pixelcnn"):
         bits = -truth_of(name).log_class / math.log(2)
-        log_configurations = DATA.shapes.log_configurations / math.log(2)
+        log_configurations = DATA.shapes.log_count / math.log(2)
         if name == "pyramid":  # 1296 configurations: mask and colours, then one of six weaves
             np.testing.assert_allclose(bits[0], math.log2(1296 / 6), atol=1e-6)
             np.testing.assert_allclose(bits[1], math.log2(6), atol=1e-6)
@@ -137,11 +137,11 @@ def test_bounded_noise_never_leaves_its_class_and_the_classes_tell_the_six_clean
     shapes, pyramid = DATA.shapes, small("pyramid")
     half, full = split.pmfs_of(shapes, pyramid.views)
     for pmf, clean in ((full, shapes.values), (half, shapes.palette)):
-        edges = split.class_edges(pmf, shapes.bound)
+        edges = split.class_edges(pmf, shapes.farthest)
         told = set()
         for pixel in clean:
             ends = []
-            for noise in (-shapes.bound, 0, shapes.bound):
+            for noise in (-shapes.farthest, 0, shapes.farthest):
                 x = (pixel + noise).astype(np.uint8).reshape(1, 3, 1, 1)
                 lo, hi = split.class_bounds(x, edges)
                 assert (lo <= x).all() and (x <= hi).all()
@@ -290,7 +290,7 @@ def test_claim_gives_each_model_equal_time_and_a_second_call_trains_nothing(
         parts = [run["counts"][part] for part in ("shape", "gray view", "texture")]
         assert sum(parts) == pytest.approx(excess.mean() / math.log(2), abs=0.1)
         samples = pixelaux.to_array(model.sample(3, seed, tight=True)[-1])
-        share = (abs(DATA.shapes.decode(samples)) <= DATA.shapes.bound).mean((1, 2, 3))
+        share = (abs(DATA.shapes.noise_of(samples)) <= DATA.shapes.farthest).mean((1, 2, 3))
         assert run["counts"]["98%"] == pytest.approx(100 * (share >= 0.98).mean())
 
     def no_training(*args, **options):

@@ -178,7 +178,7 @@ def test_images_of_any_size_come_back(model, height, width, seed):
     file = codec.pack(model, x)
     assert torch.equal(codec.unpack(model, file), x)
     assert [int.from_bytes(file[i : i + 4], "little") for i in (16, 20)] == [height, width]
-    padded, multiple = x.numpy(), model.unit
+    padded, multiple = x.numpy(), model.size_multiple
     while padded.shape[1] % multiple:
         padded = np.concatenate([padded, padded[:, -1:]], 1)
     while padded.shape[2] % multiple:
@@ -192,11 +192,11 @@ def test_images_of_any_size_come_back(model, height, width, seed):
 def test_the_multiple_is_the_least_that_fits(model):
     """Control: any other side is refused."""
     fits = []
-    for side in range(1, 3 * model.unit + 1):
+    for side in range(1, 3 * model.size_multiple + 1):
         with contextlib.suppress(Problem):
-            model.resized((side, 2 * model.unit))
+            model.resized((side, 2 * model.size_multiple))
             fits.append(side)
-    assert fits == [model.unit, 2 * model.unit, 3 * model.unit]
+    assert fits == [model.size_multiple, 2 * model.size_multiple, 3 * model.size_multiple]
 
 
 def test_a_file_of_the_earlier_format_is_told_from_a_foreign_one(model):

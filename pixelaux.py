@@ -140,7 +140,7 @@ class Config:
     # How long each factor is trained: the first of these three that is not 0.
     steps: tuple = (0,)
     minutes: tuple = (0.0,)  # become steps when the pace is known; --minutes also sets anneal to 1
-    epochs: tuple = (30, 200)  # the paper's, of gray and of X; of images made on the fly: 50,000
+    epochs: tuple = (30, 200)  # the paper's, of gray and of X; 50,000 images, if made on the fly
     lr: float = 1e-3
     lr_decay: float = 0.99999  # the learning rate is multiplied by it after each step
     warmup: int = 0  # steps in which the learning rate grows to its full value
@@ -161,12 +161,13 @@ class Config:
     start: str = ""  # run or checkpoint whose weights training begins with
 
 
-# The first three are for short runs: tight, as that is worth much (see the README), at higher rates,
-# averaged over fewer steps. `small` and `speedrun` are one recipe, for a CPU core and for a GPU; how
-# it was found: results/recipe.md.
+# What `small`, for a CPU core, and `speedrun`, for a GPU, have in common. How it was found:
+# results/recipe.md.
 RECIPE = dict(
     layout=six_stages(1), layout_cond=six_stages(1), layout_embed=((0, 2), (-1, 1)), dropout=0.0,
     tight=True, lr=5e-3, muon=0.05, lr_decay=1.0, anneal=1.0, betas=(0.9, 0.99))
+# The first three are for short runs: tight, as that is worth much (see the README), at higher
+# rates, averaged over fewer steps.
 PRESETS = {
     "tiny": dict(
         nr_filters=24, layout=six_stages(1), layout_cond=six_stages(1),
@@ -234,8 +235,9 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    No interval is empty if low..high has as many numbers as the largest weight, or more: w v must
-    be in low - rest .. high, and w numbers in a row have a multiple of w among them.
+    No interval is empty if low..high has as many numbers as the largest weight, or more: both ends
+    lose the same, so low - rest .. high always has, and w numbers in a row have a multiple of w
+    among them. (Nor does the limit 0..top make one empty: 0 and w top are multiples, too.)
     """
     lo, hi = [], []
     rest = top * sum(weights)  # the most that the values to come can add
@@ -370,8 +372,8 @@ def log_mass(means, log_scales, lo, hi, levels):
 
         its log = log sigma(b) + log sigma(-a) + log(1 - e^(a-b))
 
-    At the last level b is infinite, and the first and the third term are log 1 = 0; at level 0 -a
-    is, and the second and the third are. This is exact and stable everywhere. (Instead, widely
+    At the last level b is infinite, which leaves log sigma(-a); at level 0 a is -infinite, which
+    leaves log sigma(b). This is exact and stable everywhere. (Instead, widely
     copied code takes the density where the mass is below 1e-5: at the worst the masses of all
     levels then sum to 1 - 1.4e-5, and a level in a tail is given up to 3 bits too many or too few.)
     """
@@ -401,7 +403,8 @@ def logistic_between(a, b, u):
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
     u = torch.where(flip, 1 - u, u)
-    # The cdf at z is sigma(low) + u (sigma(high) - sigma(low)); its logit is z.
+    # The cdf at z is sigma(low) + u (sigma(high) - sigma(low)) = sigma(high) (ratio + u (1 -
+    # ratio)), and its logit is z.
     ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
@@ -427,7 +430,7 @@ class LogisticMixture:
         self.means = by_channel[:, :, :k]  # (N, 3, K, H, W), as the next two
         # At -7 one level holds 97% of a component centred on it (PixelCNN++'s clamp); 7 is a guard.
         self.log_scales = by_channel[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
-        self.coeffs = by_channel[:, :, 2 * k :].tanh()  # dim 1: of R in G, of R in B, of G in B
+        self.coeffs = by_channel[:, :, 2 * k :].tanh()  # dim 1, no channel: R in G, R in B, G in B
 
     @staticmethod
     def set_bias(bias):
@@ -503,11 +506,12 @@ class LogisticMixture:
         """The same from the mixtures cut to intervals, as in log_prob.
 
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each.
-        Without a cut a component drawn at the start is right for all channels; to draw it anew for
-        each, by what log_prob calls its joint probability, would be the same: p(k) p(r | k) = p(r)
-        p(k | r). With a cut red's fraction is drawn by w_k M_k, but green's counts components by
-        w_k m_k(r) M_k with another M: so they must be drawn anew. "map" keeps the first one, so
-        that a pixel's channels belong together.
+        For each channel, as the fractions of log_prob tell: a component, by its joint probability
+        with the channels so far times its mass on the interval; then a value from it, within the
+        interval. (Without a cut the first component would do for all channels: to draw it anew by
+        the joint probability makes no difference, p(k) p(r | k) = p(r) p(k | r). A cut that differs
+        from channel to channel does make one.) "map" keeps the first component, so that a pixel's
+        channels belong together.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -651,11 +655,11 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # torch goes from the input: in(q) adds w_d in(q) to out(2 q - d). So its kernel begins
-            # at the last d: of an up-Conv, weight[.., 0] is w_d of the last d. For example
-            #     d = -1, 0       kernel [w_0, w_-1], in(0) adds to out(0), out(1): nothing to cut
-            #     d = -1, 0, 1    in(0) adds to out(-1) .. out(1): torch's padding of 1 cuts out(-1)
-            #                     off, and as much at the end, which `extra`, 1, puts back
+            # torch goes from the input: in(q) adds w_d in(q) to out(2 q - d). For d = -1, 0, 1:
+            #     in(0) adds    w_1 to out(-1), w_0 to out(0), w_-1 to out(1)
+            # Its kernel begins at the lowest output, so with the last d: weight[.., 0] is w_1. Its
+            # padding, the last d, cuts off what lies before out(0), and as much at the end, which
+            # `extra`, its output_padding, puts back. (For d = -1, 0 both are 0.)
             extra = (max(0, top + bottom + 1), max(0, left + right + 1))
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, (bottom, right), extra)
             return y[:, :, : 2 * height, : 2 * width]
@@ -737,8 +741,9 @@ class Block(nn.Module):
         |                           side inputs                                             |
         +-----------------------------------------------------------------------------------+
 
-    Side inputs, each by a conv_aux: v, in the blocks of h; a long skip; the embedding of X^. (A
-    block that finds no skip has one conv_aux too many, the last one.)
+    Side inputs, each by a conv_aux: v, in the blocks of h; a long skip; the embedding of X^. (If a
+    stage has more blocks than its counterpart, the later ones find no skip, and the last conv_aux
+    of these is not used.)
     """
 
     def __init__(self, filters, nr_aux, reach, dropout):
@@ -789,16 +794,16 @@ class CausalNet(nn.Module):
     down at this resolution, the second from the last but one, and so on.
 
     Deviations: all six stages of PixelCNN++ have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in
-    the paper; its code has two more, for the outputs of the first and of the strided layers. The
-    fourth stage follows the third at the same resolution, and so its first skip is its own input,
-    and adds little.
+    the paper; its code also has skips from the first and from the strided layers, and for these one
+    block more in each of two stages on the way up. The fourth stage follows the third at the same
+    resolution, and so its first skip is its own input, and adds little.
     """
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
         self.conditional = conditional
-        # h's first layer reads no rectangle, so it is two: three pixels above, and what is left of
-        # o (as in PixelCNN++ with the one above that).
+        # h's first layer reads no rectangle, so it is two: three pixels above o, and the one to its
+        # left (which, as in PixelCNN++, comes with the one above it, that h_above reads, too).
         self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), full_precision=True)
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
@@ -877,7 +882,8 @@ class EmbeddingNet(nn.Module):
 
 @dataclasses.dataclass
 class View:
-    """One of the X_i. psi: what makes the next coarser view from it; None: there is none."""
+    """One of the X_i. psi: what makes the next coarser view from it, images of views[k - 1] from
+    those of views[k]; None: there is none."""
 
     shape: tuple  # (C, H, W)
     levels: int
@@ -976,9 +982,9 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of the P pixels (rows,
-    columns) in each of n images, of which `head` has the distributions, (n P, .., 1, 1). P is 1
-    until Sampling fast, where several pixels of an image are drawn in one step. (A decoder of
-    compressed images can take the place of a Draw.)
+    columns) in each of n images, of which `head` has the distributions, (n P, .., 1, 1): each pixel
+    is treated as an image of 1x1. P is 1 until Sampling fast, where several pixels of an image are
+    drawn in one step. (A decoder of compressed images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1033,6 +1039,7 @@ class PixelAux(nn.Module):
             for view in self.views:
                 # What is given a smaller view has a light network, and so has the coarsest view of
                 # a pyramid. The others, X and gray by themselves or X given gray, have PixelCNN++.
+                # (The coarsest was made by the last psi of the model: here a class, with its cell.)
                 psi = view.psi or next(reversed(MODELS[config.model]), None)
                 light = psi is not None and psi.cell > 1
                 self.factors.append(Factor(config, view, light))
@@ -1096,7 +1103,7 @@ class PixelAux(nn.Module):
         """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], nats per image, (N,) each.
 
         tight: factors are cut to what their x_hat leaves possible; the sum is then log p(X) itself.
-        (Not what config.tight says, how it was trained: commands follow that, methods are told.)
+        (config.tight records how a model was trained, and is what commands take by default.)
         """
         return [factor(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
 
@@ -1269,8 +1276,9 @@ class Shapes:
         return np.where(masks, shape, ground)
 
     def fit(self, colour, masks):
-        """The colours, (N, H, W), of the mask and pair that agree with `colour` on most pixels:
-        with the pair's second colour inside the mask, and with its first one outside."""
+        """The colours, (N, H, W), of the mask and pair that agree with `colour` on most pixels (on
+        all, but for samples of a model): with the pair's second colour inside the mask, and with
+        its first one outside."""
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
         # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
@@ -1692,12 +1700,12 @@ def progress_bar(iterable=None, **options):
 #
 # What is trained is not what the model shows: the moving average of the weights is better, and less
 # noisy, than the weights themselves. So train_factor puts the average in the factor's place in the
-# model, and only it still holds the weights that are trained. Its loop:
+# model; the factor that is trained is its local variable `trained`. Its loop:
 #
 #     each step     batch -> loss -> gradient -> Adam -> moving average of the weights
-#     at a look     (now and then) is the loss finite?  minutes -> steps, once;  test images after
-#                   each quarter, held out ones after each twentieth;  log;  checkpoint;  told to
-#                   stop?  pictures after each quarter
+#     at a look     (now and then) is the loss finite?  with --minutes: how many steps are they?
+#                   test images after each quarter, held out ones after each twentieth;  log;
+#                   checkpoint;  told to stop?  pictures after each quarter
 
 
 def world_size():
@@ -1724,9 +1732,9 @@ def steps_of(config, k, data):
 
 
 def steps_in_time(minutes, step, times):
-    """How many steps fit into the minutes, if `step` are done and the last ones ended after `times`
-    seconds (until then there is a look after each); math.inf until 3% of the time tell the pace.
-    (The first step is no measure: much happens only once.)"""
+    """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
+    the pace. times: the seconds at the end of each step so far (while the number is open, there is
+    a look after each). The first step is no measure, as much happens only once."""
     if len(times) < 3 or times[-1] < 0.03 * 60 * minutes:
         return math.inf
     pace = (times[-1] - times[0]) / (len(times) - 1)
@@ -1759,6 +1767,7 @@ class Optimizer:
         self.config, self.muon, self.directions = config, None, []
         if config.muon:
             convs = [module for module in factor.modules() if isinstance(module, Conv)]
+            # full_precision: a network's first and last ones
             self.directions = [conv.v for conv in convs if not conv.full_precision]
             self.matrices = [nn.Parameter(v.detach().flatten(1).clone()) for v in self.directions]
             self.muon = torch.optim.Muon(self.matrices, weight_decay=0.0)
@@ -1801,7 +1810,7 @@ class Optimizer:
 
 
 def learning_rate(config, step, steps):
-    """The share of the full learning rates at a step."""
+    """The share of the full learning rates at a step. (While steps is infinite, all of it.)"""
     warmup = config.warmup
     if config.start:
         # Adam has yet to learn how large gradients are, which takes 1 / (1 - beta2) steps; at full
@@ -1905,13 +1914,13 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
     times = []  # of the looks
     clock, save_at = time.monotonic(), time.monotonic() + save_every
     while step < steps:
-        torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout
+        torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
         batch = batch_of(model, k, data, step)
         rate = learning_rate(config, step, steps)
         total += training_step(forward, batch, optimizer, rate, average, config, model.dims)
         step += 1
-        # Now and then we look: here the host waits for the device, and processes for each other
-        # (which can agree only at the same step; a single one looks as soon as it is to stop).
+        # Now and then we look: here the host waits for the device, and processes for each other. So
+        # several of them look at the same steps only; a single one also when a signal has come.
         if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
         seconds += time.monotonic() - clock
@@ -2030,11 +2039,11 @@ def evaluate(model, images, batch_size=None):
             for k, (x_k, x_hat) in enumerate(model.pairs(x)):
                 factor = model.factors[k]
                 head = factor.head(factor.params(x_k, factor.embeddings(x_hat)))
-                bounds = None  # the coarsest factor is exact as it is
+                intervals = None  # the coarsest factor is exact as it is
                 if x_hat is not None:
-                    bounds = factor.view.psi.bounds(x_k, x_hat)
+                    intervals = factor.view.psi.bounds(x_k, x_hat)
                 bound[k].append(head.log_prob(x_k).flatten(1).sum(1).double().cpu())
-                exact[k].append(head.log_prob(x_k, bounds).flatten(1).sum(1).double().cpu())
+                exact[k].append(head.log_prob(x_k, intervals).flatten(1).sum(1).double().cpu())
     both = [torch.stack([torch.cat(nats) for nats in kind]).numpy() for kind in (bound, exact)]
     return both[0], both[1]
 
@@ -2094,6 +2103,7 @@ def distance_to_truth(model, bound, exact, shapes, images):
     # In a pyramid of two views the truth of each factor is known.
     if [type(view.psi) for view in model.views] == [type(None), Half]:
         coarse = shapes.log_prob_half(to_array(model.views_of(to_tensor(images))[0]))
+        # log p(X | X_1) = log p(X) - log p(X_1), as X_1 is a function of X.
         parts = [(model.names[0], coarse, bound[0], exact[0]),
                  (model.names[1], true - coarse, bound[1], exact[1]), *parts]
     for name, truth, *of_model in parts:
@@ -2171,8 +2181,8 @@ def save_samples(model, views, path, given=0):
 #     x, read at (r - 1, c + 1) by that one: -6 - (-lag + 1)                lag - 7
 #
 # These are the latest delays that serve all readers; of several readers the most impatient counts.
-# A pixel is there from delay 1 on, one step after its own, and may be asked for no earlier: 1 <=
-# lag - 7, and lag is 8 again.
+# That of x is a deadline: when it is asked for first. It is there from delay 1 on, one step after
+# its own; so 1 <= lag - 7, and lag is 8 again.
 #
 # At half the resolution a position stands for two columns: what is halved s times is computed at
 # step 2^s (lag r + c) + delay. There a kernel that looks one to the right costs two steps:
@@ -2183,25 +2193,34 @@ def save_samples(model, views, path, given=0):
 # at s = 1 reads (2 r + dy, 2 c + dx) at s = 0, whose step is 2 (lag r + c) + lag dy + dx.
 #
 # **Strips.** In the row above things are lag steps ahead. So the kernel rows that lie above need
-# not be multiplied position by position: a convolution is split, and what these rows add is
-# computed for a *strip* of positions when the first of them is due: one large product takes half
-# the time of many small ones. A strip has lag positions, or as many as divide both the lag and the
-# width: then all strips of a diagonal begin at the same step, and end at the same step.
+# not be multiplied position by position: a convolution is split,
+#
+#     out = [bias + kernel rows above] + kernel row at the position itself
+#
+# and the bracket is computed for a *strip* of positions when the first of them is due: one large
+# product takes half the time of many small ones. A strip has lag positions or, if the lag does not
+# divide the width, their greatest common divisor: then all strips of a diagonal begin and end at
+# the same steps.
 #
 #     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
 #     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
 #
-# Whether that is possible is asked of each kernel row by itself. v's first layer reads x two rows
-# above and one row above. Two above all is known; but in the row above x is known up to column
-# c + 7 when (r, c) is due, and 8 positions from c on read up to c + 8: this row is multiplied
-# position by position.
+# Whether that is possible is asked of each kernel row by itself. v's first layer, for example, is
+# due six steps before the pixel, and then x in row r - 1 is known up to column c + 1: just what one
+# position reads, so that this row is multiplied position by position. In row r - 2 x is known up to
+# c + 9, and 8 positions read up to c + 8: a strip.
 #
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
-# PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width: a
-# pixel a step. Then a strip is a row, and what depends on the rows above alone, such as v, is
-# computed a row at a time by the same rule, but for two things: a row is finished when it begins,
-# so that who comes after it in the same step may read it to the right of itself, too; and beyond
-# its end there is nothing to wait for.
+# PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width, all
+# delays are 0, and a pixel is drawn at each step. A strip is then a row: what depends on the rows
+# above alone, such as v, is computed at the step of the row's first pixel, for the whole row, one
+# layer after the other. In 8x8, at (r, 0), a later layer of v may therefore read an earlier one at
+# all columns of row r; and v's first layer reads x in row r - 1 up to column 7, the last, which was
+# drawn one step before: what is read further right is 0.
+#
+# **Where values are.** If the reader is at the same position as what it reads, with the same delay,
+# that was computed in this step, or before in its strip: Plan.latest has what was computed last of
+# each node. All else is read from a buffer, an image of all positions.
 #
 # Of CausalNet nothing is known here: what there is to compute is read from its forward pass. Any
 # network will do that is made of Conv and of functions of values at one position. All that can be
@@ -2268,9 +2287,7 @@ class Node:
             yield read_of(tap)
 
     def has_at_hand(self, source, conv=None):
-        """Whether what it reads of source is in Plan.latest, which has what was computed last of
-        each node; else it is in source's buffer. It is, if it is read at the reader's own position
-        and has the same delay: then it was computed in this step, or with the strip it is in."""
+        """Whether what it reads of source is in Plan.latest; else it is in source's buffer."""
         here = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
         computed = source.terms or source.taps  # others are x, or known
         together = (source.halved, source.delay) == (self.halved, self.delay)
@@ -2285,7 +2302,9 @@ class Node:
         Places are equally far from each other: no copy, and no table of indices. For example with 2
         channels, in a row that begins at number 0 of the buffer, position p is numbers 2 p and 2 p
         + 1; 3 columns from p = 1 on are numbers 2..7, from p = 2 on 4..9. As an array, (2, 6) with
-        strides (2, 1).
+        strides (2, 1). From place to place of a diagonal, a row down and lag columns to the left,
+        it is next_row - lag C numbers. (stride: of a convolution that goes down; shrink is 2 for
+        one that goes up, which reads at p / 2.)
         """
         n, length = len(self.buffer), columns * self.channels
         next_image, next_row, next_column, _ = self.buffer.stride()
@@ -2524,9 +2543,9 @@ class Plan:
         # From the strip's first position to the last that it reads: columns of x, a step each.
         ahead = finer * dx + 2**node.halved * (strip - 1)
         if source is not self.x and self.is_row(source.halved, source.strip):
-            ahead = 0  # all of that row is computed at once: v may read v to the right of itself
+            ahead = 0  # all of that row is computed at once
         elif self.is_row(node.halved, strip):
-            ahead = min(ahead, self.size[1] - 1)  # what lies beyond is 0, and there at once
+            ahead = min(ahead, self.size[1] - 1)  # beyond the last column there are zeros
         return source.delay + finer * self.lag * dy + ahead <= node.delay
 
     def is_row(self, halved, strip):
@@ -2669,8 +2688,8 @@ class Plan:
     def tap(self, node, source, conv, dy, parity):
         """The function (Places, total) -> total + what this kernel row adds."""
         dx, weight = conv.columns[0], self.weights[conv][dy - conv.rows[0]]  # (F, columns, C)
-        if conv.up:  # of its columns dx, dx + 1, .. every second one reads, see by_parity
-            odd = (parity[1] + dx) % 2  # 1: the first one does not
+        if conv.up:  # of its columns, and rows, every second one reads, see by_parity
+            odd = (parity[1] + dx) % 2  # 1: the first column does not
             dx, weight = dx + odd, weight[:, odd::2]
         columns = weight.shape[1]
         if columns == 0 or (conv.up and (parity[0] + dy) % 2):

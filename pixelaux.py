@@ -57,6 +57,7 @@ import re
 import secrets
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -1361,17 +1362,21 @@ class Dataset:
         return images
 
     def holding_out(self, n):
-        """The same, but n training images, the same ones each time, are kept from training: how
-        good a model gets in the course of training is nothing to ask the test set. Raises
-        Problem."""
+        """The same, but n training images, and copies of them, are kept from training: how good a
+        model gets in the course of training is nothing to ask the test set. They follow from the
+        images' contents alone. Raises Problem."""
         if n == 0:
             return self
         if self.train is None or n >= len(self.train):
             there = "made on the fly" if self.train is None else f"{len(self.train)} in number"
             raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
-        rows = permutation((20170806,), len(self.train))
-        kept = Rows(self.train, np.sort(rows[n:]))
-        return dataclasses.replace(self, train=kept, held_out=self.train[np.sort(rows[:n])])
+        values = digests(self.train, seed=1)
+        lowest = np.argsort(values, kind="stable")[:n]
+        rest = np.flatnonzero(values > values[lowest[-1]])
+        if len(rest) == 0:
+            raise Problem(f"--hold-out {n}: all other images are copies of these")
+        held_out = self.train[np.sort(lowest)]
+        return dataclasses.replace(self, train=Rows(self.train, rest), held_out=held_out)
 
 
 @functools.lru_cache(2)  # a batch may lie in two epochs
@@ -1646,19 +1651,23 @@ def append_record(path, record):
         file.write(line)
 
 
+def read_records(path):
+    """What append_record has written, without lines that a kill has cut."""
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def read_metrics(out):
     """The records of OUT/metrics.jsonl, in order. A run that was stopped and resumed has done some
     steps again, those after its checkpoint: of records of the same step the last is valid."""
     kept = {}  # factor -> records
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
+    for record in read_records(out / "metrics.jsonl"):
+        with contextlib.suppress(TypeError, KeyError):
             before = kept.setdefault(record["factor"], [])
             while before and before[-1]["step"] >= record["step"]:
                 before.pop()
-        except (ValueError, TypeError, KeyError):  # cut by a kill
-            continue
-        before.append(record)
+            before.append(record)
     return sum((kept[k] for k in sorted(kept)), [])
 
 
@@ -1704,7 +1713,7 @@ def progress_bar(iterable=None, **options):
 #
 #     each step     batch -> loss -> gradient -> Adam -> moving average of the weights
 #     at a look     (now and then) is the loss finite?  with --minutes: how many steps are they?
-#                   test images after each quarter, held out ones after each twentieth;  log;
+#                   test images after each quarter, or held out ones after each twentieth;  log;
 #                   checkpoint;  told to stop?  pictures after each quarter
 
 
@@ -1733,12 +1742,16 @@ def steps_of(config, k, data):
 
 def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
-    the pace. times: the seconds at the end of each step so far (while the number is open, there is
-    a look after each). The first step is no measure, as much happens only once."""
-    if len(times) < 3 or times[-1] < 0.03 * 60 * minutes:
+    the pace. times: the seconds of training when this process began, and after each of its steps
+    (while the number is open, there is a look after each). Its first step does not count, as much
+    happens only once."""
+    if len(times) < 4:
         return math.inf
-    pace = (times[-1] - times[0]) / (len(times) - 1)
-    return step + max(1, round((60 * minutes - times[-1]) / pace))
+    spent = times[-1] - (times[1] - times[0])
+    if spent < 0.03 * 60 * minutes:
+        return math.inf
+    pace = (times[-1] - times[1]) / (len(times) - 2)
+    return step + max(1, round((60 * minutes - spent) / pace))
 
 
 def record_steps(out, config, k, steps):
@@ -1765,8 +1778,8 @@ class Optimizer:
 
     def __init__(self, factor, config):
         self.config, self.muon, self.directions = config, None, []
-        if config.muon:
-            convs = [module for module in factor.modules() if isinstance(module, Conv)]
+        convs = [module for module in factor.modules() if isinstance(module, Conv)]
+        if config.muon and convs:
             # full_precision: a network's first and last ones
             self.directions = [conv.v for conv in convs if not conv.full_precision]
             self.matrices = [nn.Parameter(v.detach().flatten(1).clone()) for v in self.directions]
@@ -1794,7 +1807,7 @@ class Optimizer:
         grow, and then equal steps would turn v less and less."""
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
-            matrix.grad = v.grad.flatten(1)
+            matrix.grad = None if v.grad is None else v.grad.flatten(1)  # not used, see Block
         self.muon.step()
         for v, matrix in zip(self.directions, self.matrices):
             v.copy_(matrix.view_as(v))
@@ -1829,7 +1842,14 @@ def bfloat16(config, device):
     return config.precision == "bfloat16"
 
 
-def wrapped(factor, batch, tight, compile, stop=lambda: False):
+def nats_of(forward, batch, config):
+    """A factor's log-probabilities in training, nats per image, (N,)."""
+    device = batch[0].device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16(config, device)):
+        return forward(*batch, config.tight)
+
+
+def wrapped(factor, batch, config, compile, stop=lambda: False):
     """The factor as training calls it: compiled and distributed, where that is asked for.
 
     stop(): whether a signal has come. It ends the compiler's processes, too, and their error is
@@ -1840,7 +1860,7 @@ def wrapped(factor, batch, tight, compile, stop=lambda: False):
         try:
             torch.compiler.reset()  # what earlier factors were compiled to
             forward = torch.compile(factor, dynamic=False)
-            forward(*batch, tight).sum().backward()
+            nats_of(forward, batch, config).sum().backward()
         except Exception as error:  # compilers raise many kinds
             if stop():
                 raise KeyboardInterrupt("stopped while compiling; --resume goes on") from None
@@ -1875,10 +1895,7 @@ def has_ended(parts, before, step, steps):
 
 def training_step(forward, batch, optimizer, rate, average, config, dims):
     """Gradient, optimizer, moving average of the weights -> the loss: bits per sub-pixel of X."""
-    device = batch[0].device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16(config, device)):
-        nats = forward(*batch, config.tight)
-    loss = bits_per_dim(nats.mean(), dims)
+    loss = bits_per_dim(nats_of(forward, batch, config).mean(), dims)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step(rate)
@@ -1908,10 +1925,10 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
     begun, seconds = restore(saved, path, trained, average, optimizer)
     step, steps = begun, steps_of(config, k, data)
     compile = compile and step < steps
-    forward = wrapped(trained, batch_of(model, k, data, 0), config.tight, compile, stop)
+    forward = wrapped(trained, batch_of(model, k, data, 0), config, compile, stop)
     log = Log(out, k, step)
     total, looked = torch.zeros((), device=device), step  # of the losses since step `looked`
-    times = []  # of the looks
+    times = [seconds]  # now, and at each look
     clock, save_at = time.monotonic(), time.monotonic() + save_every
     while step < steps:
         torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
@@ -1923,8 +1940,8 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
         # several of them look at the same steps only; a single one also when a signal has come.
         if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
+        bits = float(total) / (step - looked)  # waits until the device has done it all
         seconds += time.monotonic() - clock
-        bits = float(total) / (step - looked)
         means = mean_of_processes([bits, seconds, stop()], device)
         bits, seconds, stopping = means  # stopping > 0: one is to stop
         check_finite(bits, k, step, path)
@@ -1952,14 +1969,14 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
 
 
 def measurements(model, k, data, before, step, steps):
-    """What the model, as it is now, has on images that it is not trained on: bits/dim of X of test
-    images after each quarter of the steps, of those held out after each twentieth; as a dict."""
-    measured = {}
-    if has_ended(4, before, step, steps):
-        measured["test_bits_per_dim"] = bits_of(model, k, data.test[:128])
-    if len(data.held_out) and has_ended(20, before, step, steps):
-        measured["held_out_bits_per_dim"] = bits_of(model, k, data.held_out)
-    return measured
+    """What the model, as it is now, has on images that it is not trained on, as a dict: after each
+    twentieth of the steps bits/dim of X of those held out; if there are none, after each quarter of
+    test images."""
+    if len(data.held_out):
+        over = has_ended(20, before, step, steps)
+        return {"held_out_bits_per_dim": bits_of(model, k, data.held_out)} if over else {}
+    over = has_ended(4, before, step, steps)
+    return {"test_bits_per_dim": bits_of(model, k, data.test[:128])} if over else {}
 
 
 def check_finite(bits, k, step, path):
@@ -2057,11 +2074,11 @@ bound: the paper's, <=. exact: log p(X) itself, =.
 factor                  bound   exact     bound   exact     bound   exact"""
 
 
-def report(model, bound, exact, data, images):
+def report(model, bound, exact, data, images, kind="test image"):
     """The table of `eval` -> (text, the same as a dict). bound, exact: of images of `data`."""
     both = np.stack([bound, exact])  # (2, factors, N)
     n = both.shape[2]
-    lines, factors = [REPORT.format(counted(n, "test image"), model.dims)], []
+    lines, factors = [REPORT.format(counted(n, kind), model.dims)], []
     for k, view in enumerate(model.views):
         own = math.prod(view.shape)
         row = {}
@@ -2984,8 +3001,10 @@ def train(args, device):
     if not made:
         print(f"{out} was finished before; --start {out} goes on in another folder")
     if args.factor is None:
-        few = data.test[:256]
-        print(report(model, *evaluate(model, few), data, few)[0])
+        few, kind = data.test[:256], "test image"
+        if len(data.held_out):  # then the test set is not looked at before `eval`
+            few, kind = data.held_out[:256], "image held out"
+        print(report(model, *evaluate(model, few), data, few, kind)[0])
         print(f"\nsamples: {out / 'samples.png'}\nnext: {CALLED} eval {out}")
         print(f"      {CALLED} sample {out}")
     else:
@@ -3000,6 +3019,9 @@ def start_from(model, run):
             got = tuple(weights[name].shape) if name in weights else "missing"
             raise Problem(f"--start: {run} is of another model, preset or size: {name} is {got}, "
                           f"expected {tuple(expected.shape)}")
+    if surplus := weights.keys() - model.state_dict().keys():
+        raise Problem(f"--start: {run} is of another model, preset or size: it has {min(surplus)}, "
+                      "which is not expected")
     model.load_state_dict(weights)
 
 
@@ -3026,8 +3048,20 @@ def begin(out, config, factors, data, args, device):
             if part.stat().st_mtime < time.time() - 3600:
                 part.unlink()
     record = dict(time=time.strftime("%F %T"), command=shlex.join(["pixelaux.py", *args.argv]),
-                  processes=world_size(), hardware=hardware(device), torch=torch.__version__)
+                  processes=world_size(), hardware=hardware(device), torch=torch.__version__,
+                  cuda=torch.version.cuda, python=platform.python_version(), commit=commit())
     append_record(out / "commands.jsonl", record)
+
+
+def commit():
+    """Of this file, with a + if it was changed since; what the environment calls COMMIT where there
+    is no clone."""
+    here = pathlib.Path(__file__).resolve().parent
+    command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")
 
 
 def hardware(device):

@@ -13,7 +13,10 @@
 #                                         then the whole test set, samples, MAP samples, weights in bfloat16. In
 #                                         RUNS/speedrun: speedrun.md, weights in parts/, all the rest in records.tgz.
 #                                         Goes on if run again; another machine goes on from the weights alone (--start)
-#   bash reproduce.sh proof               the tests on the GPU, and benchmarks, into RUNS/proof
+#                                         MODEL=grayscale: the other model. BACK=DIR: copies of speedrun.md, records.tgz
+#                                         and the parts, as they come into being
+#   bash reproduce.sh proof               the tests on the GPU (without one they are skipped), and benchmarks, into
+#                                         RUNS/proof, at most LIMIT seconds each
 #   bash reproduce.sh pack PATH DIR       a file or folder as DIR/part.*, of PART MiB (default 15) at most, with checksums
 #   bash reproduce.sh unpack DIR [WHERE]  the parts checked and put together in WHERE (default: beside DIR)
 # Of these two a part that fails does not stop the next. A dry run on a CPU:
@@ -59,8 +62,8 @@ part() {  # part FILE pixelaux-arguments... makes FILE, unless it was made after
 attempt() {  # attempt COMMAND... goes on if it fails, but not if it was stopped (within it, set -e does not hold)
   local status=0
   "$@" || status=$?
-  [ $status -lt 128 ] || exit $status
-  [ $status = 0 ] || { failed=1; echo "reproduce.sh: failed, going on: $*" >&2; }
+  case $status in 130 | 143) exit $status ;; esac  # any other, a crash too, is a failure
+  [ $status = 0 ] || { failed=1; echo "reproduce.sh: failed ($status), going on: $*" >&2; }
 }
 
 pack() {  # pack PATH DIR
@@ -79,49 +82,60 @@ unpack() {  # unpack DIR [WHERE]
 }
 
 speedrun() {  # speedrun [MINUTES] train-arguments...
-  local minutes=7 out=$RUNS/speedrun
+  local minutes=7 model=${MODEL:-pyramid} out=$RUNS/speedrun shares
   [[ ! ${1:-} =~ ^[0-9.]+$ ]] || { minutes=$1; shift; }
   # To each factor, coarsest first, so much that another second is worth the same in each (results/recipe.md).
-  minutes=$(awk -v all="$minutes" 'BEGIN { printf "%g,%g,%g", 0.1 * all, 0.25 * all, 0.65 * all }')
-  attempt trained speedrun --model pyramid --data cifar10 --data-dir "$DATA_DIR" --preset "${PRESET:-speedrun}" \
+  case $model in
+    pyramid) shares="0.06 0.24 0.7" ;;
+    grayscale) shares="0.25 0.75" ;;
+    grayscale-pyramid) shares="0.04 0.08 0.18 0.7" ;;
+    *) shares=1 ;;
+  esac
+  minutes=$(LC_ALL=C awk -v all="$minutes" '{ for (i = 1; i <= NF; i++) printf "%s%g", (i > 1 ? "," : ""), all * $i }' \
+    <<< "$shares")
+  attempt trained speedrun --model "$model" --data cifar10 --data-dir "$DATA_DIR" --preset "${PRESET:-speedrun}" \
     --minutes "$minutes" --hold-out "${HOLD_OUT:-1000}" "$@"
   attempt part "$out/weights.pt" export "$out" "$out/weights.pt"
   attempt pack "$out/weights.pt" "$out/parts"
-  attempt "$PYTHON" pixelaux.py speedrun "$out"
+  attempt recorded "$out"
   attempt part "$out/eval.json" eval "$out" ${TEST:+--n "$TEST"}
+  attempt recorded "$out"
   attempt part "$out/sample-random-0-n64.npz" sample "$out" --n 64
   attempt part "$out/sample-map-0.npz" sample "$out" --mode map
-  attempt "$PYTHON" pixelaux.py speedrun "$out"
-  attempt records "$out"
+  attempt recorded "$out"
 }
 
-records() {  # records DIR: all but the weights in DIR/records.tgz
-  tar -czf "$1.tgz" -C "$1" --exclude='*.pt' --exclude=parts --exclude=records.tgz . && mv "$1.tgz" "$1/records.tgz"
+recorded() {  # recorded DIR: time to bits/dim, all but the weights in DIR/records.tgz, and what is worth most in BACK, if set
+  "$PYTHON" pixelaux.py speedrun "$1" || return
+  tar -czf "$1.tgz" -C "$1" --exclude='*.pt' --exclude=parts --exclude=records.tgz . && mv "$1.tgz" "$1/records.tgz" || return
+  [ -z "${BACK:-}" ] || { mkdir -p "$BACK" && cp "$1/speedrun.md" "$1/records.tgz" "$1"/parts/* "$BACK"; }
 }
 
 proof() {
-  attempt logged tests "$PYTHON" -m pytest -q -k cuda
-  attempt logged bench-train "$PYTHON" pixelaux.py bench train --preset "${PRESET:-speedrun}" --size 32
-  attempt logged bench-train-compiled "$PYTHON" pixelaux.py bench train --preset "${PRESET:-speedrun}" --size 32 --compile
-  attempt logged bench-train-float32 "$PYTHON" pixelaux.py bench train --preset "${PRESET:-speedrun}" --size 32 --precision float32
-  attempt logged bench-sample "$PYTHON" pixelaux.py bench sample --model pyramid --preset "${PRESET:-speedrun}" --size 32
+  local bench=("$PYTHON" pixelaux.py bench) preset=${PRESET:-speedrun} size=${SIZE:-32}
+  attempt logged tests "$PYTHON" -m pytest -q -k cuda ${TESTS:-}
+  attempt logged bench-train "${bench[@]}" train --preset "$preset" --size "$size"
+  attempt logged bench-sample "${bench[@]}" sample --model pyramid --preset "$preset" --size "$size"
+  attempt logged bench-train-float32 "${bench[@]}" train --preset "$preset" --size "$size" --precision float32
+  attempt logged bench-train-compiled "${bench[@]}" train --preset "$preset" --size "$size" --compile
 }
 
-logged() {  # logged NAME COMMAND... what it says also goes to RUNS/proof/NAME.txt
+logged() {  # logged NAME COMMAND... what it says also goes to RUNS/proof/NAME.txt; LIMIT: seconds it may take (default 600)
   mkdir -p "$RUNS/proof"
-  { echo "${*:2}"; "${@:2}"; } 2>&1 | tee "$RUNS/proof/$1.txt"
+  { echo "${*:2}"; timeout "${LIMIT:-600}" "${@:2}"; } 2>&1 | tee "$RUNS/proof/$1.txt"
 }
 
 table() {
   "$PYTHON" - "$RUNS" << 'END'
 import json, pathlib, sys
+from pixelaux import read_records
 
 paper = {"cifar10-grayscale": "2.98", "cifar10-pyramid": "3.32", "celeba-pyramid": "1.52"}
 print("| run | paper, <= | ours, <= (factors) | ours, = | test images | hardware | hours | command |\n" + "| --- " * 8 + "|")
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*/eval.json")):
-    def lines(name):  # none for factors that were brought together; without a last one that a kill cut
+    def lines(name):  # none for factors that were brought together
         file = path.parent / name
-        return [json.loads(line) for line in file.open() if line.endswith("\n")] if file.exists() else []
+        return list(read_records(file)) if file.exists() else []
 
     result, made = json.loads(path.read_text()), lines("commands.jsonl")
     seconds = {line["factor"]: line["seconds"] for line in lines("metrics.jsonl")}  # the last of each factor

@@ -2978,9 +2978,10 @@ def test_minutes_fix_the_steps_once_and_for_all(tmp_path, monkeypatch, small_pre
     line = "train --model pyramid --minutes 0.1,0.2 --out"
     assert command(line, out) == 0
     config = json.loads((out / "config.json").read_text())
-    assert config["steps"] == [6, 12] and config["anneal"] and config["minutes"] == [0.1, 0.2]
+    # 6 and 12 seconds, but the first step of each, which may be slow, does not count.
+    assert config["steps"] == [7, 13] and config["anneal"] and config["minutes"] == [0.1, 0.2]
     lines = records(out)
-    assert [max(r["step"] for r in lines if r["factor"] == k) for k in (0, 1)] == [6, 12]
+    assert [max(r["step"] for r in lines if r["factor"] == k) for k in (0, 1)] == [7, 13]
     assert "test_bits_per_dim" in lines[-1]
 
     other = tmp_path / "interrupted"
@@ -2988,13 +2989,13 @@ def test_minutes_fix_the_steps_once_and_for_all(tmp_path, monkeypatch, small_pre
     with monkeypatch.context() as patch:
         at_batch(patch, lambda step, k: (k, step) == (1, 7) and stop())
         assert command(line, other) == 130
-    assert json.loads((other / "config.json").read_text())["steps"] == [6, 12]
+    assert json.loads((other / "config.json").read_text())["steps"] == [7, 13]
     clock.pace = 50.0
     assert command("train --resume --minutes 0.1,0.2 --out", other) == 0
     assert_same_run(out, other)  # bit for bit, as the learning rates are those of the plan
     clock.pace = 2.0  # control: half the speed, half the steps
     assert command("train --factor 0 --minutes 0.2 --out", tmp_path / "slow") == 0
-    assert json.loads((tmp_path / "slow" / "config.json").read_text())["steps"][0] == 6
+    assert json.loads((tmp_path / "slow" / "config.json").read_text())["steps"][0] == 7
 
 
 def test_minutes_of_a_run_stopped_before_steps_are_fixed(tmp_path, monkeypatch, small_preset):
@@ -3005,11 +3006,11 @@ def test_minutes_of_a_run_stopped_before_steps_are_fixed(tmp_path, monkeypatch, 
         assert command("train --model pyramid --factor 0 --minutes 0.2 --out", out) == 130
     assert json.loads((out / "config.json").read_text())["steps"] == [0]
     assert command("train --resume --factor 0 --out", out) == 0
-    assert json.loads((out / "config.json").read_text())["steps"][0] == 12
-    assert records(out)[-1]["step"] == 12 and clock.steps[-1] == (0, 11)
+    assert json.loads((out / "config.json").read_text())["steps"][0] == 13
+    assert records(out)[-1]["step"] == 13 and clock.steps[-1] == (0, 12)
 
 
-def test_training_starts_from_the_weights_of_another_run(run, tmp_path, capsys):
+def test_training_starts_from_the_weights_of_another_run(run, tmp_path, capsys, monkeypatch):
     """Control: without, it starts elsewhere. Weights of another model are refused."""
     line = "train --model pyramid --batch-size 2 --steps 1 --lr 1e-12 --out"
     assert command(line, tmp_path / "more", "--start", run) == 0
@@ -3026,6 +3027,10 @@ def test_training_starts_from_the_weights_of_another_run(run, tmp_path, capsys):
     assert command(line, tmp_path / "other", "--start", run) == 2
     assert re.search(f"--start: {run} is of another model", said(capsys)[-1])
     assert not (tmp_path / "other").exists()
+    layout = pixelaux.PRESETS["tiny"]["layout_embed"][:-1] + ((-1, 0),)  # the run has blocks more
+    monkeypatch.setitem(pixelaux.PRESETS, "tiny", {**pixelaux.PRESETS["tiny"], "layout_embed": layout})
+    assert command("train --steps 1 --start", run, "--out", tmp_path / "other") == 2
+    assert "is of another model, preset or size: it has factors.1.embed" in said(capsys)[-1]
 
 
 @settings(max_examples=60)
@@ -4336,7 +4341,10 @@ def test_turns_alternate_and_the_fastest_counts(monkeypatch):
     assert calls == ["a", "b"] * 3
 
 
-def test_bench_train_shows_every_factor_with_its_operations(capsys):
+@pytest.mark.parametrize("muon", [0.0, 0.05])
+def test_bench_train_shows_every_factor_with_its_operations(capsys, monkeypatch, muon):
+    """Those of the networks alone, whatever the optimizer."""
+    monkeypatch.setitem(pixelaux.PRESETS, "tiny", {**pixelaux.PRESETS["tiny"], "muon": muon})
     arguments = ["bench", "train", "--model", "pyramid", "--size", "16", "--device", "cpu"]
     assert main([*arguments, "--batch-size", "2"]) == 0
     rows = capsys.readouterr().out.splitlines()[-2:]
@@ -5125,11 +5133,16 @@ def test_reproduce_speedrun_and_files_in_parts(tmp_path):
         mkdir -p {out}
         [ ! -e {tmp_path}/fail-$2 ] || exit $(cat {tmp_path}/fail-$2)
         [ $2 != export ] || head -c 2500000 /dev/urandom > {out}/weights.pt
+        [ $2 != speedrun ] || echo a table > {out}/speedrun.md
         [ $2 != eval ] || echo some numbers > {out}/eval.json""")
-    parts = ["train", "export", "speedrun", "eval", "sample", "sample", "speedrun"]
-    assert reproduce("speedrun", "10", "--seed", "1", PART="1", HOLD_OUT="50", TEST="20")[0] == 0
+    parts = ["train", "export", "speedrun", "eval", "speedrun", "sample", "sample", "speedrun"]
+    back = tmp_path / "back"
+    assert reproduce("speedrun", "10", "--seed", "1", PART="1", HOLD_OUT="50", TEST="20",
+                     BACK=str(back))[0] == 0
     assert [line.split()[1] for line in noted(tmp_path)] == parts
     train, _, _, evaluation = noted(tmp_path)[:4]
+    assert sorted(path.name for path in back.iterdir()) == [
+        "part.aa", "part.ab", "part.ac", "records.tgz", "speedrun.md", "sums"]
     minutes = [float(number) for number in re.search("--minutes ([0-9.,]+)", train)[1].split(",")]
     assert len(minutes) == 3 and sum(minutes) == pytest.approx(10)
     assert train.endswith("--hold-out 50 --seed 1") and "--preset speedrun" in train
@@ -5146,10 +5159,12 @@ def test_reproduce_speedrun_and_files_in_parts(tmp_path):
     assert status != 0 and "part.ab" in message and not (out / "weights.pt").exists()
 
     shutil.rmtree(out)
-    (tmp_path / "fail-eval").write_text("1")
-    status, _, message = reproduce("speedrun")
-    assert status == 1 and "failed, going on: part" in message and "eval" in message
-    assert [line.split()[1] for line in noted(tmp_path)] == parts
+    for code in ("1", "139"):  # a failure; a crash
+        (tmp_path / "fail-eval").write_text(code)
+        status, _, message = reproduce("speedrun", MODEL="grayscale")
+        assert status == 1 and f"failed ({code}), going on: part" in message and "eval" in message
+        assert "--minutes 1.75,5.25" in noted(tmp_path)[0] or code == "139"
+        assert [line.split()[1] for line in noted(tmp_path)][-5:] == parts[-5:]
     (tmp_path / "fail-eval").write_text("130")
     assert reproduce("speedrun", "7")[0] == 130
     assert [line.split()[1] for line in noted(tmp_path)][-1] == "eval"
@@ -5159,7 +5174,7 @@ def test_reproduce_proof_goes_on_after_a_failure(tmp_path):
     """Each part's command and output are in a file of its own."""
     reproduce = stand_in(tmp_path, "echo said; [ $2 != pytest ] || exit 1")
     status, _, message = reproduce("proof")
-    assert status == 1 and message.count("failed, going on") == 1
+    assert status == 1 and message.count("failed (1), going on") == 1
     files = sorted((tmp_path / "runs" / "proof").glob("*.txt"))
     assert len(files) == len(noted(tmp_path)) == 5
     assert all(file.read_text().endswith("\nsaid\n") for file in files)

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelaux import (
-    Conv, Draw, Optimizer, Parser, Plan, Problem, bfloat16, build, evaluating, hardware,
+    Conv, Draw, Optimizer, Parser, Plan, Problem, bfloat16, build, evaluating, hardware, nats_of,
     sample_fast, six_stages, training_step, wrapped)
 
 
@@ -123,7 +123,7 @@ def memory(device):
 
 
 TRAIN = """\
-training steps (gradient, optimizer, moving average) of a batch of {}, model {}, preset {}, ours in {}.
+training steps (gradient, optimizer, moving average), batch {}, model {}, preset {}, ours in {}.
 plain: float32 (torch's default: TF32 on CUDA), NCHW, padding by copy, torch's weight norm.
 Peak: a product of large matrices in {}, {:.3g} TFLOP/s. Memory: ours, the most so far.
 factor               images/s: ours    plain   ratio   GFLOP/image   TFLOP/s   of peak     GiB"""
@@ -153,14 +153,14 @@ def bench_train(args):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with FlopCounterMode(display=False) as counter:
-            step_of(factor, factor, pair, config, model.dims)()
+            nats_of(factor, pair, config).sum().backward()
         gflop = counter.get_total_flops() / 1e9
-        forward = wrapped(factor, pair, config.tight, args.compile)
+        forward = wrapped(factor, pair, config, args.compile)
         our_step = step_of(factor, forward, pair, config, model.dims)
         our_step()
         gib = memory(device)
         other = plain(factor)
-        float32 = dataclasses.replace(config, precision="float32")
+        float32 = dataclasses.replace(config, precision="float32", muon=0.0)
         plain_step = step_of(other, other, pair, float32, model.dims)
         ours, theirs = seconds(device, 4, lambda: [our_step() for _ in range(many)],
                                lambda: [plain_step() for _ in range(many)])
@@ -197,8 +197,9 @@ def bench_sample(args):
             for n in batches:
                 print(f"{label:29}{n:5}{sampler_row(model, n)}", flush=True)
             if "pyramid" in config.model:
-                chain = seconds(args.device, 2, lambda: model.sample(1))[0]
-                print(f"{label:29}{1:5}  the whole chain, f_w included: {chain:.2f} s")
+                for n in (1, 64) if args.device.type == "cuda" else (1,):
+                    chain = seconds(args.device, 2, lambda: model.sample(n))[0]
+                    print(f"{label:29}{n:5}  the whole chain, f_w included: {chain:.2f} s")
     print("for reference: the paper 4,000 us/pixel (Titan X, nothing kept from pass to pass), "
           "PixelCNN++ 50,000 (as the paper quotes it)")
 

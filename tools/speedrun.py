@@ -6,16 +6,15 @@ bits of the whole model after each twentieth of the training: those of each fact
 """
 import functools
 import json
-import pathlib
-import subprocess
+import math
 
 from pixelaux import (
-    Parser, Problem, counted, make_views, of_factor, read_config, read_metrics, tool,
+    Parser, Problem, counted, make_views, of_factor, read_config, read_metrics, read_records, tool,
     write_atomically)
 
 # bits/dim; 3.32 is the paper's bound for this model
 TARGETS = (4.5, 4.0, 3.7, 3.5, 3.4, 3.32, 3.2, 3.1, 3.0)
-MEASURED = "held_out_bits_per_dim"
+MEASURED, PARTS = "held_out_bits_per_dim", 20
 
 
 def main(argv):
@@ -43,23 +42,27 @@ def totals(run):
             measured[record["factor"]].append(record)
     if not any(measured):
         raise Problem(f"{run}: no bits of images held out from training; train with --hold-out N")
-    steps = [of_factor(config.steps, k) for k in range(len(measured))]
-    if any(not records or records[-1]["step"] < end for records, end in zip(measured, steps)):
-        raise Problem(f"{run}: expected all factors trained to the end; train --resume goes on")
     seconds, bits = [], []
-    for part in range(1, 21):
-        reached = [last_until(part, records, end) for records, end in zip(measured, steps)]
-        if None not in reached:  # as when a factor has fewer steps than there are parts
+    for part in range(1, PARTS + 1):
+        reached = []
+        for k, records in enumerate(measured):
+            # A run by epochs does not know its steps before: then those that were made.
+            end = of_factor(config.steps, k) or records[-1]["step"] if records else math.inf
+            reached += [last_until(part, records, end)]
+        if None not in reached:
             seconds.append(sum(record["seconds"] for record in reached))
             bits.append(sum(record[MEASURED] for record in reached))
+    if not bits:
+        raise Problem(f"{run}: expected measurements of all factors; train --resume goes on")
     return seconds, bits
 
 
 def last_until(part, records, steps):
-    """The last of a factor's records made until this twentieth of its steps was over; None: there is
-    none. (It is made at the first look after that.)"""
-    over = [record for record in records if 20 * record["step"] // steps <= part]
-    return over[-1] if over else None
+    """The last of a factor's records made until this twentieth of its steps was over (at the first
+    look after that). None: there is none, or the training has not come so far."""
+    over = [record for record in records if PARTS * record["step"] // steps <= part]
+    come = bool(records) and PARTS * records[-1]["step"] // steps >= part
+    return over[-1] if over and come else None
 
 
 def time_to(target, seconds, bits):
@@ -71,28 +74,18 @@ def time_to(target, seconds, bits):
 
 
 def head(run):
-    """Lines: what was trained, by which command, on what."""
-    config, made = read_config(run), []
-    if (run / "commands.jsonl").exists():
-        made = [json.loads(line) for line in (run / "commands.jsonl").read_text().splitlines()]
+    """Lines: what was trained; by which command, on what."""
+    config = read_config(run)
     steps = ", ".join(f"{number:,}" for number in config.steps)
     lines = [f"{config.model}, preset {config.preset}, {config.data}, seed {config.seed}, "
-             f"{config.nr_filters} filters, batch {config.batch_size}; steps by factor: {steps}; "
-             f"commit {commit()}"]
-    for one in made:
+             f"{config.nr_filters} filters, batch {config.batch_size}; steps by factor: {steps}"]
+    path = run / "commands.jsonl"
+    for one in read_records(path) if path.exists() else ():
+        versions = [f"{name} {one[name]}" for name in ("torch", "cuda", "python", "commit")
+                    if one.get(name)]
         lines.append(f"`{one['command']}` ({one['processes']} x {one['hardware']}, "
-                     f"torch {one['torch']})")
+                     f"{', '.join(versions)})")
     return lines
-
-
-def commit():
-    """Of the code that runs, with a + if it was changed since; "unknown" outside a clone."""
-    here = pathlib.Path(__file__).resolve().parent
-    command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def table(run, seconds, bits):
@@ -105,8 +98,10 @@ def table(run, seconds, bits):
         time = time_to(target, seconds, bits)
         lines.append(f"| {target} | {'not reached' if time is None else f'{time:,.0f}'} |")
     lines.append(f"| at the end: {bits[-1]:.4f} | {seconds[-1]:,.0f} |")
-    lines += ["", "Not counted: compilation, and the time in which bits/dim are measured."]
-    evaluations = sorted(run.glob("eval*.json"))  # eval.json, of all test images, comes last
+    lines += ["", "Not counted: loading, compilation, checkpoints, pictures, and the time in which "
+              "bits/dim are measured."]
+    # eval.json, of all test images, comes last.
+    evaluations = sorted([*run.glob("eval-[0-9]*.json"), *run.glob("eval.json")])
     if evaluations:
         result = json.loads(evaluations[-1].read_text())
         lines += ["", f"{counted(result['images'], 'test image')}: bound <= {result['bound']:.4f}, "

@@ -71,12 +71,12 @@ def test_the_time_is_the_first_at_which_the_target_was_met(bits, target):
 
 
 @pytest.mark.parametrize("fault, told", [
-    ("no metrics", "metrics.jsonl"), ("none held out", "--hold-out"), ("one short", "to the end"),
+    ("no metrics", "metrics.jsonl"), ("none held out", "--hold-out"), ("one short", "--resume"),
     ("no config", "config.json")])
 def test_what_is_no_such_run_is_told(tmp_path, capsys, fault, told):
     """In one line, exit status 2."""
-    fields = dict(steps=(200, 201)) if fault == "one short" else {}
-    out = recorded(tmp_path / "run", [[3.0, 2.0], [3.0, 2.0]], [[1, 2], [1, 2]], **fields)
+    second = [] if fault == "one short" else [3.0, 2.0]
+    out = recorded(tmp_path / "run", [[3.0, 2.0], second], [[1, 2], [1, 2]], steps=(200, 200))
     if fault == "no metrics":
         (out / "metrics.jsonl").unlink()
     if fault == "no config":
@@ -89,12 +89,39 @@ def test_what_is_no_such_run_is_told(tmp_path, capsys, fault, told):
     assert told in error and error.count("\n") == 1
 
 
-def test_the_commit_is_that_of_the_clone():
-    """What git says; a + if the code was changed since."""
+def test_the_commit_is_that_of_the_clone(monkeypatch, tmp_path):
+    """What git says, with a + if the code was changed since; without a clone what COMMIT says."""
     told = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
-    found = speedrun.commit()
-    assert found == "unknown" or told.stdout.startswith(found.rstrip("+"))
-    assert re.fullmatch(r"unknown|[0-9a-f]{7,40}\+?", found)
+    monkeypatch.setenv("COMMIT", "abc")
+    found = pixelaux.commit()
+    assert found == "abc" or told.stdout.startswith(found.rstrip("+"))
+    monkeypatch.setattr(pixelaux, "__file__", str(tmp_path / "pixelaux.py"))
+    assert pixelaux.commit() == "abc"
+    monkeypatch.delenv("COMMIT")
+    assert pixelaux.commit() == "unknown"
+
+
+def test_a_torn_line_of_the_commands_is_left_out(tmp_path):
+    """What a kill has cut. The others are told, with versions and commit."""
+    out = recorded(tmp_path / "run", [[3.0], [2.0]], [[1], [2]])
+    line = dict(command="pixelaux.py train", processes=1, hardware="a card", torch="2.11",
+                cuda="13.0", python="3.12", commit="abc")
+    (out / "commands.jsonl").write_text('{"command": "pixel\n' + json.dumps(line) + "\n")
+    assert speedrun.head(out)[1:] == [
+        "`pixelaux.py train` (1 x a card, torch 2.11, cuda 13.0, python 3.12, commit abc)"]
+
+
+def test_what_is_not_finished_has_the_times_so_far(tmp_path):
+    """Up to the twentieth that all factors have reached. Control: the finished one has more."""
+    bits = [[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]]
+    out = recorded(tmp_path / "run", bits, [[1, 2, 3, 4], [1, 2, 3, 4]])
+    assert speedrun.totals(out)[1][-1] == 2.0
+    cut = [bits[0], bits[1][:2]]
+    out = recorded(tmp_path / "cut", cut, [[1, 2, 3, 4], [1, 2]], steps=(400, 400))
+    seconds, found = speedrun.totals(out)
+    assert found[-1] == 6.0 and seconds[-1] == 4 and len(found) == 6
+    out = recorded(tmp_path / "epochs", bits, [[1, 2, 3, 4], [1, 2, 3, 4]], steps=(0,))
+    assert speedrun.totals(out)[1][-1] == 2.0
 
 
 def test_a_dry_run_of_the_speedrun_on_the_cpu(tmp_path):
@@ -116,3 +143,24 @@ def test_a_dry_run_of_the_speedrun_on_the_cpu(tmp_path):
     text = (out / "speedrun.md").read_text()
     assert "2 images held out" in text and "2 test images" in text and "at the end" in text
     assert pixelaux.load(out / "weights.pt").config.model == "pyramid"
+
+
+def test_a_dry_run_of_the_proof_on_the_cpu(tmp_path):
+    """Each part's file has its command and what came out; none fails."""
+    environment = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable, "RUNS": str(tmp_path / "runs"), "PRESET": "tiny", "SIZE": "16",
+        "TESTS": "test_pixelaux.py"}
+    # A compiler takes half a minute: here it is missing, and training goes on without.
+    environment["CXX"] = "/bin/false"
+    line = ["bash", HERE / "reproduce.sh", "proof"]
+    ran = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    names = ["bench-sample", "bench-train", "bench-train-compiled", "bench-train-float32", "tests"]
+    files = sorted((tmp_path / "runs" / "proof").iterdir())
+    assert [file.stem for file in files] == names
+    for file in files:
+        command, *said = file.read_text().splitlines()
+        assert sys.executable in command and said
+    assert "16x16 | 8x8" in files[1].read_text()
+    assert "whole chain" in files[0].read_text()

@@ -236,9 +236,9 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    No interval is empty if low..high has as many numbers as the largest weight, or more: both ends
-    lose the same, so low - rest .. high always has, and w numbers in a row have a multiple of w
-    among them. (Nor does the limit 0..top make one empty: 0 and w top are multiples, too.)
+    v is possible if w v lies in low - rest .. high. That range never gets shorter, as low and high
+    lose the same; and if it has as many numbers as the largest weight, or more, a multiple of w is
+    among them. So no interval is empty. (Nor does cutting to 0..top make it so.)
     """
     lo, hi = [], []
     rest = top * sum(weights)  # the most that the values to come can add
@@ -259,7 +259,7 @@ class Psi:
     levels, in which a pixel depends on a cell of cell x cell pixels of x; psi.bounds(x, x_hat) ->
     (lo, hi), int64 of x's shape: the interval, both ends included, that is left for each sub-pixel
     by x_hat and the sub-pixels before it in its cell (raster order, then channels). Those after it
-    may not be drawn yet, and make no difference.
+    may not be drawn yet, and make no difference. (No relation to the bound on log p.)
     """
 
     cell = 1
@@ -400,7 +400,7 @@ def logistic_between(a, b, u):
     """The standard logistic cut to (a, b), at its quantile u: what sample_tight draws by."""
     # Far to the right the cdf rounds to 1, far to the left it keeps its digits. So we mirror: by
     # symmetry -z lies between -b and -a, at 1 - u.
-    flip = a + b > 0  # (of both ends infinite not: nan > 0 is false)
+    flip = a + b > 0  # False also if both are infinite, as -inf + inf is nan
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
     u = torch.where(flip, 1 - u, u)
@@ -416,7 +416,8 @@ class LogisticMixture:
     """Mixture of K discretized logistics over (R, G, B) (PixelCNN++ Sec. 2.1, 2.2).
 
     params: (N, 10 K, H, W), in PixelCNN++'s order: K mixture logits; then for each of R, G, B: K
-    means, K log-scales, K coefficients (of R in G; R in B; G in B). levels: of a sub-pixel.
+    means, K log-scales, K coefficients (in R's place those of R in G; in G's of R in B; in B's of G
+    in B). levels: of a sub-pixel.
     shift: added to the log-scales to reduce the variance (Sec. 4.2 subtracts constants).
     """
 
@@ -470,8 +471,8 @@ class LogisticMixture:
         log_weights = self.logit_probs.log_softmax(1)  # (N, K, H, W)
         if intervals is None:
             return (log_weights + log_masses.sum(1)).logsumexp(1)
-        # (If all levels are allowed, M_k is 1, and of the fractions above the numerator of the last
-        # is left: the same.)
+        # (If all levels are allowed, M_k is 1. Then each denominator is the numerator before it,
+        # and of the product blue's numerator is left: the line above.)
         lo, hi = (ends.unsqueeze(2) for ends in intervals)
         log_allowed = log_mass(means, self.log_scales, lo, hi, self.levels)  # M
         total, log_joint = 0.0, log_weights  # of a component and the channels so far
@@ -510,9 +511,9 @@ class LogisticMixture:
         For each channel, as the fractions of log_prob tell: a component, by its joint probability
         with the channels so far times its mass on the interval; then a value from it, within the
         interval. (Without a cut the first component would do for all channels: to draw it anew by
-        the joint probability makes no difference, p(k) p(r | k) = p(r) p(k | r). A cut that differs
-        from channel to channel does make one.) "map" keeps the first component, so that a pixel's
-        channels belong together.
+        the joint probability makes no difference, p(k) p(r | k) = p(r) p(k | r). With cuts it does:
+        the components' masses M_k are others for each channel.) "map" keeps the first component, so
+        that a pixel's channels belong together.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -601,7 +602,7 @@ class Categorical:
 #
 #     down    (i, j) holds what may be known at (2 i, 2 j), the first of its four pixels
 #     up      all four read (i, j): (2 i, 2 j) may know it, and the other three come later
-#             (v also reads beside and above (i, j), as everywhere: these know rows above alone)
+#             (v at odd columns also reads (i, j + 1), to the right: v knows rows above alone)
 
 
 class Conv(nn.Module):
@@ -622,7 +623,9 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        for first, last in (rows, columns):  # torch pads both sides alike, by -first: see convolve
+        # At least as far up and left as down and right: torch pads both sides alike, by -first (up:
+        # by last).
+        for first, last in (rows, columns):
             if not first <= last <= -first or (up and last < 0):
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
                               "-first")
@@ -658,9 +661,10 @@ class Conv(nn.Module):
         if self.up:
             # torch goes from the input: in(q) adds w_d in(q) to out(2 q - d). For d = -1, 0, 1:
             #     in(0) adds    w_1 to out(-1), w_0 to out(0), w_-1 to out(1)
-            # Its kernel begins at the lowest output, so with the last d: weight[.., 0] is w_1. Its
-            # padding, the last d, cuts off what lies before out(0), and as much at the end, which
-            # `extra`, its output_padding, puts back. (For d = -1, 0 both are 0.)
+            # Its kernel begins at the lowest output, so with the last d: a Conv that goes up keeps
+            # its w_d in reverse order, weight[.., 0] is w_1. torch's padding, the last d, cuts off
+            # what lies before out(0), and as much at the end, which its output_padding, `extra`,
+            # puts back. (For d = -1, 0 padding and output_padding are 0.)
             extra = (max(0, top + bottom + 1), max(0, left + right + 1))
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, (bottom, right), extra)
             return y[:, :, : 2 * height, : 2 * width]
@@ -743,8 +747,8 @@ class Block(nn.Module):
         +-----------------------------------------------------------------------------------+
 
     Side inputs, each by a conv_aux: v, in the blocks of h; a long skip; the embedding of X^. (If a
-    stage has more blocks than its counterpart, the later ones find no skip, and the last conv_aux
-    of these is not used.)
+    stage has more blocks than its counterpart, the later ones find no skip. There the embedding
+    takes the skip's conv_aux, and the last one is not used.)
     """
 
     def __init__(self, filters, nr_aux, reach, dropout):
@@ -804,7 +808,7 @@ class CausalNet(nn.Module):
         super().__init__()
         self.conditional = conditional
         # h's first layer reads no rectangle, so it is two: three pixels above o, and the one to its
-        # left (which, as in PixelCNN++, comes with the one above it, that h_above reads, too).
+        # left. (As in PixelCNN++ h_left also reads the one above that, which h_above has already.)
         self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), full_precision=True)
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
@@ -869,7 +873,7 @@ class EmbeddingNet(nn.Module):
                 y = block(y, *skip)
                 made[stage.halved].append(y)
             last[stage.halved] = y
-        return [last[halved] for halved in sorted(last)]
+        return [last[halved] for halved in sorted(last)]  # the finest is x's: -1, of gray 0
 
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
@@ -946,7 +950,8 @@ class Factor(nn.Module):
     def at_once(self):
         """How many images to take at once, so that activations stay within some 4 GiB."""
         channels = sum(conv.v.shape[1] for conv in self.net.modules() if isinstance(conv, Conv))
-        return min(256, max(1, 2**30 // (channels * math.prod(self.view.shape[1:]))))
+        numbers = channels * math.prod(self.view.shape[1:])  # what all convolutions read
+        return min(256, max(1, 2**30 // numbers))
 
     def planes(self, x, levels):
         """uint8 (N, C, H, W) -> -1 .. 1 and a plane of ones, which tells the image from the zeros
@@ -1040,9 +1045,9 @@ class PixelAux(nn.Module):
             for view in self.views:
                 # What is given a smaller view has a light network, and so has the coarsest view of
                 # a pyramid. The others, X and gray by themselves or X given gray, have PixelCNN++.
-                # (The coarsest was made by the last psi of the model: here a class, with its cell.)
-                psi = view.psi or next(reversed(MODELS[config.model]), None)
-                light = psi is not None and psi.cell > 1
+                kinds = MODELS[config.model]
+                cell = view.psi.cell if view.psi else kinds[-1].cell if kinds else 1
+                light = cell > 1
                 self.factors.append(Factor(config, view, light))
         (height, width), multiple = config.size, self.size_multiple
         if min(height, width) < multiple or height % multiple or width % multiple:
@@ -1120,7 +1125,7 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # Over the b that has just centred the outputs, which are small (gain 0.03) anyway.
+                # This replaces the b that has just centred the outputs: these are small anyway.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1277,9 +1282,9 @@ class Shapes:
         return np.where(masks, shape, ground)
 
     def fit(self, colour, masks):
-        """The colours, (N, H, W), of the mask and pair that agree with `colour` on most pixels (on
-        all, but for samples of a model): with the pair's second colour inside the mask, and with
-        its first one outside."""
+        """colour: the number, 0..2, of each pixel's colour, (N, H, W) -> the same of the mask and
+        pair that agree on most pixels (on all, but for samples of a model): with the pair's second
+        colour inside the mask, and with its first one outside. All are tried."""
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
         # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
@@ -1454,7 +1459,7 @@ def load_data(spec, folder="data", size=None):
     Raises Problem."""
     if spec == "shapes":
         shapes = Shapes(size or (16, 16))
-        test = shapes.sample(512, (0, 20170806))  # no batch's seed, as these have three numbers
+        test = shapes.sample(512, (0, 20170806))  # no batch of train_factor has this seed
         return Dataset(None, test, shapes=shapes), shapes.size
     if spec.endswith(".npy"):
         images = read_npy(spec)
@@ -1513,10 +1518,10 @@ def to_array(images):
 #     factor-K.pt        the checkpoint of factor K      metrics.jsonl    the loss, now and then
 #     digests.npy        a digest of each image
 #
-# and a checkpoint is {format, config, factors: {K: averaged weights}, training: {weights: those
-# that are trained, optimizer: its state, step, seconds}}; without `training` where only weights are
-# kept. A run goes by config.json; the copy in a checkpoint is for who has nothing else. No random
-# state is in it, as all that is random is a function of seed, factor and step.
+# and a checkpoint is {format, config, factors: {K: moving average of the weights}, training:
+# {weights: those that are trained, optimizer: its state, step, seconds}}; without `training` where
+# only weights are kept. A run goes by config.json; the copy in a checkpoint is for who has nothing
+# else. No random state is in it, as all that is random is a function of seed, factor and step.
 
 
 def rank():
@@ -1743,11 +1748,11 @@ def steps_of(config, k, data):
 def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
     the pace. times: the seconds of training when this process began, and after each of its steps
-    (while the number is open, there is a look after each). Its first step does not count, as much
-    happens only once."""
+    (while the number is open, there is a look after each)."""
     if len(times) < 4:
         return math.inf
-    spent = times[-1] - (times[1] - times[0])
+    first_step = times[1] - times[0]  # does not count, as much happens only once
+    spent = times[-1] - first_step
     if spent < 0.03 * 60 * minutes:
         return math.inf
     pace = (times[-1] - times[1]) / (len(times) - 2)
@@ -1755,7 +1760,8 @@ def steps_in_time(minutes, step, times):
 
 
 def record_steps(out, config, k, steps):
-    """Write down how many steps factor k takes; processes that train others do so for theirs."""
+    """Write down how many steps factor k takes. In config.json the other factors' numbers may be
+    newer than ours, if other processes train them: there only that of k is changed."""
     numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
     numbers[k] = steps
     config.steps = tuple(numbers)
@@ -1772,8 +1778,9 @@ class Optimizer:
     convolutions within blocks, and Adam for all else.
 
     Adam sees numbers, each with a step of its own. Muon sees a matrix, a convolution's outputs by
-    what it reads, and gives its step equal singular values: what the gradient shows faintly is
-    learnt as fast as what dominates it. It takes a fraction of the steps (results/recipe.md).
+    what it reads: if the gradient's running mean is U S V^T, its step is U V^T. So what the
+    gradient shows faintly is learnt as fast as what dominates it, in a fraction of the steps
+    (results/recipe.md).
     """
 
     def __init__(self, factor, config):
@@ -1803,8 +1810,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step_of_muon(self):
-        """A step from rows of v scaled to length 1. Their length means nothing (see Conv) but would
-        grow, and then equal steps would turn v less and less."""
+        """A step from rows of v scaled to length 1. A step at right angles to v makes v longer, and
+        the next one turns it less; as weight() divides by |v|, the length may be set back."""
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
             matrix.grad = None if v.grad is None else v.grad.flatten(1)  # not used, see Block
@@ -1823,7 +1830,7 @@ class Optimizer:
 
 
 def learning_rate(config, step, steps):
-    """The share of the full learning rates at a step. (While steps is infinite, all of it.)"""
+    """The share of the full learning rates at a step. (No annealing while steps is infinite.)"""
     warmup = config.warmup
     if config.start:
         # Adam has yet to learn how large gradients are, which takes 1 / (1 - beta2) steps; at full
@@ -2207,7 +2214,8 @@ def save_samples(model, views, path, given=0):
 #     delay_source <= delay_reader - 2^m (lag dy + dx)      m: the smaller s of both
 #
 # The smaller, because a kernel's dy and dx count pixels of the finer of both: with stride 2 (r, c)
-# at s = 1 reads (2 r + dy, 2 c + dx) at s = 0, whose step is 2 (lag r + c) + lag dy + dx.
+# at s = 1 reads (2 r + dy, 2 c + dx) at s = 0, whose step is 2 (lag r + c) + lag dy + dx. Going up,
+# (r, c) at s = 0 reads ((r + dy) / 2, (c + dx) / 2) at s = 1, whose step is lag (r + dy) + c + dx.
 #
 # **Strips.** In the row above things are lag steps ahead. So the kernel rows that lie above need
 # not be multiplied position by position: a convolution is split,
@@ -2217,7 +2225,7 @@ def save_samples(model, views, path, given=0):
 # and the bracket is computed for a *strip* of positions when the first of them is due: one large
 # product takes half the time of many small ones. A strip has lag positions or, if the lag does not
 # divide the width, their greatest common divisor: then all strips of a diagonal begin and end at
-# the same steps.
+# the same steps, as from row to row c changes by the lag.
 #
 #     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
 #     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
@@ -2229,11 +2237,15 @@ def save_samples(model, views, path, given=0):
 #
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
 # PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width, all
-# delays are 0, and a pixel is drawn at each step. A strip is then a row: what depends on the rows
-# above alone, such as v, is computed at the step of the row's first pixel, for the whole row, one
-# layer after the other. In 8x8, at (r, 0), a later layer of v may therefore read an earlier one at
-# all columns of row r; and v's first layer reads x in row r - 1 up to column 7, the last, which was
-# drawn one step before: what is read further right is 0.
+# delays but x's are 0, and a pixel is drawn at each step. A strip is then a row, and what depends
+# on the rows above alone, such as v, is computed a row at a time. In 8x8:
+#
+#     step 8 r               row r - 1 of x is complete: its last pixel was drawn one step before
+#                            v in all of row r, layer after layer; h at (r, 0), and the pixel
+#     steps 8 r + 1 .. + 7   h at (r, 1) .. (r, 7), and the pixels
+#
+# So a layer of v may read the one before it at any column of row r; and beyond the last column
+# there are zeros, for which nobody waits.
 #
 # **Where values are.** If the reader is at the same position as what it reads, with the same delay,
 # that was computed in this step, or before in its strip: Plan.latest has what was computed last of
@@ -2306,7 +2318,8 @@ class Node:
     def has_at_hand(self, source, conv=None):
         """Whether what it reads of source is in Plan.latest; else it is in source's buffer."""
         here = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
-        computed = source.terms or source.taps  # others are x, or known
+        computed = source.terms or source.taps  # x and what is known never are
+        # (Not of the same strip: Plan.at picks the position out of source's.)
         together = (source.halved, source.delay) == (self.halved, self.delay)
         return here and computed and together
 
@@ -2332,7 +2345,9 @@ class Node:
             r, c = (stride * r + dy) // shrink, (stride * c + dx) // shrink
             down, right = stride * down // shrink, stride * right // shrink
             across = stride * across // shrink
-            next_place = max(0, down * next_row + right * next_column)  # below 0 only if count is 1
+            # Below 0 only if the lag is wider than the image, so that count is 1; and then it is
+            # not used, but torch would refuse it.
+            next_place = max(0, down * next_row + right * next_column)
             strides = (next_image, next_place, across * next_column, 1)
             offset = start + r * next_row + c * next_column
             return self.buffer.as_strided((n, count, strip, length), strides, offset)
@@ -2431,7 +2446,8 @@ class Recorder:
 
     def merge(self, node):
         """A sum takes in the convolutions that are its terms: h_above(x) + h_left(x) is one running
-        total in place of two results and an addition. (Doubling ones sum by parity, and stay.)"""
+        total in place of two results and an addition. (Those that go up do not: see by_parity. What
+        was merged is left out by Plan.needed.)"""
         convs = [term for term in node.terms if isinstance(term, Node) and term.taps]
         convs = [conv for conv in convs if conv.channels == node.channels and not is_doubling(conv)]
         if not convs or not all(isinstance(term, Node) for term in node.terms):
@@ -2528,7 +2544,8 @@ class Plan:
 
     def set_strips(self):
         """Which nodes are computed in strips: those that find all that a strip reads when it
-        begins. Sums of which this is true in part are split; the output is wanted pixel by pixel.
+        begins. Of some sums a part is late, as a rule the kernel row at the position itself: what
+        is not late goes to a new node, `early`. The output is wanted pixel by pixel.
         """
         nodes, self.nodes = self.nodes, []
         for node in nodes:
@@ -2543,6 +2560,8 @@ class Plan:
             if not late and node is not self.output:
                 node.strip = strip
             elif early_taps and strip > 1:
+                # `early` has the bias and all that is in time for a strip. It becomes a term of
+                # node, which is left with the rest. (term, 0, 0): as reads() gives a term.
                 early_terms = [term for term in node.terms if (term, 0, 0) not in late]
                 early = dataclasses.replace(
                     node, taps=early_taps, terms=early_terms, strip=strip)
@@ -2608,6 +2627,7 @@ class Plan:
         # (wave - width + 1) / lag rounded up; in the rows before, c is beyond the right edge.
         first = max(0, -((width - 1 - wave) // self.lag))
         last = min(height - 1, wave // self.lag)  # in the rows after, c is negative
+        # A strip divides the lag, so that wave % strip is c % strip in all rows: 0 where it begins.
         if rest or wave % strip or last < first:
             return None
         return Places(first, wave - self.lag * first, 1, -self.lag, last - first + 1, strip)
@@ -2652,8 +2672,7 @@ class Plan:
             return lambda places: self.latest[term]
 
         def from_strip(places):
-            # A strip is as old as its first position. All of a diagonal are equally old, as they
-            # begin together (see set_strips), so that every row takes the same place of its strip.
+            # c % strip is the same in all rows of a diagonal, as in `places`.
             strips = self.latest[term].view(-1, term.strip, term.channels)
             return strips[:, places.column % term.strip]
 
@@ -2697,7 +2716,8 @@ class Plan:
         for i, j in itertools.product(range(min(2, count)), range(min(2, strip))):
             r, c = row + i * down, column + i * right + j
             part = total[:, i::2, j::2]
-            some = Places(r, c, 2 * down, 2 * right, *part.shape[1:3], across=2)
+            count_some, strip_some = part.shape[1:3]
+            some = Places(r, c, 2 * down, 2 * right, count_some, strip_some, across=2)
             part_values = add_taps(some, part.flatten(0, 2), (r % 2, c % 2))
             values[:, i::2, j::2] = part_values.view(part.shape)
         return values.flatten(0, 2)
@@ -3034,8 +3054,8 @@ def begin(out, config, factors, data, args, device):
             there = read_config(out)
             if config.minutes == there.minutes != (0.0,):
                 config.steps = there.steps
-            same = dict(data=config.data, data_dir=config.data_dir)
-            if dataclasses.replace(there, **same) != config:
+            may_differ = dict(data=config.data, data_dir=config.data_dir)
+            if dataclasses.replace(there, **may_differ) != config:
                 raise Problem(f"--out: {out} was begun meanwhile with other settings")
         if not args.resume and any((out / f"factor-{k}.pt").exists() for k in factors):
             raise Problem(f"--out: {out} holds a run by now; --resume goes on with it")

@@ -3023,7 +3023,7 @@ def train(args, device):
     if args.factor is None:
         few, kind = data.test[:256], "test image"
         if len(data.held_out):  # then the test set is not looked at before `eval`
-            few, kind = data.held_out[:256], "image held out"
+            few, kind = data.held_out[:256], "held-out image"
         print(report(model, *evaluate(model, few), data, few, kind)[0])
         print(f"\nsamples: {out / 'samples.png'}\nnext: {CALLED} eval {out}")
         print(f"      {CALLED} sample {out}")

@@ -113,6 +113,7 @@ def save_curve(path, run, seconds, bits):
     """A PNG: bits/dim by time."""
     matplotlib = tool("curves").import_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -122,6 +123,10 @@ def save_curve(path, run, seconds, bits):
         for target in TARGETS:
             if min(bits) <= target <= max(bits):
                 axis.axhline(target, linewidth=0.5, color="gray")
+                axis.text(seconds[0], target, f"{target}", fontsize=8, va="bottom")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("seconds of training, all factors")
         axis.set_ylabel("bits/dim, images held out")
         axis.set_title(head(run)[0].partition(";")[0], fontsize=8)

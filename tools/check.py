@@ -169,8 +169,7 @@ def check_run(run):
 
 def answers_of(model, small):
     """What `show` takes. A check: (model, images of all its views) -> (does it hold, found)."""
-    large = sum(weights.numel() for weights in small.parameters()) > 10_000_000
-    views = small.sample(1 if large else 2, tight=True, fast=False)
+    views = small.sample(1 if is_large(model) else 2, tight=True, fast=False)
     for name, check in CHECKS.items():
         try:
             yield name, *check(model if check is consistent else small, views)
@@ -178,12 +177,18 @@ def answers_of(model, small):
             yield name, False, str(error)
 
 
+def is_large(model):
+    """Whether a pass takes so long that there must be fewer of them."""
+    return sum(weights.numel() for weights in model.parameters()) > 10_000_000
+
+
 def reduced(model):
     """The same weights in float64, for smaller images if they fit: naive sampling takes a pass of
     the network for every pixel."""
     config = model.config
     halvings = sum(isinstance(view.psi, Half) for view in model.views)
-    sizes = [(side, side) for side in (16, 32, 64) if side < min(config.size)]
+    sides = (8, 16, 32, 64) if is_large(model) else (16, 32, 64)
+    sizes = [(side, side) for side in sides if side < min(config.size)]
     for size in [*sizes, config.size]:
         with contextlib.suppress(Problem):  # it does not fit
             small = PixelAux(dataclasses.replace(config, size=size, halvings=halvings))

@@ -1760,8 +1760,10 @@ def steps_in_time(minutes, step, times):
 
 
 def record_steps(out, config, k, steps):
-    """Write down how many steps factor k takes. In config.json the other factors' numbers may be
-    newer than ours, if other processes train them: there only that of k is changed."""
+    """Write down how many steps factor k takes, once a checkpoint is there: the other way round, a
+    kill in between would leave a number of steps alone, and the steps so far would be done again at
+    other learning rates. In config.json the other factors' numbers may be newer than ours, if other
+    processes train them: there only that of k is changed."""
     numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
     numbers[k] = steps
     config.steps = tuple(numbers)
@@ -1958,14 +1960,11 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
             steps = steps_in_time(of_factor(config.minutes, k), step, times)
             decided = steps < math.inf
         quarter = has_ended(4, looked, step, steps)
-        measured = measurements(model, k, data, looked, step, steps)
-        log.write(step, steps, bits, seconds, measured)
+        log.write(step, steps, bits, seconds, measurements(model, k, data, looked, step, steps))
         if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
             save_training(path, config, k, trained, average, optimizer, step, seconds)
             save_at = time.monotonic() + save_every
         if decided:
-            # After saving. The other way round, a kill in between would leave a number of steps and
-            # no checkpoint, and the steps so far would be done again at other learning rates.
             record_steps(out, config, k, steps)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")

@@ -96,7 +96,7 @@ class Failure(Exception):
 #     ((0, 3),          3 blocks at the resolution of what the network reads,
 #      (1, 6),          6 at half of it,
 #      (0, 3),          3 at its own again,
-#      (-1, 3))         3 at double: this network embeds X^, half as large as what it is for
+#      (-1, 3))         3 at double (below 0: larger), as X^ is half as large as what it is for
 #
 # *Light* networks are the pyramid's: a few blocks at one resolution. They see only what is near,
 # but X^ tells them the rest; and the smallest view, 8x8, is all near.
@@ -141,7 +141,9 @@ class Config:
     # How long each factor is trained: the first of these three that is not 0.
     steps: tuple = (0,)
     minutes: tuple = (0.0,)  # become steps when the pace is known; --minutes also sets anneal to 1
-    epochs: tuple = (30, 200)  # the paper's, of gray and of X; 50,000 images, if made on the fly
+    # The paper's, of gray and of X given gray; it tells none for CIFAR-10's pyramid. (Where images
+    # are made on the fly, 50,000 are an epoch.)
+    epochs: tuple = (30, 200)
     lr: float = 1e-3
     lr_decay: float = 0.99999  # the learning rate is multiplied by it after each step
     warmup: int = 0  # steps in which the learning rate grows to its full value
@@ -167,8 +169,8 @@ class Config:
 RECIPE = dict(
     layout=six_stages(1), layout_cond=six_stages(1), layout_embed=((0, 2), (-1, 1)), dropout=0.0,
     tight=True, lr=5e-3, muon=0.05, lr_decay=1.0, anneal=1.0, betas=(0.9, 0.99))
-# The first three are for short runs: tight, as that is worth much (see the README), at higher
-# rates, averaged over fewer steps.
+# tiny, small and speedrun are for short runs: tight, as that is worth much (see the README), at
+# higher rates, averaged over fewer steps.
 PRESETS = {
     "tiny": dict(
         nr_filters=24, layout=six_stages(1), layout_cond=six_stages(1),
@@ -230,15 +232,15 @@ def of_factor(numbers, k):
 def feasible(values, weights, low, high, top):
     """Intervals of v1, v2, .., each given those before, that can still make low <= sum w v <= high.
 
-    It is a budget: each v takes w v from low and from high. It must leave high at 0 or more, and
-    low no higher than those to come can add, with at most `top` each.
+    It is a budget: each v takes w v from low and from high. v must leave high at 0 or more, and low
+    no higher than those to come can add, with at most `top` each.
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    v is possible if w v lies in low - rest .. high. That range never gets shorter, as low and high
-    lose the same; and if it has as many numbers as the largest weight, or more, a multiple of w is
-    among them. So no interval is empty. (Nor does cutting to 0..top make it so.)
+    v is possible if w v lies in low - rest .. high. No interval is empty if low .. high, whose
+    length stays the same, has as many numbers as the largest weight: one is a multiple of w then.
+    (Cutting to 0..top leaves some, as the v before has left 0 <= high and low <= rest + w top.)
     """
     lo, hi = [], []
     rest = top * sum(weights)  # the most that the values to come can add
@@ -397,15 +399,16 @@ def pick(log_weights, u):
 
 
 def logistic_between(a, b, u):
-    """The standard logistic cut to (a, b), at its quantile u: what sample_tight draws by."""
+    """The standard logistic cut to (a, b), at its quantile u: what sample_tight draws by. It is the
+    z whose cdf is so far between those of the ends: sigma(z) = sigma(a) + u (sigma(b) - sigma(a)).
+    """
     # Far to the right the cdf rounds to 1, far to the left it keeps its digits. So we mirror: by
     # symmetry -z lies between -b and -a, at 1 - u.
     flip = a + b > 0  # False also if both are infinite, as -inf + inf is nan
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
     u = torch.where(flip, 1 - u, u)
-    # The cdf at z is sigma(low) + u (sigma(high) - sigma(low)) = sigma(high) (ratio + u (1 -
-    # ratio)), and its logit is z.
+    # sigma(z) = sigma(high) (ratio + u (1 - ratio)); z is its logit.
     ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
@@ -415,9 +418,14 @@ def logistic_between(a, b, u):
 class LogisticMixture:
     """Mixture of K discretized logistics over (R, G, B) (PixelCNN++ Sec. 2.1, 2.2).
 
-    params: (N, 10 K, H, W), in PixelCNN++'s order: K mixture logits; then for each of R, G, B: K
-    means, K log-scales, K coefficients (in R's place those of R in G; in G's of R in B; in B's of G
-    in B). levels: of a sub-pixel.
+    params: (N, 10 K, H, W), in PixelCNN++'s order, K of each:
+
+        mixture logits
+        R's means, log-scales;  coefficients of R in G's mean
+        G's means, log-scales;  coefficients of R in B's mean
+        B's means, log-scales;  coefficients of G in B's mean
+
+    levels: of a sub-pixel.
     shift: added to the log-scales to reduce the variance (Sec. 4.2 subtracts constants).
     """
 
@@ -457,13 +465,13 @@ class LogisticMixture:
     def log_prob(self, x, intervals=None):
         """x: uint8 (N, 3, H, W) -> nats of each pixel, (N, H, W), its channels together.
 
-        intervals = (lo, hi) of psi.bounds: each channel's mixture is cut to its interval. With w_k
-        the weights, m_k a component's mass on the value, M_k on the interval:
+        intervals = (lo, hi) of psi.bounds: each channel's mixture, as a whole, is cut to its
+        interval. With w_k the weights, m_k a component's mass on the value, M_k on the interval:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g) / sum_k w_k m_k(r) M_k(g's interval)
 
-        and blue likewise: what was drawn before changes how much each component counts.
+        and blue likewise: given r, component k counts w_k m_k(r), as it does without a cut.
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -472,7 +480,7 @@ class LogisticMixture:
         if intervals is None:
             return (log_weights + log_masses.sum(1)).logsumexp(1)
         # (If all levels are allowed, M_k is 1. Then each denominator is the numerator before it,
-        # and of the product blue's numerator is left: the line above.)
+        # and of the product blue's numerator is left: what is returned above.)
         lo, hi = (ends.unsqueeze(2) for ends in intervals)
         log_allowed = log_mass(means, self.log_scales, lo, hi, self.levels)  # M
         total, log_joint = 0.0, log_weights  # of a component and the channels so far
@@ -509,11 +517,13 @@ class LogisticMixture:
 
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each.
         For each channel, as the fractions of log_prob tell: a component, by its joint probability
-        with the channels so far times its mass on the interval; then a value from it, within the
-        interval. (Without a cut the first component would do for all channels: to draw it anew by
-        the joint probability makes no difference, p(k) p(r | k) = p(r) p(k | r). With cuts it does:
-        the components' masses M_k are others for each channel.) "map" keeps the first component, so
-        that a pixel's channels belong together.
+        with the channels so far times its mass on the interval, w_k m_k(r) M_k(g's interval); then
+        a value from it, within the interval. "map" keeps the first component, so that a pixel's
+        channels belong together.
+
+        Why a component anew for each channel? Without a cut it makes no difference, as p(k) p(r |
+        k) = p(r) p(k | r), and the first one does for all. With cuts it does: the components'
+        masses M_k are others for each channel.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -598,11 +608,9 @@ class Categorical:
 # Therefore v's other layers may read v in o's row, and to the right of o. h reads v; v never reads
 # h, which knows pixels of o's row.
 #
-# Nor does a change of resolution let a later pixel in:
-#
-#     down    (i, j) holds what may be known at (2 i, 2 j), the first of its four pixels
-#     up      all four read (i, j): (2 i, 2 j) may know it, and the other three come later
-#             (v at odd columns also reads (i, j + 1), to the right: v knows rows above alone)
+# Nor does a change of resolution let a later pixel in. At half of it, v at (i, j) knows rows above
+# 2 i alone, and h knows pixels before (2 i, 2 j), the first of the four that (i, j) stands for.
+# Going up again, all four read (i, j): the first may know it, and the other three come later.
 
 
 class Conv(nn.Module):
@@ -623,8 +631,7 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        # At least as far up and left as down and right: torch pads both sides alike, by -first (up:
-        # by last).
+        # At least as far up and left as down and right, see convolve.
         for first, last in (rows, columns):
             if not first <= last <= -first or (up and last < 0):
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
@@ -654,28 +661,25 @@ class Conv(nn.Module):
             return self.convolve(x.to(self.v.dtype), self.weight(), self.b)
 
     def convolve(self, x, weight, bias):
-        # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
-        # below and on the right. This saves the copy that padding by hand would make.
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
             # torch goes from the input: in(q) adds w_d in(q) to out(2 q - d). For d = -1, 0, 1:
             #     in(0) adds    w_1 to out(-1), w_0 to out(0), w_-1 to out(1)
-            # Its kernel begins at the lowest output, so with the last d: a Conv that goes up keeps
-            # its w_d in reverse order, weight[.., 0] is w_1. torch's padding, the last d, cuts off
-            # what lies before out(0), and as much at the end, which its output_padding, `extra`,
-            # puts back. (For d = -1, 0 padding and output_padding are 0.)
-            extra = (max(0, top + bottom + 1), max(0, left + right + 1))
-            y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, 2, (bottom, right), extra)
-            return y[:, :, : 2 * height, : 2 * width]
-        y = F.conv2d(x, weight, bias, self.stride, (-top, -left))
+            # So what it makes begins with out(-last), which we cut off; and kernels begin with the
+            # last d: the v of a Conv that goes up has them in reverse order.
+            y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
+            return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
+        # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
+        # below and on the right. This saves the copy that padding by hand would make.
+        y = F.conv2d(x, weight, bias, self.stride, padding=(-top, -left))
         return y[:, :, : height // self.stride, : width // self.stride]
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# As many weights, but no look to the right. This brings a blind spot back: v sees no further to the
-# upper right than its first layer. It costs less where X^ tells what is there, and samples in a
-# third of the steps (lag 2 in place of 8: 382 steps in place of 1,144, see Sampling fast).
+# As many weights, but no look to the right. This brings a blind spot back: v sees one column to the
+# upper right, by its first layer. It costs less where X^ tells what is there, and sampling takes a
+# third of the steps, as less of the row above must be drawn before a pixel (see Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -725,7 +729,7 @@ def data_dependent_init(network, *inputs):
 
 @wrap_torch_function(lambda x: (x,))
 def concat_elu(x):
-    """(N, C, ..) -> (N, 2 C, ..): elu of x and of -x (PixelCNN++)."""
+    """(N, C, ..) -> (N, 2 C, ..): elu of x and of -x, so that neither sign is lost (PixelCNN++)."""
     return F.elu(torch.cat([x, -x], 1), inplace=True)
 
 
@@ -746,9 +750,8 @@ class Block(nn.Module):
         |                           side inputs                                             |
         +-----------------------------------------------------------------------------------+
 
-    Side inputs, each by a conv_aux: v, in the blocks of h; a long skip; the embedding of X^. (If a
-    stage has more blocks than its counterpart, the later ones find no skip. There the embedding
-    takes the skip's conv_aux, and the last one is not used.)
+    Side inputs, each by a conv_aux, in this order: v, in the blocks of h; a long skip, where there
+    is one; the embedding of X^.
     """
 
     def __init__(self, filters, nr_aux, reach, dropout):
@@ -756,12 +759,13 @@ class Block(nn.Module):
         self.dropout = dropout
         self.conv_in = Conv(2 * filters, filters, **reach)
         self.conv_aux = nn.ModuleList(Conv(2 * filters, filters, **POINT) for _ in range(nr_aux))
+        # A block begins close to the identity.
         self.conv_out = Conv(2 * filters, 2 * filters, **reach, gain=0.1)
 
     def forward(self, x, *aux):
         """x: (N, F, H, W); aux: concat_elu of side inputs, (N, 2 F, H, W) -> (N, F, H, W)."""
         hidden = self.conv_in(concat_elu(x))
-        for conv, a in zip(self.conv_aux, aux):
+        for conv, a in zip(self.conv_aux, aux, strict=True):
             hidden = hidden + conv(a)
         hidden = F.dropout(concat_elu(hidden), self.dropout, self.training)
         return gate(x, self.conv_out(hidden))
@@ -770,24 +774,27 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """The modules of stage i of a layout, which CausalNet and EmbeddingNet run.
 
-    enter: if the resolution changes, a convolution for each stream. blocks: in each a Block for
-    each stream, of which `reaches` has the kernel and nr_aux the number of side inputs; a skip is
-    one more, if an earlier stage has this resolution.
+    reaches, nr_aux: for each stream its kernel, and the number of side inputs without skips. enter:
+    if the resolution changes, a convolution for each stream. blocks: lists of a Block for each
+    stream.
     """
 
     def __init__(self, layout, i, filters, dropout, reaches, nr_aux):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         before = layout[i - 1][0] if i > 0 else self.halved
-        nr_skips = int(any(halved == self.halved for halved, _ in layout[:i]))
+        # The stages before at this resolution: the last one's blocks are what skips come from.
+        counterparts = [blocks for halved, blocks in layout[:i] if halved == self.halved]
+        nr_skips = counterparts[-1] if counterparts else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
         if self.halved != before:
             change = dict(stride=2) if self.halved > before else dict(up=True)
             self.enter.extend(Conv(filters, filters, **reach, **change) for reach in reaches)
-        for _ in range(nr_blocks):
+        for j in range(nr_blocks):
             streams = nn.ModuleList()
             for reach, nr in zip(reaches, nr_aux):
-                streams.append(Block(filters, nr + nr_skips, reach, dropout))
+                nr_inputs = nr + 1 if j < nr_skips else nr
+                streams.append(Block(filters, nr_inputs, reach, dropout))
             self.blocks.append(streams)
 
 
@@ -816,6 +823,7 @@ class CausalNet(nn.Module):
         nr_aux = (int(conditional), 1 + int(conditional))  # the embedding; h also reads v
         self.stages = nn.ModuleList(
             Stage(layout, i, filters, dropout, reaches, nr_aux) for i in range(len(layout)))
+        # Its outputs begin near the bias, which the head sets (set_bias).
         self.last = Conv(filters, c_out, **POINT, gain=0.03, full_precision=True)
 
     def forward(self, x, embeddings=()):
@@ -849,7 +857,9 @@ class EmbeddingNet(nn.Module):
 
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
-    A layout counts from the resolution of what is read, X^'s here: in a pyramid -1 is that of X.
+    A layout counts from the resolution of what is read, X^'s here: in a pyramid -1 is that of X. So
+    f_w's outputs at -1, 0, 1 are numbers 0, 1, 2 of the list, and the causal network's `halved` 0,
+    1, 2.
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -873,7 +883,7 @@ class EmbeddingNet(nn.Module):
                 y = block(y, *skip)
                 made[stage.halved].append(y)
             last[stage.halved] = y
-        return [last[halved] for halved in sorted(last)]  # the finest is x's: -1, of gray 0
+        return [last[halved] for halved in sorted(last)]
 
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
@@ -989,8 +999,9 @@ class Draw:
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of the P pixels (rows,
     columns) in each of n images, of which `head` has the distributions, (n P, .., 1, 1): each pixel
-    is treated as an image of 1x1. P is 1 until Sampling fast, where several pixels of an image are
-    drawn in one step. (A decoder of compressed images can take the place of a Draw.)
+    is treated as an image of 1x1, so that a head need not know where pixels lie. P is 1 until
+    Sampling fast, where several pixels of an image are drawn in one step. (A decoder of compressed
+    images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1030,6 +1041,15 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     return x
 
 
+def is_light(config, view):
+    """Whether a view has a light network: if it is given a smaller view, and the coarsest view of a
+    pyramid. The others, X and gray by themselves or X given gray, have PixelCNN++."""
+    if view.psi is not None:
+        return view.psi.cell > 1
+    kinds = MODELS[config.model]  # the last one made this view
+    return len(kinds) > 0 and kinds[-1].cell > 1
+
+
 class PixelAux(nn.Module):
     """p(X_0, X_1, ..), see the top of the file. `build` makes it. Lists are coarsest first."""
 
@@ -1043,12 +1063,7 @@ class PixelAux(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             for view in self.views:
-                # What is given a smaller view has a light network, and so has the coarsest view of
-                # a pyramid. The others, X and gray by themselves or X given gray, have PixelCNN++.
-                kinds = MODELS[config.model]
-                cell = view.psi.cell if view.psi else kinds[-1].cell if kinds else 1
-                light = cell > 1
-                self.factors.append(Factor(config, view, light))
+                self.factors.append(Factor(config, view, is_light(config, view)))
         (height, width), multiple = config.size, self.size_multiple
         if min(height, width) < multiple or height % multiple or width % multiple:
             raise Problem(f"size {height}x{width} does not fit model {config.model}: height and "
@@ -1125,7 +1140,8 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # This replaces the b that has just centred the outputs: these are small anyway.
+                # In place of the b that has just centred the outputs: by the gain of `last` they
+                # deviate from it by 0.03 only.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1216,9 +1232,10 @@ def build(name, size, preset="tiny", seed=0, **overrides):
 class Shapes:
     """Built-in images whose probability is known: a woven shape on a woven ground, and noise.
 
-    A configuration is a mask (square, cross, triangle or ring, and its centre), a pair of colours
-    and a weave (rows, columns or checks). Drawn uniformly, it fixes a clean image. Then every
-    sub-pixel gets its own noise: a logistic, rounded to levels and cut off at `farthest`.
+    A configuration (no relation to Config) is a mask (square, cross, triangle or ring, and its
+    centre), a pair of colours and a weave (rows, columns or checks). Drawn uniformly, it fixes a
+    clean image. Then every sub-pixel gets its own noise: a logistic, rounded to levels and cut off
+    at `farthest`.
 
     A clean pixel has one of six values: three colours, light or dark. Any two of them are more
     than 2 * farthest apart in some channel, so that only one configuration can have made an image:
@@ -1290,7 +1307,7 @@ class Shapes:
         # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
         inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)
         outside = has.sum(2, keepdims=True) - inside
-        # How many agree if the ground has one colour of a pair and the shape the other.
+        # agree[i, p, m]: on how many pixels image i agrees with pair p and mask m.
         ground, shape = self.pairs.T
         agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
         pair, mask = np.divmod(agree.reshape(len(colour), -1).argmax(1), len(masks))
@@ -1585,8 +1602,9 @@ def load(run, device="cpu"):
     """The model of a run, with averaged weights. run: folder of `train`, or a checkpoint.
 
     A folder's factors, wherever they were trained, are joined; if it has none, its weights.pt is
-    taken (an exported model). A file with some of the factors is joined with its neighbours. The
-    model's `files` are those that were read. Raises Problem.
+    taken (an exported model). A file with some of the factors is joined with the factor-K.pt beside
+    it; where both have a factor, the file's wins. The model's `files` are those that were read.
+    Raises Problem.
     """
     run = pathlib.Path(run)
     paths = [run]
@@ -1720,6 +1738,10 @@ def progress_bar(iterable=None, **options):
 #     at a look     (now and then) is the loss finite?  with --minutes: how many steps are they?
 #                   test images after each quarter, or held out ones after each twentieth;  log;
 #                   checkpoint;  told to stop?  pictures after each quarter
+#
+# With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
+# becomes a number, once and for all: it is written to config.json, and all that follows is again a
+# function of the step.
 
 
 def world_size():
@@ -1747,8 +1769,8 @@ def steps_of(config, k, data):
 
 def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
-    the pace. times: the seconds of training when this process began, and after each of its steps
-    (while the number is open, there is a look after each)."""
+    the pace. times: the seconds of training when this process began, after its first step, after
+    its second one, .. (while the number is open, there is a look after each)."""
     if len(times) < 4:
         return math.inf
     first_step = times[1] - times[0]  # does not count, as much happens only once
@@ -1760,10 +1782,12 @@ def steps_in_time(minutes, step, times):
 
 
 def record_steps(out, config, k, steps):
-    """Write down how many steps factor k takes, once a checkpoint is there: the other way round, a
-    kill in between would leave a number of steps alone, and the steps so far would be done again at
-    other learning rates. In config.json the other factors' numbers may be newer than ours, if other
-    processes train them: there only that of k is changed."""
+    """Write down how many steps factor k takes. In config.json the other factors' numbers may be
+    newer than ours, if other processes train them: there only that of k is changed.
+
+    train_factor saves a checkpoint before. If it were done after, a kill in between would leave the
+    number alone: the steps so far would be done again, and at other learning rates.
+    """
     numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
     numbers[k] = steps
     config.steps = tuple(numbers)
@@ -1812,11 +1836,12 @@ class Optimizer:
 
     @torch.no_grad()
     def step_of_muon(self):
-        """A step from rows of v scaled to length 1. A step at right angles to v makes v longer, and
-        the next one turns it less; as weight() divides by |v|, the length may be set back."""
+        """A step from rows of v scaled to length 1. As weight() divides by |v|, its length changes
+        nothing, and the gradient is at right angles to v. So each step makes v longer, and the next
+        one turns it less, unless the length is set back."""
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
-            matrix.grad = None if v.grad is None else v.grad.flatten(1)  # not used, see Block
+            matrix.grad = None if v.grad is None else v.grad.flatten(1)  # None: it was not used
         self.muon.step()
         for v, matrix in zip(self.directions, self.matrices):
             v.copy_(matrix.view_as(v))
@@ -2100,6 +2125,8 @@ def report(model, bound, exact, data, images, kind="test image"):
     intervals = np.percentile(resampled, [2.5, 97.5], axis=1).T.tolist()
     total = bits.mean(1).tolist()
     lines.append("{:21}{:8.4f}{:8.4f}".format("total", *total))
+    in_nats = [of_kind * math.log(2) for of_kind in total]
+    lines.append("{:21}{:8.4f}{:8.4f}".format("total in nats/dim", *in_nats))
     if n > 1:
         of_bound, of_exact = ["{:.4f}..{:.4f}".format(*interval) for interval in intervals]
         lines.append(f"95% interval over the images: bound {of_bound}, exact {of_exact}")
@@ -2178,19 +2205,23 @@ def save_samples(model, views, path, given=0):
 # v at its place. Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one
 # column to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
 # further to the right. Choose a number, the lag, and draw (r, c) at step lag * r + c. Steps grow to
-# the right, so it is enough that (r - 1, c + 7) comes before: lag (r - 1) + c + 7 < lag r + c. The
-# smallest lag is 8. The pixels of a step lie on a diagonal, and 128x128 take 8 * 127 + 128 = 1,144
-# steps. The step of each pixel, step 8 in brackets:
+# the right, and with each row by the lag, so it is enough that (r - 1, c + 7) comes before:
+# lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8. (Where v does not look to the right but in
+# its first layer, see VERTICAL_LEFT, it is 2.) The pixels of a step lie on a diagonal, and 128x128
+# take 8 * 127 + 128 = 1,144 steps (of lag 2: 382). The step of each pixel, step 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
-# **Delays.** Each value inside the network has its step, too: lag r + c + delay. A delay below 0 is
-# earlier than the pixel's own step. How late may it be? A source that is read at (r + dy, c + dx)
-# must have its step there no later than its reader at (r, c):
+# **Delays.** Each value inside the network has its step, too: lag r + c + delay. Most delays are
+# below 0: what a pixel needs is computed before the pixel's own step. But each as late as possible:
+# the later, the more pixels are known by then, and the smaller a lag will do. What is read at
+# (r + dy, c + dx) must have its step there no later than its reader at (r, c),
 #
 #     lag (r + dy) + c + dx + delay_source <= lag r + c + delay_reader
+#
+# so that a reader sets a deadline, and of several readers the earliest one counts:
 #
 #     delay_source <= delay_reader - (lag dy + dx)
 #
@@ -2203,9 +2234,9 @@ def save_samples(model, views, path, given=0):
 #     v after its first convolution: six steps before the pixel's own            -6
 #     x, read at (r - 1, c + 1) by that one: -6 - (-lag + 1)                lag - 7
 #
-# These are the latest delays that serve all readers; of several readers the most impatient counts.
-# That of x is a deadline: when it is asked for first. It is there from delay 1 on, one step after
-# its own; so 1 <= lag - 7, and lag is 8 again.
+# The deadline is a value's delay, but for x, whose delay is no choice: a pixel drawn in its step is
+# known in the next one, so it is 1. A lag will do if the deadline of x is 1 or later: 1 <= lag - 7,
+# and it is 8 again. (By h_left, which reads (r, c - 1), the deadline of x is 1 at any lag.)
 #
 # At half the resolution a position stands for two columns: what is halved s times is computed at
 # step 2^s (lag r + c) + delay. There a kernel that looks one to the right costs two steps:
@@ -2221,23 +2252,27 @@ def save_samples(model, views, path, given=0):
 #
 #     out = [bias + kernel rows above] + kernel row at the position itself
 #
-# and the bracket is computed for a *strip* of positions when the first of them is due: one large
-# product takes half the time of many small ones. A strip has lag positions or, if the lag does not
-# divide the width, their greatest common divisor: then all strips of a diagonal begin and end at
-# the same steps, as from row to row c changes by the lag.
+# and the bracket is computed for a *strip* of neighbours when the first of them is due: one large
+# product takes half the time of many small ones.
 #
 #     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
 #     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
 #
+# A strip is no longer than the lag, as things above are no further ahead. It divides the width, so
+# that a row is a number of strips; and it divides the lag, by which c changes from row to row of a
+# diagonal, so that all strips of a diagonal begin at the same step. So it is their greatest common
+# divisor: 8 of 128 columns at lag 8, 4 of 12 columns.
+#
 # Whether that is possible is asked of each kernel row by itself. v's first layer, for example, is
-# due six steps before the pixel, and then x in row r - 1 is known up to column c + 1: just what one
-# position reads, so that this row is multiplied position by position. In row r - 2 x is known up to
-# c + 9, and 8 positions read up to c + 8: a strip.
+# due six steps before the pixel. Then x in row r - 1 is known up to column c + 1 (whose step is
+# 8 (r - 1) + c + 1 = 8 r + c - 7, one step ago): just what one position reads, so that this row is
+# multiplied position by position. In row r - 2 x is known up to c + 9, and a strip of 8 reads up to
+# c + 8.
 #
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
 # PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width, all
-# delays but x's are 0, and a pixel is drawn at each step. A strip is then a row, and what depends
-# on the rows above alone, such as v, is computed a row at a time. In 8x8:
+# delays but that of x are 0, and a pixel is drawn at each step. A strip is then a row, and what
+# depends on the rows above alone, such as v, is computed a row at a time. In 8x8:
 #
 #     step 8 r               row r - 1 of x is complete: its last pixel was drawn one step before
 #                            v in all of row r, layer after layer; h at (r, 0), and the pixel
@@ -2246,9 +2281,9 @@ def save_samples(model, views, path, given=0):
 # So a layer of v may read the one before it at any column of row r; and beyond the last column
 # there are zeros, for which nobody waits.
 #
-# **Where values are.** If the reader is at the same position as what it reads, with the same delay,
-# that was computed in this step, or before in its strip: Plan.latest has what was computed last of
-# each node. All else is read from a buffer, an image of all positions.
+# **Where values are.** What is read at the reader's own position, and has the same delay, has been
+# computed in this very step (or, if it comes in strips, when its strip began): Plan.latest has what
+# was computed last of each node. All else is read from a buffer, an image of all positions.
 #
 # Of CausalNet nothing is known here: what there is to compute is read from its forward pass. Any
 # network will do that is made of Conv and of functions of values at one position. All that can be
@@ -2257,10 +2292,10 @@ def save_samples(model, views, path, given=0):
 
 
 class Places(typing.NamedTuple):
-    """Positions (row + i * down, column + i * right + j * across), i < count, j < strip.
+    """Positions (row + i * down, column + i * right + j), i < count, j < strip.
 
     Places(r, c): one position. Places(r, c, 1, -lag, 5): 5 along a diagonal; with strip=8, the
-    strips that begin there. (across is 2 in Plan.by_parity alone.)
+    strips that begin there.
     """
 
     row: int
@@ -2269,7 +2304,6 @@ class Places(typing.NamedTuple):
     right: int = 0
     count: int = 1
     strip: int = 1
-    across: int = 1
 
     def positions(self):
         """The rows and the columns, without strips."""
@@ -2294,6 +2328,7 @@ class Node:
     taps: list = dataclasses.field(default_factory=list)
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False
+    spread: bool = False  # its buffer is twice as large, with zeros between the values
     delay: int = 0
     strip: int = 1  # how many neighbours in a row are computed together
     buffer: torch.Tensor | None = None  # its values, (n, H, W, C), if read elsewhere or later
@@ -2315,41 +2350,43 @@ class Node:
             yield read_of(tap)
 
     def has_at_hand(self, source, conv=None):
-        """Whether what it reads of source is in Plan.latest; else it is in source's buffer."""
-        here = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
+        """Whether what it reads of source is in Plan.latest; else it is in source's buffer. (The
+        strips may differ: of a strip Plan.at takes the position.)"""
+        same_position = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
+        same_step = (source.halved, source.delay) == (self.halved, self.delay)
         computed = source.terms or source.taps  # x and what is known never are
-        # (Not of the same strip: Plan.at picks the position out of source's.)
-        together = (source.halved, source.delay) == (self.halved, self.delay)
-        return here and computed and together
+        return same_position and same_step and computed
 
-    def window(self, dy=0, dx=0, columns=1, stride=1, shrink=1):
+    def window(self, dy=0, dx=0, columns=1, stride=1):
         """The function Places -> a view (n, count, strip, columns C) of `buffer`: for each position
-        p, `columns` neighbours from (stride p + (dy, dx)) / shrink on.
+        p, `columns` neighbours from stride p + (dy, dx) on.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
-        reads at a position is a vector. The vectors of neighbouring positions overlap, and those of
-        Places are equally far from each other: no copy, and no table of indices. For example with 2
-        channels, in a row that begins at number 0 of the buffer, position p is numbers 2 p and 2 p
-        + 1; 3 columns from p = 1 on are numbers 2..7, from p = 2 on 4..9. As an array, (2, 6) with
-        strides (2, 1). From place to place of a diagonal, a row down and lag columns to the left,
-        it is next_row - lag C numbers. (stride: of a convolution that goes down; shrink is 2 for
-        one that goes up, which reads at p / 2.)
+        reads at a position is a vector. With 2 channels, in a row that begins at number 0 of the
+        buffer, and 3 columns:
+
+            column      0     1     2     3     4
+            number     0 1   2 3   4 5   6 7   8 9
+            p = 1           |---------------|            2..7
+            p = 2                 |---------------|      4..9
+
+        Neighbouring vectors overlap, and begin equally far from each other: 2 numbers here, or from
+        place to place of a diagonal, a row down and lag columns to the left, a row less lag C. So a
+        view with these strides is all that is needed: no copy, and no table of indices.
         """
         n, length = len(self.buffer), columns * self.channels
         next_image, next_row, next_column, _ = self.buffer.stride()
-        start = self.margin[0] * next_row + self.margin[2] * next_column
+        above, _, left, _ = self.margin
+        start = (above + dy) * next_row + (left + dx) * next_column
+        next_row, next_column = stride * next_row, stride * next_column
 
         def read(places):
-            r, c, down, right, count, strip, across = places
-            r, c = (stride * r + dy) // shrink, (stride * c + dx) // shrink
-            down, right = stride * down // shrink, stride * right // shrink
-            across = stride * across // shrink
-            # Below 0 only if the lag is wider than the image, so that count is 1; and then it is
-            # not used, but torch would refuse it.
-            next_place = max(0, down * next_row + right * next_column)
-            strides = (next_image, next_place, across * next_column, 1)
-            offset = start + r * next_row + c * next_column
-            return self.buffer.as_strided((n, count, strip, length), strides, offset)
+            # Below 0 only where the lag, of X, is wider than this image, a halved one. Then count
+            # is 1 and next_place not used, but torch would refuse it.
+            next_place = max(0, places.down * next_row + places.right * next_column)
+            size = (n, places.count, places.strip, length)
+            offset = start + places.row * next_row + places.column * next_column
+            return self.buffer.as_strided(size, (next_image, next_place, next_column, 1), offset)
 
         return read
 
@@ -2396,8 +2433,10 @@ class Recorder:
     def make_node(self, function, args, kwargs):
         if function is Conv.forward:
             conv, source = args[0], args[1].node
-            taps = [(source, conv, dy) for dy in range(conv.rows[0], conv.rows[1] + 1)]
             halved = source.halved + (conv.stride == 2) - conv.up
+            if conv.up:
+                source = self.spread(source)
+            taps = [(source, conv, dy) for dy in range(conv.rows[0], conv.rows[1] + 1)]
             return Node(halved, len(conv.b), taps=taps, bias=conv.b)
         halved = next(a.node.halved for a in args if isinstance(a, Symbol))
         terms = [self.term(a, halved) for a in args]
@@ -2406,6 +2445,13 @@ class Recorder:
         node = Node(halved, self.tried(function, terms), function, terms)
         if function in (torch.add, torch.Tensor.add):
             self.merge(node)
+        return node
+
+    def spread(self, source):
+        """A Node for what a Conv that goes up reads. Where (p + d) / 2 is not whole it reads
+        nothing: so it is an ordinary Conv on an image of twice the size, with zeros between."""
+        node = Node(source.halved, source.channels, lambda x: x, [source], spread=True)
+        self.nodes.append(node)
         return node
 
     def term(self, value, halved):
@@ -2445,10 +2491,10 @@ class Recorder:
 
     def merge(self, node):
         """A sum takes in the convolutions that are its terms: h_above(x) + h_left(x) is one running
-        total in place of two results and an addition. (Those that go up do not: see by_parity. What
-        was merged is left out by Plan.needed.)"""
+        total in place of two results and an addition. (What was merged is left out by
+        Plan.needed.)"""
         convs = [term for term in node.terms if isinstance(term, Node) and term.taps]
-        convs = [conv for conv in convs if conv.channels == node.channels and not is_doubling(conv)]
+        convs = [conv for conv in convs if conv.channels == node.channels]
         if not convs or not all(isinstance(term, Node) for term in node.terms):
             return
         node.function, terms = None, []
@@ -2465,11 +2511,6 @@ class Recorder:
 def read_of(tap):
     source, conv, dy = tap
     return source, dy, conv.columns[1]
-
-
-def is_doubling(node):
-    """Whether its resolution is twice that of what it reads."""
-    return any(conv.up for _, conv, _ in node.taps)
 
 
 def as_rows(value):
@@ -2525,43 +2566,48 @@ class Plan:
     def set_delays(self, least_lag):
         """Gives every node its delay -> the lag."""
         for lag in range(least_lag, self.size[1]):
-            delays = self.delays(lag)
-            if delays[self.x] > 0:
+            deadlines = self.deadlines(lag)
+            if deadlines[self.x] >= self.x.delay:
                 for node in self.nodes:
-                    node.delay = delays[node]
+                    node.delay = deadlines[node]
                 return lag
-        return self.size[1]  # raster order, without delays
+        return self.size[1]  # raster order: all delays are 0, but that of x
 
-    def delays(self, lag):
-        """{node: its delay}, from the output back."""
-        delays = {self.output: 0}
+    def deadlines(self, lag):
+        """{node: the latest delay that serves all its readers}, from the output back."""
+        deadlines = {self.output: 0}
         for node in reversed(self.nodes):
             for source, dy, dx in node.reads():
-                latest = delays[node] - 2 ** min(node.halved, source.halved) * (lag * dy + dx)
-                delays[source] = min(delays.get(source, latest), latest)
-        return delays
+                finer = min(node.halved, source.halved)
+                latest = deadlines[node] - 2**finer * (lag * dy + dx)
+                deadlines[source] = min(deadlines.get(source, latest), latest)
+        return deadlines
 
     def set_strips(self):
-        """Which nodes are computed in strips: those that find all that a strip reads when it
-        begins. Of some sums a part is late, as a rule the kernel row at the position itself: what
-        is not late goes to a new node, `early`. The output is wanted pixel by pixel.
+        """Which nodes are computed in strips. When a strip begins, there may be
+
+            all that it reads     then the node is computed in strips
+            some of that          then the node is split: this part goes to a new node, `early`, in
+                                  strips, which becomes a term of what is left of the node
+            nothing               then the node is computed position by position
+
+        h's conv_in, for example: early = bias + kernel row above, node = early + the position's
+        own kernel row. The output is wanted pixel by pixel.
         """
         nodes, self.nodes = self.nodes, []
         for node in nodes:
-            # It divides the width and the lag. From row to row of a diagonal c changes by lag, so
-            # that c % strip is the same for all of it: strips on a diagonal begin together, and
-            # `at` finds every position at one place in them.
-            strip = math.gcd(self.lag, self.size[1] >> node.halved)
-            late = [read for read in node.reads() if not self.in_time(node, read, strip)]
-            if not all(self.in_time(node, read, 1) for read in late):
+            # As it divides the width and the lag, by which c changes from row to row of a diagonal,
+            # all strips of a diagonal begin at the same step.
+            strip = math.gcd(self.lag, self.width(node))
+            late_reads = [read for read in node.reads() if not self.in_time(node, read, strip)]
+            if not all(self.in_time(node, read, 1) for read in late_reads):
                 raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
-            early_taps = [tap for tap in node.taps if read_of(tap) not in late]
-            if not late and node is not self.output:
+            early_taps = [tap for tap in node.taps if read_of(tap) not in late_reads]
+            if not late_reads and node is not self.output:
                 node.strip = strip
             elif early_taps and strip > 1:
-                # `early` has the bias and all that is in time for a strip. It becomes a term of
-                # node, which is left with the rest. (term, 0, 0): as reads() gives a term.
-                early_terms = [term for term in node.terms if (term, 0, 0) not in late]
+                # (term, 0, 0): as reads() gives a term.
+                early_terms = [term for term in node.terms if (term, 0, 0) not in late_reads]
                 early = dataclasses.replace(
                     node, taps=early_taps, terms=early_terms, strip=strip)
                 node.terms = [early] + [term for term in node.terms if term not in early_terms]
@@ -2571,21 +2617,21 @@ class Plan:
             self.nodes.append(node)
 
     def in_time(self, node, read, strip):
-        """Whether what a strip of node reads is there when its first position is due: source at the
-        last position that the strip reads must have its step no later than node at its first."""
+        """Whether, for each strip in a row of node, what it reads of source is there when it
+        begins."""
         source, dy, dx = read
-        finer = 2 ** min(node.halved, source.halved)
-        # From the strip's first position to the last that it reads: columns of x, a step each.
-        ahead = finer * dx + 2**node.halved * (strip - 1)
-        if source is not self.x and self.is_row(source.halved, source.strip):
-            ahead = 0  # all of that row is computed at once
-        elif self.is_row(node.halved, strip):
-            ahead = min(ahead, self.size[1] - 1)  # beyond the last column there are zeros
-        return source.delay + finer * self.lag * dy + ahead <= node.delay
+        finer = min(node.halved, source.halved)
+        for begin in range(0, self.width(node), strip):
+            last = 2 ** (node.halved - finer) * (begin + strip - 1) + dx  # column, of the finer
+            last = min(last // 2 ** (source.halved - finer), self.width(source) - 1)
+            computed = last - last % source.strip  # where the strip begins in which that one is
+            there = 2**source.halved * computed + 2**finer * self.lag * dy + source.delay
+            if there > 2**node.halved * begin + node.delay:  # steps after that of (r, 0)
+                return False
+        return True
 
-    def is_row(self, halved, strip):
-        """Whether a strip is a whole row, as in raster order."""
-        return strip << halved == self.size[1]
+    def width(self, node):
+        return self.size[1] >> node.halved
 
     def allocate(self, weight):
         """Buffers for x and what is read elsewhere or later, as wide as they are read."""
@@ -2601,12 +2647,9 @@ class Plan:
                     source.margin = tuple(map(max, source.margin, reach))
         for node in kept:
             above, below, left, right = node.margin
-            height, width = (side >> node.halved for side in self.size)
+            height, width = (side >> node.halved << node.spread for side in self.size)
             size = (self.n, above + height + below, left + width + right, node.channels)
-            node.buffer = weight.new_empty(size)  # what is inside is written before it is read
-            for margin in (node.buffer[:, :above], node.buffer[:, above + height :],
-                           node.buffer[:, :, :left], node.buffer[:, :, left + width :]):
-                margin.zero_()
+            node.buffer = weight.new_zeros(size)
 
     def steps(self):
         """Of each step: ({group: Places to compute}, Places of the pixels then drawn, or None)."""
@@ -2651,7 +2694,7 @@ class Plan:
             values_at = lambda places: node.function(*[term(places) for term in terms])
         if node.buffer is None:
             return values_at
-        window = node.window()
+        window = node.window(stride=1 + node.spread)
 
         def compute_and_keep(places):
             values, kept = values_at(places), window(places)
@@ -2680,63 +2723,29 @@ class Plan:
     def summation(self, node):
         """The function Places -> bias + terms + taps of node."""
         terms = [self.at(node, term) for term in node.terms]
-        parities = itertools.product((0, 1), (0, 1)) if is_doubling(node) else [(0, 0)]
-        taps = {}
-        for parity in parities:
-            taps[parity] = [self.tap(node, *tap, parity) for tap in node.taps]
+        taps = [self.tap(node, *tap) for tap in node.taps]
 
-        def add_terms(places):
+        def values_at(places):
             total = node.bias
             for term in terms:
                 total = term(places) if total is None else total + term(places)
+            for add_tap in taps:
+                total = add_tap(places, total)
             return total
 
-        def add_taps(places, total, parity=(0, 0)):
-            for tap in taps[parity]:
-                total = tap(places, total)
-            return total
+        return values_at
 
-        if is_doubling(node):
-            return lambda places: self.by_parity(places, add_terms(places), add_taps)
-        return lambda places: add_taps(places, add_terms(places))
-
-    def by_parity(self, places, total, add_taps):
-        """total + taps, where these depend on the parity of row and column. A kernel's columns dx =
-        -1, 0, 1, where (p + dx) / 2 is whole:
-
-            p even    dx = 0         reads in(p / 2)
-            p odd     dx = -1, 1     read in((p - 1) / 2) and in((p + 1) / 2)
-
-        Every second position of a diagonal, and of a strip, has the same parity: up to 2 x 2 calls.
-        """
-        row, column, down, right, count, strip, _ = places
-        total = total.expand(self.n * count * strip, -1).reshape(self.n, count, strip, -1)
-        values = total.new_empty(total.shape)
-        for i, j in itertools.product(range(min(2, count)), range(min(2, strip))):
-            r, c = row + i * down, column + i * right + j
-            part = total[:, i::2, j::2]
-            count_some, strip_some = part.shape[1:3]
-            some = Places(r, c, 2 * down, 2 * right, count_some, strip_some, across=2)
-            part_values = add_taps(some, part.flatten(0, 2), (r % 2, c % 2))
-            values[:, i::2, j::2] = part_values.view(part.shape)
-        return values.flatten(0, 2)
-
-    def tap(self, node, source, conv, dy, parity):
+    def tap(self, node, source, conv, dy):
         """The function (Places, total) -> total + what this kernel row adds."""
-        dx, weight = conv.columns[0], self.weights[conv][dy - conv.rows[0]]  # (F, columns, C)
-        if conv.up:  # of its columns, and rows, every second one reads, see by_parity
-            odd = (parity[1] + dx) % 2  # 1: the first column does not
-            dx, weight = dx + odd, weight[:, odd::2]
-        columns = weight.shape[1]
-        if columns == 0 or (conv.up and (parity[0] + dy) % 2):
-            return lambda places, total: total
-        usual_count = max(1, (self.size[1] >> node.halved) // self.lag)
+        weight = self.weights[conv][dy - conv.rows[0]]  # (F, columns, C)
+        usual_count = max(1, self.width(node) // self.lag)
         add_product = product(weight.flatten(1), self.n * usual_count * node.strip)
         if node.has_at_hand(source, conv):
             read = self.at(node, source)
             return lambda places, total: add_product(total, read(places))
-        window = source.window(dy, dx, columns, conv.stride, 1 + conv.up)
-        length = columns * source.channels
+        _, columns, channels = weight.shape
+        window = source.window(dy, conv.columns[0], columns, conv.stride)
+        length = columns * channels
         return lambda places, total: add_product(total, window(places).reshape(-1, length))
 
 

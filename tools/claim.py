@@ -7,8 +7,10 @@ image is known, and one can count: what does a model miss, in bits, of the shape
 
 All models have about as many parameters and as much time: CPU seconds of one thread, by the time
 that a step is found to take. A model's factors have the same number of steps each. Everything else
-is as preset tiny has it, but for the learning rate, which is chosen for each model: by the bits of
-images that are neither trained on nor counted, in runs of a third of the steps.
+is as preset tiny has it, but for the learning rate, which is chosen for each model: by what seed 0
+gives at each rate, in bits of images that are neither trained on nor counted. These are runs like
+all others, as a rate that is good in short ones may be unstable at full length; and that of the
+best rate is then seed 0's.
 """
 import json
 import math
@@ -22,13 +24,14 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from pixelaux import (
-    NUMBER, PATH, Optimizer, Parser, PixelAux, Problem, batch_of, describe, evaluate, hardware,
-    load_data, make_config, to_array, tool, train_factor, training_step, write_atomically)
+    NUMBER, PATH, Failure, Optimizer, Parser, PixelAux, Problem, Quiet, batch_of, describe,
+    evaluate, hardware, load_data, make_config, to_array, tool, train_factor, training_step,
+    write_atomically)
 
-# Filters of each model, for about as many parameters.
-FILTERS = {"pixelcnn": 28, "grayscale": 16, "pyramid": 26, "grayscale-pyramid": 16}
-RATES = (2e-2, 1e-2)  # learning rates that are tried first
-SAMPLES = 256  # of each run
+FILTERS = {"pixelcnn": 28, "grayscale": 16, "pyramid": 26, "grayscale-pyramid": 16}  # for equal size
+RATES = (4e-2, 2e-2)  # learning rates that are tried first: one of them is mostly the best
+SAMPLES, VALIDATION = 256, 256  # images drawn by each run; those by which rates are chosen
+MEASURING = 10  # CPU seconds that it takes to measure a run, about
 COLOURS = {"shape": "#c1440e", "gray view": "#a0a0a0", "texture": "#7ba7c7", "98%": "#6f9a52",
            "95..98%": "#c5dbb4"}  # of what is counted
 COLUMNS = {"shape": ["shape"], "gray view": ["gray view"], "texture": ["texture"],
@@ -46,8 +49,11 @@ def main(argv):
     parser.add_argument("--seeds", type=int, choices=STUDENT, default=3, help="how many")
     args = parser.parse_args(argv[1:])
     torch.set_num_threads(1)
+    out, results = args.out, settings(args)
+    print(to_go(results, args.seeds), file=Quiet())
     data, _ = load_data("shapes")
-    results, out = settings(args, data), args.out
+    if not results["steps"]:
+        calibrate(results, data)
     runs = all_runs(out, results, data, args.seeds)
     text = table(results, runs)
     write_atomically(out / "claim.md", text.encode())
@@ -55,25 +61,29 @@ def main(argv):
     print(f"{text}\n{out / 'claim.png'}")
 
 
-def settings(args, data):
+def settings(args):
     """results as they are in OUT/claim.json, or new ones: {.., "runs": {key: run}}."""
     path = args.out / "claim.json"
+    results = dict(seconds=args.seconds, steps={}, runs={})
     if path.exists():
         try:
             results = json.loads(path.read_text())
-            begun = results["seconds"]
-        except (ValueError, LookupError, TypeError):
+            begun, _ = results["seconds"], results["steps"]
+            _ = [run["measuring"] for run in results["runs"].values()]
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise Problem(f"{path}: expected what `claim` writes") from None
         if begun != args.seconds:
             raise Problem(f"--seconds: {path} was begun with {begun:g}; else take another --out")
-        return results
+    command = f"python pixelaux.py claim --seconds {args.seconds:g} --seeds {args.seeds}"
+    return results | dict(command=command)
+
+
+def calibrate(results, data):
+    """Put into results what depends on the machine, first of all how many steps a model makes."""
     cost = step_seconds(data)
-    steps = {name: max(1, round(args.seconds / cost[name])) for name in FILTERS}
-    return dict(
-        command=f"python pixelaux.py claim --seconds {args.seconds:g} --seeds {args.seeds}",
-        hardware=hardware(torch.device("cpu")), torch=torch.__version__,
-        python=platform.python_version(), seconds=args.seconds, step_seconds=cost, steps=steps,
-        runs={})
+    steps = {name: max(1, round(results["seconds"] / cost[name])) for name in FILTERS}
+    results |= dict(hardware=hardware(torch.device("cpu")), torch=torch.__version__,
+                    python=platform.python_version(), step_seconds=cost, steps=steps)
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -83,58 +93,84 @@ def all_runs(out, results, data, seeds):
     """{model: [the run of each seed]}."""
     runs = {}
     for name in FILTERS:
-        rate = best_rate(out, results, data, name)
-        runs[name] = [run_of(out, results, data, name, rate, seed) for seed in range(seeds)]
+        rate = best_rate(lambda rate: run_of(out, results, data, name, rate, 0, seeds))
+        runs[name] = [run_of(out, results, data, name, rate, seed, seeds) for seed in range(seeds)]
     return runs
 
 
-def best_rate(out, results, data, name):
-    """The learning rate of the least validation bits, in runs of seed 0 of a third of the steps:
-    from RATES on by factors of 2, until the rates on either side are worse."""
+def best_rate(run_at):
+    """The learning rate of the least validation bits: from RATES on by factors of 2, until the
+    rates on either side are worse. One at which the loss is not finite is worse than all."""
     tried, wanted = {}, list(RATES)
     while wanted:
         rate = wanted.pop()
-        run = run_of(out, results, data, name, rate, 0, share=1 / 3)
-        tried[rate] = run["validation_bits"]
+        try:
+            tried[rate] = run_at(rate)["validation_bits"]
+        except Failure as failure:
+            print(failure, file=Quiet())
+            tried[rate] = math.inf
         best = min(tried, key=tried.get)
         if not wanted:
             wanted = [near for near in (best / 2, best * 2) if near not in tried]
     return best
 
 
-def run_of(out, results, data, name, rate, seed, share=1.0):
-    """A run from results; else it is trained, for a share of the model's steps, and measured."""
-    steps = max(1, round(share * results["steps"][name]))
-    key = f"{name} rate {rate:g} seed {seed} steps {steps}"
+def rates_tried(results, name):
+    runs = results["runs"].values()
+    return sorted(run["rate"] for run in runs if run["model"] == name and run["seed"] == 0)
+
+
+def to_go(results, seeds):
+    """Of how many runs how many are done, and how long the others take, in words.
+
+    They are RATES and mostly one rate more, or what was tried, and then the other seeds of the best
+    rate; each takes what those that are done took.
+    """
+    total = 0
+    for name in FILTERS:
+        total += max(len(rates_tried(results, name)), len(RATES) + 1) + seeds - 1
+    spent = [run["cpu_seconds"] + run["measuring"] for run in results["runs"].values()]
+    each = statistics.mean(spent) if spent else results["seconds"] + MEASURING
+    total = max(total, len(spent))  # which may be for more seeds
+    minutes = math.ceil((total - len(spent)) * each / 60)
+    return f"{len(spent)} of about {total} runs done, some {minutes} min of a CPU core to go"
+
+
+def run_of(out, results, data, name, rate, seed, seeds):
+    """A run from results; else it is trained and measured."""
+    key = f"{name} rate {rate:g} seed {seed}"
     if key in results["runs"]:
         return results["runs"][key]
+    print(f"{to_go(results, seeds)}; next: {key}", file=Quiet())
     folder = out / "runs" / key.replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short
+    steps = results["steps"][name]
     model = new_model(name, data, lr=rate, seed=seed, steps=(steps,))
     before = time.process_time()
     for k in range(len(model.factors)):
         train_factor(model, k, data, folder, save_every=math.inf)
-    spent = time.process_time() - before
-    fresh = data.shapes.sample(256, (1, 20170806))  # neither for training nor for the test
-    bits = -evaluate(model, fresh)[1].sum(0).mean() / math.log(2)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    run = dict(model=name, rate=rate, seed=seed, steps=steps, parameters=parameters,
-               cpu_seconds=spent, validation_bits=float(bits))
-    if share == 1.0:
-        run |= measured(model, data, seed)
+    trained = time.process_time()
+    run = measured(model, data, seed)
+    run |= dict(model=name, rate=rate, seed=seed, steps=steps, cpu_seconds=trained - before,
+                measuring=time.process_time() - trained)
     results["runs"][key] = run
     write_atomically(out / "claim.json", json.dumps(results, indent=1).encode())
     return run
 
 
 def measured(model, data, seed):
-    """What is counted: the excess in bits an image, by part, and % of samples that decode."""
+    """What is counted: the excess in bits an image, by part, and % of samples that decode. And by
+    what rates are chosen: the bits of images that are neither trained on nor counted."""
     parts = tool("split").Truth(data.shapes, model, data.test).parts(model)
     counts = {part: float(bits.mean()) for part, bits in parts.items()}
     samples = to_array(model.sample(SAMPLES, seed, tight=True)[-1])
     strict, loose = [data.shapes.decodable(samples, share).mean() for share in (0.98, 0.95)]
     counts |= {"98%": 100 * float(strict), "95..98%": 100 * float(loose - strict)}
-    return dict(images=len(data.test), samples=SAMPLES, counts=counts)
+    fresh = data.shapes.sample(VALIDATION, (1, 20170806))
+    bits = -evaluate(model, fresh)[1].sum(0).mean() / math.log(2)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return dict(counts=counts, images=len(data.test), samples=SAMPLES, parameters=parameters,
+                validation_bits=float(bits))
 
 
 def new_model(name, data, **changes):
@@ -174,34 +210,47 @@ def seconds_of(model, k, data, steps=5):
 
 TABLE = """\
 `{command}` ({hardware}, torch {torch}, Python {python}, preset tiny, 16x16):
-excess over the truth, bits an image, on {images} test images, and the share in % of {samples}
+{number} runs, {minutes:.0f} minutes of CPU time in all, {training:.0f} of them training.
+Excess over the truth, bits an image, on {images} test images, and the share in % of {samples}
 samples whose shape decodes: 98% (or 95%) of the sub-pixels are within the noise of one
 configuration. Mean of seeds 0..{last}, its 95% interval over the seeds (Student's t), and what each
-gave. Rate: of learning, the best; steps: of each factor; CPU s: of training.
+gave. Shape and texture are those of X and of half of X. The excess of gray views is not split: of 16
+levels each is shape and noise at once. So an unknown part of it is shape, too. Rate: of learning,
+the best of those tried with seed 0; steps: of each factor; CPU s: of training a run.
 
-| model | filters, parameters | rate | steps | CPU s | {columns} |
+| model | filters, parameters | rate (tried) | steps | CPU s | {columns} |
 {rule}
 """
 
 
 def table(results, runs):
     """Markdown. runs: {model: [run of each seed]}."""
-    first = next(iter(runs.values()))
-    text = TABLE.format(**(results | first[0]), last=len(first) - 1, columns=" | ".join(COLUMNS),
+    first, made = next(iter(runs.values())), results["runs"].values()
+    training = sum(run["cpu_seconds"] for run in made) / 60
+    minutes = training + sum(run["measuring"] for run in made) / 60
+    text = TABLE.format(**(results | first[0]), number=len(made), minutes=minutes,
+                        training=training, last=len(first) - 1, columns=" | ".join(COLUMNS),
                         rule="| --- " * (5 + len(COLUMNS)) + "|")
     for name, of_seed in runs.items():
         run = of_seed[0]
         seconds = statistics.mean(run["cpu_seconds"] for run in of_seed)
-        cells = [f"`{name}`", f"{FILTERS[name]}, {run['parameters']:,}", f"{run['rate']:g}",
-                 f"{run['steps']:,}", f"{seconds:.0f}"]
+        tried = ", ".join(f"{rate:g}" for rate in rates_tried(results, name))
+        cells = [f"`{name}`", f"{FILTERS[name]}, {run['parameters']:,}",
+                 f"{run['rate']:g} ({tried})", f"{run['steps']:,}", f"{seconds:.0f}"]
         for parts in COLUMNS.values():
-            values = column(of_seed, parts)
-            mean, around = statistics.mean(values), half_width(values)
-            digits = 2 if mean < 10 else 1
-            seeds = ", ".join(f"{value:.{digits}f}" for value in values)
-            cells.append(f"{mean:.{digits}f} ± {around:.{digits}f} ({seeds})" if mean else "–")
+            cells.append(cell(column(of_seed, parts)))
         text += f"| {' | '.join(cells)} |\n"
     return text
+
+
+def cell(values):
+    """Mean, interval and what each seed gave; – of what the model does not have."""
+    if not any(values):
+        return "–"
+    mean, around = statistics.mean(values), half_width(values)
+    digits = 2 if mean < 10 else 1
+    seeds = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{mean:.{digits}f} ± {around:.{digits}f} ({seeds})"
 
 
 def column(of_seed, parts):

@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import math
-import statistics
+import re
 import types
 
 import numpy as np
@@ -249,16 +249,25 @@ def test_the_learning_rate_is_the_best_of_all_that_are_near_it(best, width):
 
     asked = []
 
-    def run_of(out, results, data, name, rate, seed, share):
-        assert seed == 0 and share < 1
+    def run_at(rate):
         asked.append(rate)
         return dict(validation_bits=bits(rate))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claim, "run_of", run_of)
-        rate = claim.best_rate(None, None, None, "pyramid")
+    rate = claim.best_rate(run_at)
     assert bits(rate) <= min(bits(rate / 2), bits(rate * 2)) and rate in asked
     assert len(asked) == len(set(asked)) <= 3 + math.ceil(abs(best)) + 1
+    if 0 <= best <= 1:
+        assert len(asked) == 3  # what is announced
+
+
+def test_a_rate_at_which_the_loss_is_not_finite_is_worse_than_all(capsys):
+    def run_at(rate):
+        if rate > 1e-2:
+            raise pixelaux.Failure("the loss is not finite")
+        return dict(validation_bits=-math.log2(rate))
+
+    assert claim.best_rate(run_at) == 1e-2
+    assert "not finite" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -266,7 +275,8 @@ def toy(monkeypatch):
     """Small models, few images, and no clock: each step takes as many seconds as it is told."""
     monkeypatch.setattr(claim, "FILTERS", {"pixelcnn": 2, "pyramid": 2})
     monkeypatch.setattr(claim, "SAMPLES", 3)
-    monkeypatch.setattr(claim, "RATES", (2e-2,))
+    monkeypatch.setattr(claim, "VALIDATION", 4)
+    monkeypatch.setattr(claim, "RATES", (2.56, 1.28))  # the best of so few steps
     data = types.SimpleNamespace(**{**vars(DATA), "test": FEW[:4]})
     data.batch = DATA.batch
     monkeypatch.setattr(claim, "load_data", lambda spec: (data, (16, 16)))
@@ -276,36 +286,72 @@ def toy(monkeypatch):
 
 def test_claim_gives_each_model_equal_time_and_a_second_call_trains_nothing(
         toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(claim, "best_rate", lambda *args: 2e-2)
+    """Every run is of full length, those by which rates are chosen as well, and each is measured.
+    The best rate of seed 0 is that of all seeds."""
     argv = ["claim", "--out", str(tmp_path), "--seconds", "12", "--seeds", "2"]
     assert pixelaux.main(argv) == 0
+    error, table = capsys.readouterr().err, (tmp_path / "claim.md").read_text()
+    first, *later = re.findall(r"(\d+) of about (\d+) runs done, some (\d+) min", error)
+    assert first == ("0", "8", str(math.ceil(8 * (12 + claim.MEASURING) / 60)))
     results = json.loads((tmp_path / "claim.json").read_text())
+    runs = results["runs"]
+    assert [int(done) for done, _, _ in later] == list(range(len(runs)))
     assert results["steps"] == dict(zip(claim.FILTERS, (6, 4)))
-    assert len(results["runs"]) == 2 * 2
-    for run in results["runs"].values():
-        name, seed, steps = run["model"], run["seed"], run["steps"]
-        assert steps == results["steps"][name]
-        model = pixelaux.load(tmp_path / "runs" / f"{name}-rate-0.02-seed-{seed}-steps-{steps}")
+    assert all(run["steps"] == results["steps"][run["model"]] for run in runs.values())
+    for run in list(runs.values())[::3]:
+        name, seed, rate = run["model"], run["seed"], run["rate"]
+        model = pixelaux.load(tmp_path / "runs" / f"{name}-rate-{rate:g}-seed-{seed}")
+        assert model.config.steps == (run["steps"],) and model.config.lr == rate
         excess = DATA.shapes.log_prob(FEW[:4]) - pixelaux.evaluate(model, FEW[:4])[1].sum(0)
         parts = [run["counts"][part] for part in ("shape", "gray view", "texture")]
         assert sum(parts) == pytest.approx(excess.mean() / math.log(2), abs=0.1)
         samples = pixelaux.to_array(model.sample(3, seed, tight=True)[-1])
         share = (abs(DATA.shapes.noise_of(samples)) <= DATA.shapes.farthest).mean((1, 2, 3))
         assert run["counts"]["98%"] == pytest.approx(100 * (share >= 0.98).mean())
+    for name in claim.FILTERS:
+        of_model = [run for run in runs.values() if run["model"] == name]
+        best = min((run for run in of_model if run["seed"] == 0),
+                   key=lambda run: run["validation_bits"])
+        assert [run["rate"] for run in of_model if run["seed"] == 1] == [best["rate"]]
+        tried = sorted({run["rate"] for run in of_model})
+        assert len(tried) >= 3
+        assert f"| {best['rate']:g} ({', '.join(f'{rate:g}' for rate in tried)}) |" in table
+    seconds = sum(run["cpu_seconds"] + run["measuring"] for run in runs.values())
+    assert f"{len(runs)} runs, {seconds / 60:.0f} minutes of CPU time in all" in table
 
     def no_training(*args, **options):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(claim, "train_factor", no_training)
-    written = (tmp_path / "claim.md").read_text()
     (tmp_path / "claim.md").unlink()
     assert pixelaux.main(argv) == 0
-    assert (tmp_path / "claim.md").read_text() == written
+    assert (tmp_path / "claim.md").read_text() == table
+    assert f"{len(runs)} of about {len(runs)} runs done, some 0 min" in capsys.readouterr().err
     # Control: one run less, and it would train.
-    results["runs"].popitem()
+    runs.popitem()
     (tmp_path / "claim.json").write_text(json.dumps(results))
     with pytest.raises(AssertionError, match="trained again"):
         pixelaux.main(argv)
+
+
+@given(st.lists(st.integers(1, 5), min_size=4, max_size=4), st.integers(2, 4), st.data())
+def test_what_is_to_go_is_what_the_search_and_the_seeds_will_take(more, seeds, data):
+    """Of a command that tries so many rates of each model, and stands somewhere."""
+    order = []
+    for name, rates in zip(claim.FILTERS, more):
+        order += [(name, 0.01 * 2**i, 0) for i in range(rates + 2)]  # three or more
+        order += [(name, 0.01, seed) for seed in range(1, seeds)]
+    done = data.draw(st.integers(0, len(order)))
+    runs = {}
+    for name, rate, seed in order[:done]:
+        runs[f"{name} {rate} {seed}"] = dict(
+            model=name, rate=rate, seed=seed, cpu_seconds=50.0, measuring=10.0)
+    told = claim.to_go(dict(seconds=110.0 - claim.MEASURING, runs=runs), seeds)
+    made, total, minutes = map(int, re.match(r"(\d+) of about (\d+) .* (\d+) min", told).groups())
+    assert made == done and total <= len(order)
+    if more == [1] * 4 or done == len(order):
+        assert total == len(order)
+    assert minutes == math.ceil((total - made) * (60 if done else 110) / 60)
 
 
 def canned(values):
@@ -318,14 +364,16 @@ def canned(values):
             counts |= {"98%": 50.0, "95..98%": 20.0}
             runs[name].append(dict(
                 model=name, rate=0.01, seed=seed, steps=7, cpu_seconds=99.0, parameters=1000,
-                counts=counts, images=4, samples=3))
+                measuring=33.0, counts=counts, images=4, samples=3))
     return runs
 
 
 def test_the_table_has_means_of_seeds_with_students_interval(tmp_path):
     values = [1.0, 2.0, 4.5]
     results = dict(command="x", hardware="y", torch="z", python="3", seconds=1.0, steps={})
+    results["runs"] = dict(enumerate(sum(canned(values).values(), [])))
     text = claim.table(results, canned(values))
+    assert "\n12 runs, 26 minutes of CPU time in all, 20 of them training.\n" in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) == 4
     # By hand: mean 2.5, standard deviation 1.803, over sqrt 3 and times 4.303: 4.479.
@@ -347,7 +395,8 @@ def test_the_table_has_means_of_seeds_with_students_interval(tmp_path):
     (None, ["--seconds", "0"], "--seconds"),
     ("{}", [], "claim.json"),
     ("[", [], "claim.json"),
-    ('{"seconds": 3}', ["--seconds", "4"], "--seconds"),
+    ('{"seconds": 3, "steps": {}, "runs": {}}', ["--seconds", "4"], "--seconds"),
+    ('{"seconds": 100, "steps": {}, "runs": {"old": {}}}', [], "claim.json"),
 ])
 def test_bad_input_gets_one_line_that_names_it(toy, tmp_path, capsys, content, flags, named):
     if content is not None:

@@ -196,6 +196,32 @@ def test_the_bars_are_sums_over_what_a_view_allows():
             assert exact == 0
 
 
+def test_the_distributions_are_of_a_mixture_whose_component_is_common_to_the_channels():
+    """In numpy from the logistic function: masses of bins, of which the first and the last are
+    open; each channel given those before, by Bayes; and cut to an interval, scaled to sum to 1."""
+    top = lesson.LEVELS - 1
+    weights = np.array([weight for weight, _, _ in lesson.COMPONENTS])
+
+    def bins(channel):  # (components, levels)
+        edges = np.concatenate([[-np.inf], np.arange(top) + 0.5, [np.inf]])
+        rows = [1 / (1 + np.exp(-(edges - means[channel]) / scale))
+                for _, means, scale in lesson.COMPONENTS]
+        return np.diff(rows, axis=1)
+
+    dark, light = lesson.RED
+    for before in ((), (dark,), (light,), (dark, lesson.GREEN)):
+        joint = weights * math.prod(bins(c)[:, level] for c, level in enumerate(before))
+        expected = joint @ bins(len(before)) / joint.sum()
+        np.testing.assert_allclose(lesson.masses(before), expected, rtol=1e-3, atol=1e-6)
+    lo, hi = lesson.LEFT
+    expected[:lo], expected[hi + 1 :] = 0, 0  # of blue
+    np.testing.assert_allclose(
+        lesson.masses(before, lesson.LEFT), expected / expected.sum(), rtol=1e-3, atol=1e-6)
+    # Controls: the last bin has more than its neighbour, and red tells green's component.
+    assert lesson.masses(())[top] > lesson.masses(())[top - 1]
+    assert lesson.masses((dark,)).argmax() != lesson.masses((light,)).argmax()
+
+
 def test_the_views_are_of_one_image_and_the_picture_is_written(tmp_path):
     """Means of 2x2 blocks, and of 4x4; gray has one shade a pixel."""
     (_, x), (_, half), (_, quarter), (_, gray) = lesson.views()
@@ -205,7 +231,7 @@ def test_the_views_are_of_one_image_and_the_picture_is_written(tmp_path):
     assert np.ptp(gray, axis=2).max() == 0 and set(np.unique(gray)) <= set(range(0, 256, 17))
     lesson.draw(tmp_path / "lesson.png")
     picture = np.array(Image.open(tmp_path / "lesson.png").convert("RGB"))
-    assert picture.shape == (1040, 1800, 3)
+    assert picture.shape == (1630, 1800, 3)
     for colour in (lesson.SEEN, lesson.NOW):
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (picture == rgb).all(2).sum() > 1000

@@ -2172,7 +2172,7 @@ def save_picture(path, rows, labels, columns=8):
     columns = min(n, columns)
     enlarge, gap = math.ceil(512 / (columns * max(tall, wide))), 4
     tall, wide = enlarge * tall, enlarge * wide
-    font = ImageFont.load_default(14)
+    font = ImageFont.load_default(max(14, columns * wide // 36))  # grows with the picture
     left = 3 * gap + math.ceil(max(font.getlength(label) for label in labels))
     groups, group_height = math.ceil(n / columns), len(rows) * (tall + gap) + 2 * gap
     picture = Image.new("RGB", (left + columns * (wide + gap), groups * group_height), "white")
@@ -3197,7 +3197,7 @@ def command_sample(args):
         raise Problem("--shift: --mode map draws no values, so there is no variance to change")
     if args.given:
         return tool("given").command(args)
-    for name in ("view", "reduce", "answers", "rows"):
+    for name in ("view", "reduce", "answers", "rows", "candidates"):
         if getattr(args, name) is not None:
             raise Problem(f"--{name}: goes with --given, the images that it is about")
     model, seed, n = load(args.run, args.device), args.seed or 0, args.n or 16
@@ -3302,6 +3302,8 @@ FLAGS = {
                "(default: the one next to X)", dict(type=int, metavar="K")),
     "--rows": ("sample", "complete images X of --given, of which the first R rows are kept",
                dict(type=COUNT, metavar="R")),
+    "--candidates": ("sample", "with --rows: of each coarser view, of which one is chosen "
+                     "(default 8)", dict(type=COUNT, metavar="N")),
     "--answers": ("sample", "how many for each of --given (default 1)",
                   dict(type=COUNT, metavar="A")),
     "--naive": ("sample", "by a pass of the network for every pixel", YES),

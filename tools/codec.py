@@ -118,6 +118,22 @@ def decompress(model, words, tight=True, show=None):
     return code(model, coders, [None] * len(model.factors), tight, show)
 
 
+class Ideal:
+    """In place of a coder: adds up -log2 of the probabilities that it is told, not rounded."""
+
+    bits = 0.0
+
+    def encode(self, levels, kind, table):
+        self.bits -= float(np.log2(np.take_along_axis(table, levels[:, None], 1)).sum())
+
+
+def ideal_bits(model, x, tight=True):
+    """Images, uint8 (N, 3, H, W) -> [bits that an ideal coder would need of each]."""
+    coders = [Ideal() for _ in x]
+    code(model, coders, model.views_of(x), tight, None)
+    return [coder.bits for coder in coders]
+
+
 # --- Files -------------------------------------------------------------------------------------
 
 # Magic, mark of the model; the image's CRC, height and width; tight. Then come the words, of the

@@ -14,26 +14,30 @@ weights (importance resampling), which comes the closer to p(X | its known rows)
 """
 import dataclasses
 import math
+import time
 
 import numpy as np
 import torch
 
 from pixelaux import Draw, noise_for, sample_fast, sample_naive
 
-CANDIDATES = 8  # for each view but X, where rows are known
 MARGIN = 64  # rows of a view that neighbouring bands share: about as far as a light network looks
-
+# To draw a pixel of a large image takes some 3 (light networks) to 10 times its share of a pass
+# over a small image: see `seconds_for`.
+PASSES = 6.0
 
 
 @dataclasses.dataclass
 class How:
-    """How pixels are drawn: flags of `sample`. show: is called with the number of pixels done."""
+    """How pixels are drawn: flags of `sample`. candidates: for each view but X, where rows are
+    known. show: is called with the number of pixels done."""
 
     seed: int
     mode: str
     shift: float
     tight: bool
     naive: bool
+    candidates: int
     show: object
 
 
@@ -104,15 +108,42 @@ def draw_view(model, k, x_hat, numbers, how, known=None, rows=0):
     return x
 
 
-def pixels_of(model, k, rows):
-    """How many pixels are drawn for an answer to an image of view k, or to `rows` rows of X."""
-    pixels = 0
-    for view in model.views if rows else model.views[k + 1 :]:
+def pixels_of(model, k, rows, candidates):
+    """How many pixels of each view are drawn, coarsest first, for an answer to an image of view k,
+    or to `rows` rows of X."""
+    pixels = []
+    for j, view in enumerate(model.views):
         height, width = view.shape[1:]
         upper = rows * height // model.config.size[0]
-        candidates = CANDIDATES if rows and view is not model.views[-1] else 1
-        pixels += candidates * (height - upper) * width
+        copies = candidates if rows and view is not model.views[-1] else 1
+        pixels.append(copies * (height - upper) * width if rows or j > k else 0)
     return pixels
+
+
+def seconds_for(model, pixels, naive=False):
+    """About how long it takes to draw `pixels` of each view, as the time of a pass over a small
+    image tells it. Right to a factor of two or so."""
+    seconds = 0.0
+    for factor, count in zip(model.factors, pixels, strict=True):
+        if count:
+            share = pass_seconds(factor)
+            height, width = factor.view.shape[1:]
+            seconds += count * share * (height * width if naive else PASSES)
+    return seconds
+
+
+def pass_seconds(factor, least=48):
+    """Seconds for a pixel in a pass over an image of about least x least pixels."""
+    side, psi = factor.multiple * math.ceil(least / factor.multiple), factor.view.psi
+    x, x_hat = factor.a_weight.new_zeros((1, factor.view.shape[0], side, side)).byte(), None
+    if psi is not None:
+        x_hat = x.new_zeros((1, psi.channels_out, side // psi.cell, side // psi.cell))
+    times = []
+    for _ in range(3):  # the first one prepares kernels
+        start = time.perf_counter()
+        factor.params(x, factor.embeddings(x_hat)).sum().item()
+        times.append(time.perf_counter() - start)
+    return min(times) / side**2
 
 
 def answer(model, x, k, answers, how):
@@ -124,28 +155,39 @@ def answer(model, x, k, answers, how):
 
 
 def complete(model, x, rows, answers, how):
-    """(all views for images X of which the first `rows` rows are kept, as `answer` has them; lines
-    on the candidates of each view)."""
+    """(all views for images X of which the first `rows` rows are kept, as `answer` has them; a line
+    that tells whether they are drawn from p(X | these rows))."""
     known = [view.repeat(answers, 1, 1, 1) for view in model.views_of(x)]
-    n, views, told = len(known[0]), [], []
+    n, views, effective = len(known[0]), [], []
     for k, factor in enumerate(model.factors):
         upper = rows * model.views[k].shape[1] // x.shape[2]
         last = k == len(model.factors) - 1
-        count = 1 if last else CANDIDATES  # of this view for each image
+        count = 1 if last else how.candidates  # of this view for each image
         if k > 0:
-            weights = log_weights(factor, known[k], views[-1], upper, how).view(n, CANDIDATES)
+            weights = log_weights(factor, known[k], views[-1], upper, how).view(n, how.candidates)
             uniform = noise_for(how.seed, len(model.factors) + k, range(n), (1, 1, count))
             uniform = uniform[:, 0, 0].contiguous()
-            chosen, effective = choose(weights, uniform.to(model.device))
-            name = model.views[k - 1].name
-            told.append(f"approximate: {name} is one of {CANDIDATES} candidates, drawn by "
-                        "p(the rows that are kept | it); effective are "
-                        f"{float(effective.mean()):.1f} of them (1: its rows may fit badly)")
+            chosen, numbers = choose(weights, uniform.to(model.device))
+            effective.append(float(numbers.mean()))
             views = [view[chosen] for view in views]
         x_hat = views[-1] if views else None
         copies = known[k].repeat_interleave(count, 0)
         views.append(draw_view(model, k, x_hat, torch.arange(n * count), how, copies, upper))
-    return views, told
+    return views, told_of(model, rows, effective, how)
+
+
+def told_of(model, rows, effective, how):
+    """Whether a completion is exact. effective: how many candidates are, by view, coarsest
+    first."""
+    if effective:
+        numbers = ", ".join(f"{number:.1f}" for number in effective)
+        return (f"approximate: of each coarser view one of {how.candidates} candidates is drawn, "
+                f"by p(the {rows} rows that are kept | it); effective are {numbers} of them (near "
+                "1: it may fit badly; --candidates N: more)")
+    _, band, margin = bands_of(model, 0)
+    if margin:
+        return f"approximate: drawn in bands of {band} rows, each of which sees {margin} rows above"
+    return f"exact: the other rows are drawn from p(X | the {rows} rows that are kept)"
 
 
 def log_weights(factor, known, candidates, rows, how):

@@ -97,7 +97,10 @@ class Source:
         return self.model.sample(n, self.seed + add, tight=tight, progress=self.count, **options)
 
     def name(self, k):
-        return self.views[k].name
+        """A view's name in labels: of gray, which has few levels, with the bits of a pixel."""
+        view = self.views[k]
+        bits = f"{(view.levels - 1).bit_length()}-bit " if view.label == "gray" else ""
+        return bits + view.name
 
     def colours(self, x, k=-1):
         """Images of view k, uint8 (N, C, H, W) -> (N, H, W, 3), the highest level being 255."""
@@ -115,7 +118,7 @@ def planned(source):
         ("fig6-scales", scales),
     ]
     for k in source.small:
-        view = source.name(k).replace(" ", "-")
+        view = source.views[k].name.replace(" ", "-")
         figures.append((f"upscaled-{view}", functools.partial(upscaled, k=k)))
     if not source.small:
         figures.append(("upscaled", upscaled))
@@ -158,8 +161,8 @@ def gray_and_colour(source):
 def colourised(source):
     if source.gray is None:
         raise NotMade(NO_GRAY)
-    bits = (source.views[source.gray].levels - 1).bit_length()
-    caption = f"Fig. 3: test images colourised, by samples given their {bits}-bit gray"
+    gray = source.name(source.gray)
+    caption = f"Fig. 3: test images colourised, by samples given their {gray}"
     return completed(source, source.gray, caption)
 
 
@@ -233,7 +236,7 @@ def scales(source):
     rows = []
     for i in range(n):
         rows.append((f"sample {i + 1}", [images[i] for images in views]))
-    names = [view.name for view in source.views]
+    names = [source.name(k) for k in range(len(source.views))]
     caption = "Fig. 6: samples at all scales, each given the one on its left"
     return Figure(caption, rows, "sampled", names)
 

@@ -1,6 +1,6 @@
 """One's own pictures, of any size, doubled, colourised or completed: `sample RUN --given ..`."""
-import collections
 import dataclasses
+import hashlib
 import math
 import pathlib
 import re
@@ -18,7 +18,8 @@ from pixelaux import (
 @dataclasses.dataclass
 class Given:
     """Images x of view k of a model of their size; k is X's if rows of X are given. original: X,
-    uint8 (n, C, H, W), if it is known. size: (H, W) of X without what was padded."""
+    uint8 (n, C, H, W), if it is known. size: (H, W) of X without what was padded. name: of no other
+    images, so that no result takes the place of another."""
 
     name: str
     model: object
@@ -28,15 +29,23 @@ class Given:
     size: tuple
 
 
+def name_of(path, images):
+    """The file's stem, and 6 hexadecimal digits of what it holds: others may have that stem."""
+    content = f"{images.shape}".encode() + images.tobytes()
+    return f"{path.stem}-{hashlib.blake2b(content, digest_size=3).hexdigest()}"
+
+
 def from_arrays(args, model):
     """Images of the test set or of a .npy file, of the trained size: X, or a view as it is."""
     finest = len(model.views) - 1
     if args.given == "test":
-        images = run_data(args, model).test
+        images, name = run_data(args, model).test[: args.n or 16], "test"
     else:
         images = read_npy(args.given, channels={view.shape[0] for view in model.views})
-    x = to_tensor(images[: args.n or 16])
-    name, size, shape = pathlib.Path(args.given).stem, model.config.size, tuple(x.shape[1:])
+        images = images[: args.n or 16]
+        name = name_of(pathlib.Path(args.given), images)
+    x = to_tensor(images)
+    size, shape = model.config.size, tuple(x.shape[1:])
     if shape == model.views[-1].shape:
         check_rows(args, model, size[0])
         k = finest - 1 if args.view is None else args.view
@@ -78,12 +87,11 @@ def from_picture(args, model, path):
     if tuple(x.shape[1:]) != view.shape or int(x.max()) >= view.levels:
         raise Problem(f"--given {path}: no picture is {view.name} of {view.levels} levels as it "
                       "is; --reduce makes it of X")
-    return Given(path.stem, fitting, x, k, original, (scale * height, scale * width))
+    return Given(name_of(path, image), fitting, x, k, original, (scale * height, scale * width))
 
 
 def pictures_in(folder):
-    """Paths of the image files in a folder, by name. Raises Problem if there is none, or if two
-    would have results of one name."""
+    """Paths of the image files in a folder, by name. Raises Problem if there is none."""
     from PIL import Image
 
     endings, is_data = Image.registered_extensions(), tool("images").is_data
@@ -91,9 +99,6 @@ def pictures_in(folder):
     paths = [path for path in paths if path.suffix.lower() in endings and path.is_file()]
     if not paths:
         raise Problem(f"--given {folder}: no image files there")
-    for stem, times in collections.Counter(path.stem for path in paths).items():
-        if times > 1:
-            raise Problem(f"--given {folder}: {times} images are called {stem}; rename them")
     return paths
 
 
@@ -105,6 +110,9 @@ def check_flags(args, model):
         raise Problem("--rows: it is X that is completed; leave --view and --reduce out")
     if not finest and not args.rows:
         raise Problem("--given: this model has no view to begin with; --rows R completes X")
+    if args.candidates and not (args.rows and finest):
+        raise Problem("--candidates: goes with --rows and a model of several views; a model of X "
+                      "alone needs none")
 
 
 def check_rows(args, model, height):
@@ -160,27 +168,40 @@ def kinds_of(given, views, answers, rows):
         kinds["given"] = shown(finest, given.x)
         kinds["given"][:, rows:] = 128
     else:
-        kinds[f"{cropped(given, given.k, given.x)[1]} given"] = shown(given.k, given.x)
+        view, name = given.model.views[given.k], cropped(given, given.k, given.x)[1]
+        bits = f"{(view.levels - 1).bit_length()}-bit " if view.label == "gray" else ""
+        kinds[f"{bits}{name} given"] = shown(given.k, given.x)
     for a, x in enumerate(views[-1].chunk(answers)):
         kinds["answer" if answers == 1 else f"answer {a + 1}"] = shown(finest, x)
     return kinds
 
 
-def save_columns(path, kinds, least=128):
-    """A PNG of images side by side, as large as the last one, under their labels. kinds: {label:
-    uint8 (h, w, 3)}. Pixels are repeated, the more of them where it is lower than `least`."""
+def save_columns(path, kinds):
+    """A PNG of images under their labels, as large as the last one: side by side, or wide ones one
+    below the other. kinds: {label: uint8 (h, w, 3)}. Pixels are repeated, until the longer side is
+    256 px or more; the text grows with the picture."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = list(kinds.values())[-1].shape[:2]
-    enlarge, gap, line = math.ceil(least / height), 4, 24
-    size, font = (enlarge * width, enlarge * height), ImageFont.load_default(14)
-    column = max(size[0], *(math.ceil(font.getlength(label)) for label in kinds)) + gap
-    picture = Image.new("RGB", (gap + len(kinds) * column, line + size[1] + gap), "white")
+    enlarge, gap, below = math.ceil(256 / max(height, width)), 6, width > 2 * height
+    size = (enlarge * width, enlarge * height)
+
+    def widest(font):
+        return max(math.ceil(font.getlength(label)) for label in kinds)
+
+    least = ImageFont.load_default(14)
+    across = size[0] * (1 if below else len(kinds))
+    fitting = int(14 * 0.9 * size[0] / widest(least))  # narrower than an image
+    font = ImageFont.load_default(max(14, min(across // 36, fitting)))
+    column, line = max(size[0], widest(font)) + gap, math.ceil(1.7 * font.size)
+    row = line + size[1] + gap
+    columns, rows = (1, len(kinds)) if below else (len(kinds), 1)
+    picture = Image.new("RGB", (gap + columns * column, rows * row), "white")
     for i, (label, image) in enumerate(kinds.items()):
-        left = gap + i * column
-        ImageDraw.Draw(picture).text((left, line // 2), label, "black", font, anchor="lm")
+        left, top = gap + (i % columns) * column, (i // columns) * row
+        ImageDraw.Draw(picture).text((left, top + line // 2), label, "black", font, anchor="lm")
         tile = Image.fromarray(image).resize(size, Image.Resampling.NEAREST)
-        picture.paste(tile, (left, line))
+        picture.paste(tile, (left, top + line))
     save_png(path, picture)
 
 
@@ -226,24 +247,43 @@ def result_name(args, given, tight):
         args.naive and "naive", args.shift and f"shift{args.shift:g}", f"given-{given.name}",
         args.view is not None and f"view{args.view}",
         args.reduce and "reduced", args.rows and f"rows{args.rows}",
+        args.candidates and f"candidates{args.candidates}",
         args.answers and f"answers{args.answers}", tight)
+
+
+def draw(args, given, tight):
+    """The answers to what is given: (their views, a line that tells how exact they are, or "")."""
+    drawing, answers, candidates = tool("drawing"), args.answers or 1, args.candidates or 8
+    pixels = drawing.pixels_of(given.model, given.k, args.rows or 0, candidates)
+    pixels = [answers * len(given.x) * count for count in pixels]
+    with evaluating(given.model):
+        seconds = drawing.seconds_for(given.model, pixels, args.naive)
+        if seconds > 20:  # less is not worth a line
+            about = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+            print(f"{given.name}: {sum(pixels):,} pixels are drawn, in about {about}", flush=True)
+        bar = progress_bar(total=sum(pixels), unit="pixel", unit_scale=True, delay=0.3)
+
+        def show(pixels):
+            if not bar.n:
+                bar.unpause()  # the rate is that of drawing, without what is prepared for it
+            bar.update(pixels)
+
+        how = drawing.How(
+            args.seed or 0, args.mode, args.shift, tight, args.naive, candidates, show)
+        with bar:
+            if args.rows:
+                return drawing.complete(given.model, given.x, args.rows, answers, how)
+            return drawing.answer(given.model, given.x, given.k, answers, how), ""
 
 
 def command(args):
     """`sample RUN --given ..`."""
-    model, drawing, answers = load(args.run, args.device), tool("drawing"), args.answers or 1
+    model = load(args.run, args.device)
     check_flags(args, model)
     tight = model.config.tight if args.tight is None else args.tight
     word = tight != model.config.tight and ("tight" if tight else "no-tight")
     for given in sources(args, model):
-        total = drawing.pixels_of(given.model, given.k, args.rows or 0)
-        total *= answers * len(given.x)
-        bar = progress_bar(total=total, unit="pixel", unit_scale=True, delay=0.3)
-        how = drawing.How(args.seed or 0, args.mode, args.shift, tight, args.naive, bar.update)
-        with bar, evaluating(given.model):
-            if args.rows:
-                views, told = drawing.complete(given.model, given.x, args.rows, answers, how)
-            else:
-                views, told = drawing.answer(given.model, given.x, given.k, answers, how), []
-        print(*told, sep="\n", end="\n" if told else "")
+        views, told = draw(args, given, tight)
+        if told:
+            print(told)
         save(args, given, views, result_name(args, given, word))

@@ -1,4 +1,4 @@
-"""What the outputs of a network see: is it causal, is it blind anywhere? In words, and a picture.
+"""What the outputs of a network see: is it causal, is it blind anywhere?
 
 By Eq. 1 an output may see the pixels before it, in raster order, and no others; and it should see
 all of them, as far as it looks. Gradients tell: an output sees a pixel if at one of several random
@@ -18,11 +18,10 @@ reach* that does not arrive is a blind spot, "?": the model is valid, but poorer
 but not from the row above; and two streams may end at different columns.)
 """
 import functools
-import textwrap
 
 import torch
 
-from pixelaux import Problem, progress_bar, tool, write_atomically
+from pixelaux import Problem, progress_bar
 
 ATTEMPTS = 20  # at most, each with two inputs
 
@@ -50,8 +49,8 @@ class Sight:
     """What each output of a network sees. Outputs and pixels are numbered in raster order; tables
     of them are bool (outputs, pixels).
 
-    network: (N, C, H, W) -> (N, P, H, W). order: the P parameters of an output are in C equal
-    groups, and group c may see the channels before c of its own pixel, too.
+    network: (N, C, H, W) -> (N, P, H, W). order: the P parameters of an output are C groups of
+    P / C, and group c may see the channels before c of its own pixel, too.
     Raises Problem where gradients are not finite.
     """
 
@@ -65,9 +64,11 @@ class Sight:
         self.look()
 
         number = torch.arange(self.pixels)
-        self.touched = self.seen & (number >= number[:, None])  # by what is forbidden
-        if order:  # `channel_order` looks at an output's own pixel
-            self.touched.fill_diagonal_(False)
+        own = ~self.allowed_of_its_own()
+        after = (number > number[:, None])[:, None, None]
+        itself = (number == number[:, None])[:, None, None]
+        self.forbidden = self.by_channel & (after | itself & own[:, :, None])
+        self.touched = self.forbidden.any(1).any(1)
 
     def look(self):
         """Try inputs until they add nothing; then again, for the outputs that are blind."""
@@ -89,6 +90,7 @@ class Sight:
         """Add to `by_channel` what the outputs see at the inputs of an attempt."""
         x = random_inputs(self.shape, number, self.dtype).requires_grad_()
         y = self.network(x * 1)  # not x itself: it may be changed in place
+        self.parameters = y.shape[1]
         # A random combination of the parameters: their gradients do not cancel.
         y = y * random_inputs(y.shape[1:], ATTEMPTS + number, y.dtype)
         y = y.unflatten(1, (self.groups, -1)).sum(2).flatten(2)  # (2, groups, outputs)
@@ -96,6 +98,19 @@ class Sight:
             for group in range(self.groups):
                 grad = gradient(y[:, group, i].sum(), x)
                 self.by_channel[i, group] |= (grad != 0).any(0).flatten(1)
+
+    def allowed_of_its_own(self):
+        """Which channels of its own pixel each group may see, bool (groups, C)."""
+        return torch.ones(self.by_channel.shape[1:3], dtype=torch.bool).tril(-1) & self.order
+
+    def only_the_blind_spot(self):
+        """Are all blind outputs blind above and to the right alone, the neighbour there excepted?
+        (A single stack of right masks is; what does not see its neighbours has another fault.)"""
+        number = torch.arange(self.pixels)
+        row, column = number // self.width, number % self.width
+        up, right = row[:, None] - row, column - column[:, None]
+        spot = (up > 0) & (right > 0) & (up + right > 2)
+        return not (self.blind & ~spot).any()
 
     def reach_of(self, i):
         """What is within reach of output i, bool (pixels,): see the top of the file."""
@@ -117,14 +132,20 @@ class Sight:
         counts = table.sum(1)
         return middle if counts[middle] or not counts.any() else int(counts.argmax())
 
+    @functools.lru_cache(maxsize=1)  # `causal` and the picture ask for the same output
     def strengths(self, i):
-        """The largest |gradient| of a parameter of output i by each sub-pixel, (C, pixels)."""
-        x = [random_inputs(self.shape, attempt, self.dtype) for attempt in range(ATTEMPTS)]
+        """The largest |gradient| of a parameter of each group of output i by each sub-pixel,
+        (groups, C, pixels)."""
+        attempts = max(2, ATTEMPTS * 100 // max(100, self.parameters))  # 768 of them take time
+        x = [random_inputs(self.shape, attempt, self.dtype) for attempt in range(attempts)]
         x = torch.cat(x).requires_grad_()
-        largest = torch.zeros(self.shape, dtype=self.dtype)
-        for parameter in self.network(x * 1).flatten(2)[:, :, i].sum(0):
-            largest = torch.maximum(largest, gradient(parameter, x).abs().amax(0))
-        return largest.flatten(1)
+        y = self.network(x * 1).flatten(2)[:, :, i].sum(0).view(self.groups, -1)
+        largest = torch.zeros(self.groups, *self.shape, dtype=self.dtype)
+        for of_group, parameters in zip(largest, y):
+            for parameter in parameters:
+                grad = gradient(parameter, x).abs().amax(0)
+                torch.maximum(of_group, grad, out=of_group)
+        return largest.flatten(2)
 
     def place(self, i):
         return f"({i // self.width}, {i % self.width})"
@@ -143,10 +164,19 @@ class Sight:
 # --- Questions: each -> (does it hold, what was found) -----------------------------------------
 
 
-def answers(sight):
-    """[(name of a question, does it hold, what was found, in lines)]"""
+def answers(sight, claimed=True):
+    """[(name of a question, "OK", "BLIND" or "FAILS", what was found, in lines)]. claimed: each
+    group must see the channels before its own; otherwise it may."""
     found = [("causal", *causal(sight)), ("sees all before it", *sees_all(sight))]
-    return [*found, ("order of the channels", *channel_order(sight))] if sight.order else found
+    if sight.order:
+        found.append(("order of the channels", *channel_order(sight, claimed)))
+    answers = []
+    for name, holds, text in found:
+        verdict = "OK" if holds else "FAILS"
+        if name == "sees all before it" and not holds and sight.only_the_blind_spot():
+            verdict = "BLIND"
+        answers.append((name, verdict, text))
+    return answers
 
 
 def causal(sight):
@@ -156,38 +186,52 @@ def causal(sight):
     if touched == 0:
         return True, f"none of {sight.pixels:,} outputs is touched by a pixel {after} it"
     i = sight.example(sight.touched)
-    strengths = sight.strengths(i).amax(0).masked_fill(~sight.touched[i], 0)
+    strengths = sight.strengths(i).masked_fill(~sight.forbidden[i], 0).amax((0, 1))
     pixel = int(strengths.argmax())
-    return False, (
-        f"output {sight.place(i)} is touched by pixel {sight.place(pixel)}, gradient "
-        f"{strengths[pixel]:.2g}\nit is touched by pixels at offsets "
-        f"{sight.offsets(i, sight.touched[i])}; {touched} of {sight.pixels:,} outputs are touched"
-        f"{diagnosis(sight, i)}")
+    lines = [f"output {sight.place(i)} is touched by pixel {sight.place(pixel)}, gradient "
+             f"{strengths[pixel]:.2g}; {touched} of {sight.pixels:,} outputs are touched"]
+    if sight.touched[i].sum() > 1:
+        lines.append(f"it is touched by pixels at offsets {sight.offsets(i, sight.touched[i])}")
+    return False, "\n".join([*lines, *diagnosis(sight, i)])
 
 
 def diagnosis(sight, i):
-    """Of which mistake it is a sign that output i sees what it sees."""
+    """[of which mistake it is a sign that output i sees what it sees], if that is known."""
     row, column = divmod(i, sight.width)
     rows, columns = sight.seen[i].view(sight.height, sight.width).nonzero().T
     by_columns = (columns < column) | ((columns == column) & (rows < row))
-    if not sight.touched[i, i + 1 :].any() and not sight.order:
-        return "\nit sees itself: the first layer must leave its centre out (mask A, not B)"
+    if not sight.touched[i, i + 1 :].any():
+        if excused(sight):
+            return ["only the channels before its own: with --channel-order that is right"]
+        if torch.equal(sight.forbidden[i, :, :, i], ~sight.allowed_of_its_own()):
+            return ["it sees itself: the first layer must leave its centre out (mask A, not B)"]
+        return []
     if not sight.seen[i, :i].any():
-        return "\nit sees nothing that comes before it: the mask is the wrong way round"
+        return ["it sees nothing that comes before it: the mask is the wrong way round"]
     if by_columns.all():
-        return "\nit sees column by column: rows and columns are exchanged"
-    if sight.seen[i, :i].any() and rows.max() - row == row - rows.min():
-        return "\nit sees as far down as up: no mask is at work"
-    return ""
+        return ["it sees column by column: rows and columns are exchanged"]
+    if sight.seen[i, :-1].all():  # the last pixel may be read by none
+        return ["it sees the whole image: no mask, or a normalisation over pixels or the batch"]
+    if rows.max() - row == row - rows.min():
+        return ["it sees as far down as up: no mask is at work"]
+    return []
+
+
+def excused(sight):
+    """Is what outputs see of their own pixel right by the order of the channels?"""
+    channels = sight.shape[0]
+    if sight.order or channels == 1 or sight.parameters % channels:
+        return False
+    ordered = Sight(sight.network, sight.shape, True, sight.dtype)
+    return not ordered.touched.any()
 
 
 def sees_all(sight):
     """Does every earlier pixel within reach arrive?"""
-    blind = int(sight.blind.any(1).sum())
     i = sight.example(sight.blind)
+    row, column = divmod(i, sight.width)
     place = sight.place(i)
-    if blind == 0:
-        row, column = divmod(i, sight.width)
+    if not sight.blind.any():
         rows, columns = sight.reach[i].view(sight.height, sight.width).nonzero().T.tolist()
         up, left = row - min([row, *rows]), column - min([column, *columns])
         right = max([column, *columns]) - column
@@ -195,105 +239,37 @@ def sees_all(sight):
                       f"rows up, {left} columns to the left and {right} to the right")
     if not sight.seen[i, :i].any():
         return False, f"output {place} sees no pixel that comes before it"
-    return False, (
-        f"blind spot: output {place} does not see earlier pixels at offsets "
-        f"{sight.offsets(i, sight.blind[i])}\n{blind} of {sight.pixels:,} outputs are blind: a "
-        "valid model still, but a second stream, of the rows above, would see more")
+    text = f"output {place} does not see earlier pixels at offsets "
+    text += sight.offsets(i, sight.blind[i])
+    if sight.only_the_blind_spot():
+        means = "causal and a valid model, but it ignores these pixels"
+        if sight.touched.any():
+            means = "a single stack of masks has it"
+        return False, f"blind spot: {text}\n{means} (--blind-spot-ok: does not count)"
+    if column > 0 and sight.blind[i, i - 1] and sight.seen[i, i - column : i].any():
+        text += "\nnot its left neighbour, but others: has more than the first layer mask A?"
+    return False, text
 
 
-def channel_order(sight):
-    """Does group c see the channels before c of its own pixel, and no others?"""
+def channel_order(sight, claimed=True):
+    """Does group c see no channels of its own pixel but those before c; if claimed, all these?"""
     own = sight.by_channel.diagonal(dim1=0, dim2=3).any(2)  # (groups, C)
-    before = torch.ones_like(own).tril(-1)
-    if torch.equal(own, before):
-        return True, "group c sees the channels before c of its own pixel, and no others"
+    before = sight.allowed_of_its_own()
     found = []
-    for group, channel in (own & ~before).nonzero().tolist():
-        found.append(f"group {group} is touched by channel {channel} of its own pixel")
-    for group, channel in (before & ~own).nonzero().tolist():
-        found.append(f"group {group} does not see channel {channel} of its own pixel")
+    for group in range(sight.groups):
+        if wrong := channels_in(own[group] & ~before[group]):
+            found.append(f"group {group} is touched by channel {wrong} of its own pixel")
+        if claimed and (missing := channels_in(before[group] & ~own[group])):
+            found.append(f"group {group} does not see channel {missing} of its own pixel")
     if torch.equal(own, before.T):
         found.append("the order of the channels is the wrong way round")
-    return False, "\n".join(found)
+    if found:
+        return False, "\n".join(found)
+    if not own.any():
+        return True, "no group sees a channel of its own pixel"
+    some = "the" if torch.equal(own, before) else "only some"
+    return True, f"group c sees {some} channels before c of its own pixel, and no others"
 
 
-def of_model(model, views):
-    """`causal` and `sees_all` of all networks of a model, given images of all its views."""
-    outputs = 0
-    for name, factor, x_hat in zip(model.names, model.factors, [None, *views]):
-        embeddings = [each[:1] for each in factor.embeddings(x_hat)]
-
-        def network(x):
-            """Of x (N, C, H, W), which need not be levels, and their plane of ones."""
-            planes = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-            return factor.net(planes, [each.expand(len(x), -1, -1, -1) for each in embeddings])
-
-        with torch.enable_grad():
-            sight = Sight(network, factor.view.shape, dtype=factor.a_weight.dtype)
-            for holds, found in (causal(sight), sees_all(sight)):
-                if not holds:
-                    return False, f"{name}: {found.splitlines()[0]}"
-        outputs += sight.pixels
-    return True, (f"{outputs:,} outputs of {len(views)} networks see every earlier pixel within "
-                  "reach, and no other")
-
-
-# --- The receptive field as a picture ----------------------------------------------------------
-
-
-def save_picture(sight, answers, what, path):
-    """A .png: what an output of the network `what` sees, should see and must not see."""
-    matplotlib = tool("curves").import_matplotlib()
-    from matplotlib.figure import Figure
-
-    faults = [found.splitlines()[0] for _, holds, found in answers if not holds]
-    faults = faults or ["causal, and sees every earlier pixel within reach"]
-    title = "\n".join([what, *(textwrap.fill(fault, 80) for fault in faults)])
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever style the user has chosen, LaTeX among it
-        figure = Figure(figsize=(6.4, 6), layout="constrained")
-        figure.suptitle(title, fontsize=10)
-        draw(figure, figure.subplots(), sight)
-        write_atomically(path, functools.partial(figure.savefig, dpi=120, format="png"))
-
-
-def draw(figure, axis, sight):
-    """The gradients of an output, one with a fault if there is any, as cells."""
-    from matplotlib import colormaps, colors
-    from matplotlib.patches import Patch, Rectangle
-
-    i = sight.example(sight.touched if sight.touched.any() else sight.blind)
-    strengths = sight.strengths(i).amax(0)
-    # White is for what is not seen at all; what is forbidden is red.
-    strengths = (strengths / strengths.max()).clamp(min=1e-3).masked_fill(~sight.seen[i], 0)
-    strengths = strengths.masked_fill(sight.touched[i], 0).view(sight.height, sight.width)
-    blues = colors.ListedColormap(colormaps["Blues"](range(80, 256)), under="white")
-    scale = colors.LogNorm(1e-3, 1)
-    picture = axis.imshow(strengths.numpy(), blues, scale, interpolation="nearest")
-    figure.colorbar(picture, label="gradient, largest = 1", shrink=0.7)
-
-    red = dict(facecolor="red", edgecolor="white")
-    hatched = dict(facecolor="white", edgecolor="dimgray", hatch="////")
-    frame = dict(facecolor="none", edgecolor="black", linewidth=2)
-
-    def mark(number, **style):
-        row, column = divmod(number, sight.width)
-        axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **style))
-
-    for number in range(sight.pixels):
-        mark(number, facecolor="none", edgecolor="lightgray", linewidth=0.3)
-        if sight.touched[i, number]:
-            mark(number, **red)
-        if sight.blind[i, number]:
-            mark(number, **hatched)
-    mark(i, **frame)
-    axis.legend(handles=[
-        Patch(label=f"output {sight.place(i)}", **frame),
-        Patch(label="earlier pixel that it sees", facecolor=blues(120)),
-        Patch(label="earlier pixel within reach, not seen", **hatched),
-        Patch(label="pixel that it sees and must not", **red),
-    ], loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8, frameon=False)
-    axis.set_xlabel("column")
-    axis.set_ylabel("row")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.yaxis.get_major_locator().set_params(integer=True)
+def channels_in(row):
+    return ", ".join(map(str, row.nonzero().flatten().tolist()))

@@ -15,7 +15,7 @@ from PIL import Image
 import pixelaux
 from pixelaux import build, CausalNet, Conv, Half, LogisticMixture, main, six_stages
 from test_pixelaux import names_used
-from tools import check, sight
+from tools import check, codec, promises, sight
 
 # --- Check: what an output sees ------------------------------------------------------------------
 
@@ -96,6 +96,34 @@ def test_a_stack_of_masked_convolutions_has_its_blind_spot(layers):
     holds, text = sight.sees_all(found)
     assert holds == (layers == 1) and ("blind spot" in text) != holds
     assert all(f"({i}, {j:+d})" in text for i, j in list(by_hand)[:5])
+    assert dict_of(found)["sees all before it"] == ("OK" if holds else "BLIND")
+    assert holds or "causal and a valid model" in text and "--blind-spot-ok" in text
+
+
+def dict_of(found, **more):
+    return {name: verdict for name, verdict, _ in sight.answers(found, **more)}
+
+
+@given(sizes=st.lists(st.sampled_from([1, 3, 5]), min_size=1, max_size=3), seed=st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+def test_a_stack_of_right_masks_of_any_size_is_blind_in_the_spot_or_nowhere(sizes, seed):
+    """Controls: with mask B first it is not causal; with mask A in every layer it does not see its
+    left neighbour, and that is not the blind spot."""
+    def masks(*kinds):
+        found = []
+        for side, kind in zip([3, *sizes], kinds):
+            number = torch.arange(side * side).view(side, side)
+            found.append(number < side * side // 2 + (kind == "B"))
+        return masked_stack(*found, seed=seed)
+
+    n = len(sizes)
+    right = dict_of(sight.Sight(masks("A", *n * "B"), (2, 6, 8)))
+    assert right["causal"] == "OK" and right["sees all before it"] in ("OK", "BLIND")
+    assert dict_of(sight.Sight(masks("B", *n * "B"), (2, 6, 8)))["causal"] == "FAILS"
+    found = sight.Sight(masks("A", *n * "A"), (2, 6, 8))
+    assert dict_of(found) == {"causal": "OK", "sees all before it": "FAILS"}
+    if sizes == [3]:
+        assert "mask A" in sight.sees_all(found)[1]
 
 
 @pytest.mark.parametrize("mask, missing", [
@@ -108,7 +136,8 @@ def test_a_neighbour_or_a_hole_that_is_not_read_is_blind(mask, missing):
     found = sight.Sight(masked_stack(mask), (2, 9, 9))
     blind = offsets_in(found.blind, 40, 9)
     assert blind == ({missing} if missing else set()) or missing in blind
-    assert sight.sees_all(found)[0] == (missing is None)
+    # A missing neighbour is not the blind spot, which --blind-spot-ok allows.
+    assert dict_of(found)["sees all before it"] == ("FAILS" if missing else "OK")
 
 
 @pytest.mark.parametrize("layout, size, look_right", [
@@ -149,7 +178,7 @@ def test_the_gradient_that_is_told_is_the_weight():
         weight[0, 0, 0], weight[0, 0, 2, 1] = 1.0, value  # row above, and the pixel below
         found = sight.Sight(lambda x: F.conv2d(x, weight, padding=1), (1, 5, 5))
         holds, text = sight.causal(found)
-        assert not holds and f"(2, 2) is touched by pixel (3, 2), gradient {value:.2g}\n" in text
+        assert not holds and f"(2, 2) is touched by pixel (3, 2), gradient {value:.2g}; " in text
         assert "20 of 25 outputs" in text
 
 
@@ -168,7 +197,7 @@ def test_mistakes_are_called_by_their_names(mistake):
     assert not holds and [name for name in MISTAKES if name in text] == [mistake]
     too_far = masked_stack(mask("xxx", "xxx", "..."))
     holds, text = sight.causal(sight.Sight(too_far, (2, 9, 9)))
-    assert not holds and "at offsets (0, 0), (0, +1); " in text
+    assert not holds and "at offsets (0, 0), (0, +1)" in text
     assert not any(name in text for name in MISTAKES)
     one_row_below = masked_stack(mask("xxxxx", "xxxxx", "xx...", "x....", "....."))
     holds, text = sight.causal(sight.Sight(one_row_below, (2, 9, 9)))
@@ -194,14 +223,31 @@ def ordered(reads):
     ([[1, 2], [2], []], ["group 0 is touched by channel 1", "wrong way round"]),
 ])
 def test_the_order_of_channels(reads, expected):
-    """Right, one too many, one too few, and reversed. Without the claim, any own pixel is too
-    many."""
-    claimed = sight.Sight(ordered(reads), (3, 3, 4), order=True)
-    holds, text = sight.channel_order(claimed)
+    """Right, one too many, one too few, and reversed. Where the order is allowed but not claimed,
+    one too few is right. Without groups, any own pixel is too many; but where the order would make
+    it right, that is said."""
+    found = sight.Sight(ordered(reads), (3, 3, 4), order=True)
+    holds, text = sight.channel_order(found)
     assert holds == (not expected) and all(words in text for words in expected)
-    assert sight.causal(claimed)[0] and [name for name, *_ in sight.answers(claimed)][2:]
+    too_many = "touched" in "".join(expected)
+    assert sight.causal(found)[0] == sight.channel_order(found, claimed=False)[0] == (not too_many)
+    assert len(dict_of(found)) == len(dict_of(found, claimed=False)) == 3
     plain = sight.Sight(ordered(reads), (3, 3, 4))
-    assert not sight.causal(plain)[0] and len(sight.answers(plain)) == 2
+    holds, text = sight.causal(plain)
+    assert not holds and ("with --channel-order" in text) == (not too_many)
+    assert len(dict_of(plain)) == 2
+
+
+def test_the_gradient_of_what_a_group_must_not_see_is_told_and_not_another():
+    """Group 0 reads its own channel by 0.25; that group 2 reads channel 0 by 8 is right."""
+    def network(x):
+        y = ordered([[], [0], [0, 1]])(x)
+        return y + torch.stack([0.25 * x[:, 0], *4 * [0 * x[:, 0]], 8 * x[:, 0]], 1)
+
+    holds, text = sight.causal(sight.Sight(network, (3, 3, 4), order=True))
+    assert not holds and "gradient 0.25;" in text and "mask A" not in text
+    own = sight.Sight(masked_stack(B, channels=3), (3, 3, 4), order=True)
+    assert "mask A" in sight.causal(own)[1]  # control
 
 
 # --- Check: a network of one's own, from the command line ----------------------------------------
@@ -265,6 +311,22 @@ def undone(x):
     y += 1
     return z
 number = 3
+def by_channel(x):
+    first, both = x[:, 0], x[:, 0] + x[:, 1]
+    y = right(x) + torch.stack([0 * first, 0 * first, first, first, both, both], 1)
+    return y.unflatten(1, (3, 2)).transpose(1, 2)
+def independent(x): return right(x).unflatten(1, (3, 2)).transpose(1, 2)
+def sees_its_own(x): return one_off(x).unflatten(1, (3, 2)).transpose(1, 2)
+def reversed_channels(x): return by_channel(x.flip(1)).flip(2)
+def other_way(x): return by_channel(x).transpose(1, 2)
+def made(): return right
+normed = nn.Sequential(masked(0, 3, 8, 5), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, 6, 1))
+def calls_normed(x): return normed(x)
+grouped = nn.Sequential(masked(0, 3, 8, 5), nn.GroupNorm(2, 8))
+all_a = nn.Sequential(masked(0, 3, 8, 3), masked(0, 8, 8, 3))
+twice = nn.Sequential(masked(0, 3, 8, 5), nn.Conv2d(8, 6, 1)).double()
+zeroed = nn.Sequential(masked(0, 3, 8, 3), nn.Conv2d(8, 6, 1))
+nn.init.zeros_(zeroed[1].weight)
 '''
 BESIDE = '''
 import torch
@@ -302,13 +364,14 @@ def checking(capsys, *arguments):
 
 @pytest.mark.parametrize("name, failing", [
     ("right", []), ("one_off", ["causal"]), ("stack", ["sees all before it"]),
-    ("Built", []), ("function", [])])
+    ("Built", []), ("function", []), ("made", []), ("calls_normed", []), ("twice", []),
+    ("grouped", ["causal"]), ("all_a", ["sees all before it"])])
 def test_the_command_tells_what_is_wrong_with_a_network(networks, capsys, name, failing):
     """A module, a class and a function, in float64 or float32; status 1 if something is."""
     status, out, error = checking(capsys, f"own.py:{name}", "--shape", "3x6x7")
-    verdicts = {line[:27].strip(): line.split()[-1] for line in
-                [line[:35] for line in out if re.match(".{28}(OK|FAILS) ", line)]}
-    assert verdicts == {question: "FAILS" if question in failing else "OK"
+    verdicts = words_of(out)
+    bad = "BLIND" if name == "stack" else "FAILS"
+    assert verdicts == {question: bad if question in failing else "OK"
                         for question in ("causal", "sees all before it")}
     assert status == (1 if failing else 0)
     told = [f"pixelaux: own.py:{name} fails: {', '.join(failing)}"] if failing else []
@@ -317,8 +380,42 @@ def test_the_command_tells_what_is_wrong_with_a_network(networks, capsys, name, 
     assert out[-1].startswith(picture) and Image.open(picture).size[0] > 600
     if name == "one_off":
         assert "output (3, 3) is touched by pixel (3, 3), gradient 0." in out[0]
+    hint = {"grouped": "normalisation", "all_a": "mask A"}.get(name, "")
+    assert hint in "".join(out)
     if name == "stack":
         assert "output (3, 3) does not see earlier pixels at offsets (-1, +2)" in out[1]
+
+
+def words_of(lines):
+    """{question: its verdict} of the lines on stdout."""
+    found = [re.match("(.{27}) (OK|FAILS|BLIND|-) ", line) for line in lines]
+    return {each[1].strip(): each[2] for each in found if each}
+
+
+@pytest.mark.parametrize("name, passes", [
+    ("stack", True), ("right", True), ("one_off", False), ("all_a", False)])
+def test_a_blind_spot_may_be_allowed_and_nothing_else(networks, capsys, name, passes):
+    """With --blind-spot-ok it is told all the same; other pixels that are not seen still fail."""
+    status, out, error = checking(capsys, f"own.py:{name}", "--shape", "3x6x7", "--blind-spot-ok")
+    assert status == (0 if passes else 1) and bool(error) != passes
+    plain = checking(capsys, f"own.py:{name}", "--shape", "3x6x7")
+    assert plain[1] == out and plain[0] == (0 if name == "right" else 1)  # control
+    words = {"stack": "BLIND", "all_a": "FAILS"}
+    assert words_of(out)["sees all before it"] == words.get(name, "OK")
+
+
+@pytest.mark.parametrize("name, verdict, claimed", [
+    ("by_channel", "OK", "OK"), ("independent", "OK", "FAILS"), ("sees_its_own", "FAILS", "FAILS"),
+    ("reversed_channels", "FAILS", "FAILS")])
+def test_parameters_by_channel_tell_the_order_of_channels(networks, capsys, name, verdict, claimed):
+    """Outputs (N, P, C, H, W): each channel's may see those before it; with the flag, must."""
+    for more, expected in (((), verdict), (("--channel-order",), claimed)):
+        status, out, _ = checking(capsys, f"own.py:{name}", "--shape", "3x5x6", *more)
+        words = words_of(out)
+        assert words["order of the channels"] == expected and status == (expected == "FAILS")
+        assert words["causal"] == ("OK" if name in ("by_channel", "independent") else "FAILS")
+    if name == "sees_its_own":
+        assert "mask A" in "".join(out)
 
 
 def test_the_order_of_channels_from_the_command_line(networks, capsys):
@@ -334,10 +431,15 @@ WRONG = [
     ("own.py", "expected FILE.py:NAME"), ("own.py:", "own.py"), ("own.py:number", "'number'"),
     ("broken.py:net", "broken.py: cannot be imported: SyntaxError"),
     ("leaves.py:net", "leaves.py, line 2: cannot be imported: SystemExit: no data"),
-    ("own.py:Demanding", "Demanding() cannot be built without arguments: TypeError"),
-    ("own.py:smaller", "expected (2, P, 6, 7), got (2, 3, 5, 6)"),
+    ("own.py:Demanding", "Demanding() cannot be built without arguments (write net"),
+    ("own.py:smaller", "expected (2, P, 6, 7) or (2, P, 3, 6, 7), got (2, 3, 5, 6)"),
+    ("own.py:other_way", "expected (2, P, 6, 7) or (2, P, 3, 6, 7), got (2, 3, 2, 6, 7)"),
+    ("own.py:zeroed", "all weights of a layer 0"),
+    ("own.py:right --shape 1x6x7", "--shape CxHxW gives another"),
+    ("gone --blind-spot-ok", "--blind-spot-ok"),
     ("own.py:flat", "got (2, 6, 7)"), ("own.py:pair", "got a tuple"),
-    ("own.py:raising", "of an input (2, 3, 6, 7): KeyError: 'no such"),
+    ("own.py:raising",
+     "of an input (2, 3, 6, 7) (--shape CxHxW gives another): KeyError: 'no such"),
     ("own.py:untied", "no gradient"), ("own.py:detached", "no gradient"),
     ("own.py:embedded", "no gradient leads from any output to any pixel"),
     ("own.py:infinite", "not finite"), ("own.py:undone", "its gradients: RuntimeError"),
@@ -395,7 +497,7 @@ def test_the_picture_marks_what_is_seen_blind_and_forbidden(networks, capsys, mo
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
     found = sight.Sight(masked_stack(mask("xxx", "xx.", "x.."), B), (2, 7, 9))
-    sight.save_picture(found, sight.answers(found), "own.py:net", "net.png")
+    check.save_picture(found, sight.answers(found), "own.py:net", "net.png")
     (figure,) = figures
     axis = figure.axes[0]
     cells = {"red": set(), "hatched": set(), "frame": set()}
@@ -426,7 +528,7 @@ def test_the_picture_marks_what_is_seen_blind_and_forbidden(networks, capsys, mo
 # --- Check: a run --------------------------------------------------------------------------------
 
 PROMISES = ["causal", "normalised", "fast = naive", "psi(sample) = x_hat",
-            "sampler's pmfs = likelihood"]
+            "coded = likelihood"]
 
 
 def saved_small(out, name="pyramid", size=(8, 8), spoil=lambda model: None, **more):
@@ -450,8 +552,8 @@ def verdicts_of(lines):
     """{name of a check: does it hold} of the lines on stdout."""
     found = {}
     for line in lines:
-        if verdict := re.match("(.{27}) (OK   |FAILS)  .", line):
-            found[verdict[1].strip()] = verdict[2] == "OK   "
+        if verdict := re.match("(.{27}) (OK   |FAILS|-    )  .", line):
+            found[verdict[1].strip()] = {"O": True, "F": False, "-": None}[verdict[2][0]]
     return found
 
 
@@ -545,15 +647,68 @@ def reports_otherwise(monkeypatch):
     monkeypatch.setattr(pixelaux.PixelAux, "log_prob", lambda *args: log_prob(*args) + 1e-3)
 
 
+def codes_by_another_pmf(monkeypatch):
+    """As good as the right one within 1e-6, and decodable."""
+    pmf = codec.pmf
+
+    def other(*arguments):
+        table = pmf(*arguments)
+        return (1 - 1e-6) * table + 1e-6 / table.shape[1]
+
+    monkeypatch.setattr(codec, "pmf", other)
+
+
+def restores_otherwise(monkeypatch):
+    decompress = codec.decompress
+
+    def other(*arguments):
+        x = decompress(*arguments)
+        x[-1, -1, -1, -1] ^= 1
+        return x
+
+    monkeypatch.setattr(codec, "decompress", other)
+
+
+def wastes_words(monkeypatch):
+    """Three words that nobody needs."""
+    compress = codec.compress
+    monkeypatch.setattr(codec, "compress", lambda *arguments: [
+        np.append(words, np.zeros(3, np.uint32)) for words in compress(*arguments)])
+
+
+def test_bits_are_within_two_words_of_the_likelihood_and_what_is_ideal_is_it(tmp_path):
+    """Of images of a model's own: the bound that `check` relies on. Without --tight, too."""
+    model = pixelaux.load(saved_small(tmp_path / "run.pt"), "cpu").double()
+    x = model.sample(40, tight=True)[-1]
+    for tight in (True, False):
+        bits = -model.log_prob(x, tight).detach() / np.log(2)
+        ideal = torch.tensor(codec.ideal_bits(model, x, tight), dtype=torch.float64)
+        assert torch.allclose(ideal, bits, rtol=1e-11)
+    bits = -model.log_prob(x, True).detach() / np.log(2)
+    spent = torch.tensor([32.0 * len(words) for words in codec.compress(model, x)])
+    over = spent - bits
+    assert 0 < over.min() and over.max() <= 64
+    assert over.max() > 16  # control: it is not the ideal
+
+
+def test_without_constriction_the_rest_is_told_and_status_0(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "constriction", None)
+    status, out, error = checking(capsys, saved_small(tmp_path / "run.pt"))
+    expected = {**dict.fromkeys(PROMISES, True), "coded = likelihood": None}
+    assert (status, error) == (0, []) and verdicts_of(out) == expected
+    assert "constriction is missing" in out[-1]
+
+
 @pytest.mark.parametrize("sabotage, failing", [
     (lambda monkeypatch: None, set()),  # control
-    (reads_too_far, {"causal", "fast = naive", "sampler's pmfs = likelihood"}),
+    (reads_too_far, {"causal", "fast = naive", "coded = likelihood"}),
     (reads_too_far_everywhere, {"causal", "fast = naive", "psi(sample) = x_hat",
-                                "sampler's pmfs = likelihood"}),
+                                "coded = likelihood"}),
     (drops_a_mass, {"normalised"}), (loses_a_little, {"normalised"}),
     (another_formula_without_a_cut, {"normalised"}),
     (samples_otherwise, {"fast = naive"}), (cuts_too_wide, {"psi(sample) = x_hat"}),
-    (reports_otherwise, {"sampler's pmfs = likelihood"})])
+    (reports_otherwise, {"coded = likelihood"}), (codes_by_another_pmf, {"coded = likelihood"}),
+    (restores_otherwise, {"coded = likelihood"}), (wastes_words, {"coded = likelihood"})])
 def test_what_is_spoiled_fails_and_the_rest_is_told_all_the_same(
         tmp_path, monkeypatch, capsys, sabotage, failing):
     """Each break of a promise is found under its name; all lines are there, then status 1."""
@@ -578,10 +733,10 @@ def test_weights_that_see_nothing_to_the_left_are_blind(tmp_path, capsys):
 
     status, out, _ = checking(capsys, saved_small(tmp_path / "run.pt", spoil=spoil))
     assert status == 1 and verdicts_of(out) == {name: name != "causal" for name in PROMISES}
-    assert "8x8 | 4x4: blind spot" in out[1] and "(0, -1)" in out[1]
+    assert "8x8 | 4x4: output" in out[1] and "does not see" in out[1] and "(0, -1)" in out[1]
 
 
-@pytest.mark.parametrize("module", [check, sight])
+@pytest.mark.parametrize("module", [check, promises, sight])
 def test_check_takes_public_names_alone(module):
     used = names_used(pathlib.Path(module.__file__))
     assert used["pixelaux"]  # control

@@ -329,9 +329,10 @@ def test_labels_tell_views_shifts_and_what_is_given_and_sampled(quick, tmp_path)
         assert sum(text.startswith(f"Fig. {number}: ") for text in captions) == 1
     labels = {text.replace("\n", " ") for text in words}
     assert {f"shift {shift:.1f}" for shift in SHIFTS} <= labels
-    assert {"MAP", "MAP seed 4", "MAP seed 7", "gray 8x8 sampled", "8x8 sampled", "8x8 original",
-            "gray 8x8 given", "gray 4x4 given", "8x8 sampled with seed 4",
-            "8x8 sampled with seed 6", "gray 4x4", "gray 8x8", "8x8", "test image", "1",
+    assert {"MAP", "MAP seed 4", "MAP seed 7", "4-bit gray 8x8 sampled", "8x8 sampled",
+            "8x8 original", "4-bit gray 8x8 given", "4-bit gray 4x4 given",
+            "8x8 sampled with seed 4", "8x8 sampled with seed 6", "4-bit gray 4x4",
+            "4-bit gray 8x8", "4-bit gray 8x8 sampled, given", "8x8", "test image", "1",
             "sample 1", "noise"} <= labels
 
 

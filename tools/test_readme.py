@@ -127,7 +127,7 @@ def test_check_says_of_the_mask_what_the_readme_says(tmp_path, capsys, monkeypat
     assert pixelaux.main(["check", "mask.py:net", "--out", "check.png"]) == 1
     said = capsys.readouterr().out.splitlines()
     told = block("it sees itself", "").splitlines()
-    assert len(told) == 3 and (set(told) <= set(said)) != right
+    assert len(told) == 4 and (set(told) <= set(said)) != right
     assert any(re.match("causal +FAILS", line) for line in said) != right
     assert any("blind spot" in line for line in said)
     assert Image.open("check.png").width > 300

@@ -96,7 +96,7 @@ class Failure(Exception):
 #     ((0, 3),          3 blocks at the resolution of what the network reads,
 #      (1, 6),          6 at half of it,
 #      (0, 3),          3 at its own again,
-#      (-1, 3))         3 at double (below 0: larger), as X^ is half as large as what it is for
+#      (-1, 3))         3 at double: only if it embeds X^, and X is twice as large
 #
 # *Light* networks are the pyramid's: a few blocks at one resolution. They see only what is near,
 # but X^ tells them the rest; and the smallest view, 8x8, is all near.
@@ -122,7 +122,7 @@ class Config:
     levels: int = 256  # of a sub-pixel of X
     halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
     nr_filters: int = 160
-    nr_logistic_mix: int = 10
+    nr_logistic_mix: int = 10  # components of a pixel's mixture
     # Which layout a factor's networks have:
     #
     #     factor                          causal network    embedding of X^
@@ -238,9 +238,10 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    v is possible if w v lies in low - rest .. high. No interval is empty if low .. high, whose
-    length stays the same, has as many numbers as the largest weight: one is a multiple of w then.
-    (Cutting to 0..top leaves some, as the v before has left 0 <= high and low <= rest + w top.)
+    v is possible if w v lies in low - rest .. high. No interval is empty: this contains low ..
+    high, whose length never changes; if it has at least w numbers (4 for Half, 4096 for Gray), one
+    is a multiple of w. And it meets 0 .. w top, as the v before has left high >= 0 and low <= rest
+    + w top.
     """
     lo, hi = [], []
     rest = top * sum(weights)  # the most that the values to come can add
@@ -446,7 +447,8 @@ class LogisticMixture:
     def set_bias(bias):
         """Set the network's last bias, (10 K,): means spread over the range, scales well below it.
 
-        PixelCNN++ starts with components as wide as the range.
+        PixelCNN++ starts with components as wide as the range, which all have to find places. Here
+        exp(-2.5) = 0.08 is some half of the distance between them.
         """
         k = len(bias) // 10
         by_channel = bias[k:].view(3, 3 * k)
@@ -522,8 +524,8 @@ class LogisticMixture:
         channels belong together.
 
         Why a component anew for each channel? Without a cut it makes no difference, as p(k) p(r |
-        k) = p(r) p(k | r), and the first one does for all. With cuts it does: the components'
-        masses M_k are others for each channel.
+        k) = p(r) p(k | r), and the first one does for all. With cuts it does: a component that r
+        was drawn from is one by w_k m_k(r), but g's takes the factor M_k(g's interval), too.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -608,9 +610,9 @@ class Categorical:
 # Therefore v's other layers may read v in o's row, and to the right of o. h reads v; v never reads
 # h, which knows pixels of o's row.
 #
-# Nor does a change of resolution let a later pixel in. At half of it, v at (i, j) knows rows above
-# 2 i alone, and h knows pixels before (2 i, 2 j), the first of the four that (i, j) stands for.
-# Going up again, all four read (i, j): the first may know it, and the other three come later.
+# Nor does a change of resolution let a later pixel in. Going down, (i, j) is computed for
+# (2 i, 2 j), the first of its four pixels: there h knows pixels before that one, and v rows above
+# it. Going up, all four read (i, j): what comes before the first of them comes before all.
 
 
 class Conv(nn.Module):
@@ -622,10 +624,12 @@ class Conv(nn.Module):
     d = (dy, dx) runs over rows x columns, and `in` is 0 outside the image. Causality is a matter of
     the two ranges:
 
-        VERTICAL   HORIZONTAL     v_first    h_above    h_left     o: the output's place, which
-         x x x        x x          x x x      x x x       x        only the first two read
-         x o x        x o          x x x        o         x o
+        VERTICAL   HORIZONTAL     v_first    h_above    h_left     x: is read, and so is
+         x x x        x x          x x x      x x x       x        (x), the output's own place;
+         x(x)x        x(x)         x x x        o         x o      o: that place, not read
                                      o
+
+    (v_first, h_above and h_left are the first layers of CausalNet.)
     """
 
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
@@ -650,7 +654,8 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # With tensors this changes nothing; it is there for Sampling fast.
+    # With tensors this changes nothing. In Sampling fast calls of what is wrapped so are noted, as
+    # are those of torch's own functions.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
@@ -664,10 +669,11 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # torch goes from the input: in(q) adds w_d in(q) to out(2 q - d). For d = -1, 0, 1:
+            # torch goes from the input, q = (p + d) / 2: in(q) adds w_d in(q) to out(2 q - d). For
+            # d = -1, 0, 1:
             #     in(0) adds    w_1 to out(-1), w_0 to out(0), w_-1 to out(1)
-            # So what it makes begins with out(-last), which we cut off; and kernels begin with the
-            # last d: the v of a Conv that goes up has them in reverse order.
+            # So what torch makes begins with out(-last), which we cut off. And its kernels begin
+            # with the last d: the v of a Conv that goes up has its w_d in reverse order.
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -719,7 +725,7 @@ def data_dependent_init(network, *inputs):
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
-#     factor           x              f_w(x_hat)                         causal network
+#     factor           x              f_w(x_hat), paper's layout_embed   causal network
 #     8x8              N 3 8 8        none                               N F 8 8   -> N 10K 8 8
 #     16x16 | 8x8      N 3 16 16      N 3 8 8 -> 4x4 -> 8x8 -> 16x16     N F 16 16 -> N 10K 16 16
 #     32x32 | 16x16    N 3 32 32      N 3 16 16 -> 8x8 .. -> 32x32       N F 32 32 -> N 10K 32 32
@@ -805,10 +811,10 @@ class CausalNet(nn.Module):
     On the way up the first block of a stage has its skip from the last one of the stage that went
     down at this resolution, the second from the last but one, and so on.
 
-    Deviations: all six stages of PixelCNN++ have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in
-    the paper; its code also has skips from the first and from the strided layers, and for these one
-    block more in each of two stages on the way up. The fourth stage follows the third at the same
-    resolution, and so its first skip is its own input, and adds little.
+    Deviations, for those who know PixelCNN++: all six stages have as many blocks, 6 x 6 = 36 and
+    6 x 4 = 24 as in the paper; its code also has skips from the first and from the strided layers,
+    and for these one block more in each of two stages on the way up. The fourth stage follows the
+    third at the same resolution, and so its first skip is its own input, and adds little.
     """
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
@@ -857,9 +863,10 @@ class EmbeddingNet(nn.Module):
 
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
-    A layout counts from the resolution of what is read, X^'s here: in a pyramid -1 is that of X. So
-    f_w's outputs at -1, 0, 1 are numbers 0, 1, 2 of the list, and the causal network's `halved` 0,
-    1, 2.
+    A layout counts from the resolution of what is read: here X^'s, in the causal network X's. In a
+    pyramid f_w's outputs at -1, 0, 1 have X's resolution, half and a quarter of it: they are
+    embeddings[0], [1], [2] of the causal network, whose `halved` is 0, 1, 2. (A light one takes [0]
+    alone.)
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -997,11 +1004,10 @@ class Factor(nn.Module):
 class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
-    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of the P pixels (rows,
-    columns) in each of n images, of which `head` has the distributions, (n P, .., 1, 1): each pixel
-    is treated as an image of 1x1, so that a head need not know where pixels lie. P is 1 until
-    Sampling fast, where several pixels of an image are drawn in one step. (A decoder of compressed
-    images can take the place of a Draw.)
+    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). head: the distributions
+    of n P pixels, as images of 1x1, (n P, .., 1, 1). rows, columns: where in each of the n images
+    its P pixels lie; P is 1 until Sampling fast, where several pixels of an image are drawn in one
+    step. (A decoder of compressed images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1123,7 +1129,8 @@ class PixelAux(nn.Module):
     def log_prob_factors(self, x, tight=False):
         """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], nats per image, (N,) each.
 
-        tight: factors are cut to what their x_hat leaves possible; the sum is then log p(X) itself.
+        tight: factors are cut to what their x_hat leaves possible; the sum is then log p(X) itself,
+        of that model (see psi).
         (config.tight records how a model was trained, and is what commands take by default.)
         """
         return [factor(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
@@ -1237,14 +1244,16 @@ class Shapes:
     clean image. Then every sub-pixel gets its own noise: a logistic, rounded to levels and cut off
     at `farthest`.
 
-    A clean pixel has one of six values: three colours, light or dark. Any two of them are more
-    than 2 * farthest apart in some channel, so that only one configuration can have made an image:
-    the sum over configurations has one term, and
+    A clean pixel has one of six values: three colours, light or dark. Any two of them are at least
+    82 levels apart in some channel, more than 2 * farthest, so that only one configuration can have
+    made an image: the sum over configurations has one term, and
 
         log p(X) = -log_count + sum over the sub-pixels of log pmf(noise)
 
-    is exact. Masks are made of cells of 2x2 pixels, and the weave averages out in every cell: the
-    half-resolution view has the mask and the colours, and leaves the weave to p(X | X_1).
+    is exact. (At 16x16 there are 3x3 centres x 4 masks x 6 pairs of colours x 6 weaves = 1,296
+    configurations, 10.3 bits.) Masks are made of cells of 2x2 pixels, and the weave averages out in
+    every cell: the half-resolution view has the mask and the colours, and leaves the weave to
+    p(X | X_1).
     """
 
     # red, yellow, blue
@@ -1299,9 +1308,9 @@ class Shapes:
         return np.where(masks, shape, ground)
 
     def fit(self, colour, masks):
-        """colour: the number, 0..2, of each pixel's colour, (N, H, W) -> the same of the mask and
-        pair that agree on most pixels (on all, but for samples of a model): with the pair's second
-        colour inside the mask, and with its first one outside. All are tried."""
+        """colour: the number, 0..2, of each pixel's colour, (N, H, W). -> (N, H, W), that of the
+        mask and pair which agree with it on most pixels: all are tried. (True images agree on all
+        pixels; samples of a model may not.)"""
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
         # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
@@ -1392,7 +1401,7 @@ class Dataset:
         if self.train is None or n >= len(self.train):
             there = "made on the fly" if self.train is None else f"{len(self.train)} in number"
             raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
-        values = digests(self.train, seed=1)
+        values = digests(self.train, seed=1)  # not split's seed, by which the test set was chosen
         lowest = np.argsort(values, kind="stable")[:n]
         rest = np.flatnonzero(values > values[lowest[-1]])
         if len(rest) == 0:
@@ -1537,8 +1546,9 @@ def to_array(images):
 #
 # and a checkpoint is {format, config, factors: {K: moving average of the weights}, training:
 # {weights: those that are trained, optimizer: its state, step, seconds}}; without `training` where
-# only weights are kept. A run goes by config.json; the copy in a checkpoint is for who has nothing
-# else. No random state is in it, as all that is random is a function of seed, factor and step.
+# only weights are kept. Training goes by config.json, and `load` by the copy in the checkpoint, so
+# that one file is enough; where data lie and numbers of steps may differ. No random state is in it,
+# as all that is random is a function of seed, factor and step.
 
 
 def rank():
@@ -1769,8 +1779,9 @@ def steps_of(config, k, data):
 
 def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
-    the pace. times: the seconds of training when this process began, after its first step, after
-    its second one, .. (while the number is open, there is a look after each)."""
+    the pace. times: the seconds of training, those of earlier processes too, when this one began,
+    after its first step, after its second one, .. (while the number is open, there is a look after
+    each)."""
     if len(times) < 4:
         return math.inf
     first_step = times[1] - times[0]  # does not count, as much happens only once
@@ -1785,8 +1796,9 @@ def record_steps(out, config, k, steps):
     """Write down how many steps factor k takes. In config.json the other factors' numbers may be
     newer than ours, if other processes train them: there only that of k is changed.
 
-    train_factor saves a checkpoint before. If it were done after, a kill in between would leave the
-    number alone: the steps so far would be done again, and at other learning rates.
+    train_factor saves a checkpoint before. If the number were written first, a kill in between
+    would leave a number without its checkpoint: the steps so far would be done again, and at other
+    learning rates.
     """
     numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
     numbers[k] = steps
@@ -1837,8 +1849,9 @@ class Optimizer:
     @torch.no_grad()
     def step_of_muon(self):
         """A step from rows of v scaled to length 1. As weight() divides by |v|, its length changes
-        nothing, and the gradient is at right angles to v. So each step makes v longer, and the next
-        one turns it less, unless the length is set back."""
+        nothing, and the gradient is at right angles to v. A step at right angles makes v longer
+        (Pythagoras), and the longer v is, the less the next step turns it: so the length is set
+        back."""
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
             matrix.grad = None if v.grad is None else v.grad.flatten(1)  # None: it was not used
@@ -1915,8 +1928,8 @@ def batch_of(model, k, data, step):
 
 
 def time_to_look(step, steps):
-    """Whether to look at the loss after this step: every hundredth of the steps, and at least every
-    20 steps."""
+    """Whether to look at the loss after this step: after each hundredth part of the steps, but at
+    most 20 steps apart."""
     every = 1 if steps == math.inf else min(20, max(1, steps // 100))
     return step % every == 0 or step == steps
 
@@ -1950,7 +1963,7 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"factor-{k}.pt"
     saved = read_checkpoint(path) if path.exists() else None
-    if not saved and not config.start:
+    if not saved and not config.start:  # with --start the model has weights already
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     trained = model.factors[k].train()
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
@@ -1971,7 +1984,8 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
         total += training_step(forward, batch, optimizer, rate, average, config, model.dims)
         step += 1
         # Now and then we look: here the host waits for the device, and processes for each other. So
-        # several of them look at the same steps only; a single one also when a signal has come.
+        # several processes must look at the same steps; a single one also does as soon as a signal
+        # has come.
         if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
         bits = float(total) / (step - looked)  # waits until the device has done it all
@@ -2214,38 +2228,46 @@ def save_samples(model, views, path, given=0):
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
-# **Delays.** Each value inside the network has its step, too: lag r + c + delay. Most delays are
-# below 0: what a pixel needs is computed before the pixel's own step. But each as late as possible:
-# the later, the more pixels are known by then, and the smaller a lag will do. What is read at
-# (r + dy, c + dx) must have its step there no later than its reader at (r, c),
+# **Offsets.** Each value inside the network has its step, too: at (r, c) it is lag r + c + offset.
+# With offset 0 that is the pixel's own step, with -6 it is six steps before; x alone has 1, as a
+# pixel is drawn in its step, and can be read from the next one on. What a reader at (r, c) reads,
+# at (r + dy, c + dx), must have its step there no later than the reader,
 #
-#     lag (r + dy) + c + dx + delay_source <= lag r + c + delay_reader
+#     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
 #
-# so that a reader sets a deadline, and of several readers the earliest one counts:
+# so each reader sets a deadline, and of several readers the earliest one counts:
 #
-#     delay_source <= delay_reader - (lag dy + dx)
+#     offset_source <= offset_reader - (lag dy + dx)
 #
-# From the output back, in the light network:
+# An offset of -1 pays for one column to the right: a value with it at (r, c + 1) has the step
+# lag r + (c + 1) - 1, that of pixel (r, c). And every value is computed as late as its readers
+# allow: the later, the more pixels are known by then, and the smaller a lag will do. From the
+# output back, in the light network:
 #
 #     the output; h everywhere, as it reads nothing to its right; v at the end    0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
 #     v after block 2, read at (r, c + 1) by the first one of block 3            -2
 #     ..
-#     v after its first convolution: six steps before the pixel's own            -6
+#     v after its first convolution                                              -6
 #     x, read at (r - 1, c + 1) by that one: -6 - (-lag + 1)                lag - 7
 #
-# The deadline is a value's delay, but for x, whose delay is no choice: a pixel drawn in its step is
-# known in the next one, so it is 1. A lag will do if the deadline of x is 1 or later: 1 <= lag - 7,
-# and it is 8 again. (By h_left, which reads (r, c - 1), the deadline of x is 1 at any lag.)
+# The deadline of x must not be before x is there: 1 <= lag - 7, and the lag is 8 again. (h_left,
+# which reads (r, c - 1), sets a deadline of 1, too, at any lag.)
 #
-# At half the resolution a position stands for two columns: what is halved s times is computed at
-# step 2^s (lag r + c) + delay. There a kernel that looks one to the right costs two steps:
+# PixelCNN++ has values at half the resolution, each of which stands for two columns: what is halved
+# s times is computed at step 2^s (lag r + c) + offset, the step of its first pixel. A kernel counts
+# dy and dx in pixels of the finer of what it reads and makes. So
 #
-#     delay_source <= delay_reader - 2^m (lag dy + dx)      m: the smaller s of both
+#     going down, from s = 0 to 1, (r, c) reads (2 r + dy, 2 c + dx):
+#         2 r lag + lag dy + 2 c + dx + offset_source <= 2 (lag r + c) + offset_reader
+#     going up, from s = 1 to 0, (r, c) reads ((r + dy) / 2, (c + dx) / 2):
+#         lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
+#     within s = 1, (r, c) reads (r + dy, c + dx): a column to the right costs two steps
+#         2 (lag (r + dy) + c + dx) + offset_source <= 2 (lag r + c) + offset_reader
 #
-# The smaller, because a kernel's dy and dx count pixels of the finer of both: with stride 2 (r, c)
-# at s = 1 reads (2 r + dy, 2 c + dx) at s = 0, whose step is 2 (lag r + c) + lag dy + dx. Going up,
-# (r, c) at s = 0 reads ((r + dy) / 2, (c + dx) / 2) at s = 1, whose step is lag (r + dy) + c + dx.
+# or, in one line, with m the smaller s of both,
+#
+#     offset_source <= offset_reader - 2^m (lag dy + dx)
 #
 # **Strips.** In the row above things are lag steps ahead. So the kernel rows that lie above need
 # not be multiplied position by position: a convolution is split,
@@ -2264,14 +2286,14 @@ def save_samples(model, views, path, given=0):
 # divisor: 8 of 128 columns at lag 8, 4 of 12 columns.
 #
 # Whether that is possible is asked of each kernel row by itself. v's first layer, for example, is
-# due six steps before the pixel. Then x in row r - 1 is known up to column c + 1 (whose step is
-# 8 (r - 1) + c + 1 = 8 r + c - 7, one step ago): just what one position reads, so that this row is
-# multiplied position by position. In row r - 2 x is known up to c + 9, and a strip of 8 reads up to
-# c + 8.
+# due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn at step 8 (r - 1) + c + 1 =
+# 8 r + c - 7, one step before: just in time for one position, and too late for a strip of 8, which
+# reads up to c + 8. So this row is multiplied position by position. In row r - 2, eight steps
+# further back, c + 8 is in time.
 #
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
 # PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width, all
-# delays but that of x are 0, and a pixel is drawn at each step. A strip is then a row, and what
+# offsets but that of x are 0, and a pixel is drawn at each step. A strip is then a row, and what
 # depends on the rows above alone, such as v, is computed a row at a time. In 8x8:
 #
 #     step 8 r               row r - 1 of x is complete: its last pixel was drawn one step before
@@ -2281,14 +2303,24 @@ def save_samples(model, views, path, given=0):
 # So a layer of v may read the one before it at any column of row r; and beyond the last column
 # there are zeros, for which nobody waits.
 #
-# **Where values are.** What is read at the reader's own position, and has the same delay, has been
-# computed in this very step (or, if it comes in strips, when its strip began): Plan.latest has what
-# was computed last of each node. All else is read from a buffer, an image of all positions.
+# **Where values are.** Plan.latest has of each value what was computed last: one for each place, or
+# a strip, of which a reader takes number c % strip in the steps to come. That will do for what is
+# read at the reader's own position and has the same offset. All else is read from a buffer, an
+# image of all positions.
 #
 # Of CausalNet nothing is known here: what there is to compute is read from its forward pass. Any
 # network will do that is made of Conv and of functions of values at one position. All that can be
 # decided beforehand is decided once, in Plan, which makes of every value a function of the places
 # where it is due; a step calls these functions. The loop over the steps is sample_by, at the end.
+# For example h's second convolution in a block of the light network, at lag 8 and 16x16:
+#
+#     read       a Node with two taps, its kernel's rows -1 and 0, which read columns -1 and 0
+#     offset     0, as h's readers read nothing to their right
+#     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
+#                Row 0 is not: node = early + row 0, for one position
+#     at step 9  pixels (0, 9) and (1, 1) are due, and the node there: Places(0, 9, 1, -8, 2)
+#     at step 8  (0, 8) and (1, 0) are due, and with them the strips of `early` that begin there:
+#                Places(0, 8, 1, -8, 2, strip=8)
 
 
 class Places(typing.NamedTuple):
@@ -2329,7 +2361,7 @@ class Node:
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False
     spread: bool = False  # its buffer is twice as large, with zeros between the values
-    delay: int = 0
+    offset: int = 0
     strip: int = 1  # how many neighbours in a row are computed together
     buffer: torch.Tensor | None = None  # its values, (n, H, W, C), if read elsewhere or later
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
@@ -2338,11 +2370,11 @@ class Node:
     @property
     def group(self):
         """Nodes of one group are computed in the same steps at the same positions."""
-        return self.halved, self.delay, self.strip
+        return self.halved, self.offset, self.strip
 
     def reads(self):
-        """(source, dy, last dx) of all that it reads, in pixels of the finer of both
-        resolutions."""
+        """(source, dy, last dx) of all that it reads, in pixels of the finer of both resolutions.
+        (The last dx, as columns further left are there sooner.)"""
         for term in self.terms:
             if isinstance(term, Node) and not term.known:
                 yield term, 0, 0
@@ -2350,10 +2382,11 @@ class Node:
             yield read_of(tap)
 
     def has_at_hand(self, source, conv=None):
-        """Whether what it reads of source is in Plan.latest; else it is in source's buffer. (The
-        strips may differ: of a strip Plan.at takes the position.)"""
+        """Whether what it reads of source is in Plan.latest; else it is in source's buffer. (Source
+        may come in strips and this node not, see Plan.at. The other way round it would not be in
+        time.)"""
         same_position = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
-        same_step = (source.halved, source.delay) == (self.halved, self.delay)
+        same_step = (source.halved, source.offset) == (self.halved, self.offset)
         computed = source.terms or source.taps  # x and what is known never are
         return same_position and same_step and computed
 
@@ -2370,9 +2403,10 @@ class Node:
             p = 1           |---------------|            2..7
             p = 2                 |---------------|      4..9
 
-        Neighbouring vectors overlap, and begin equally far from each other: 2 numbers here, or from
-        place to place of a diagonal, a row down and lag columns to the left, a row less lag C. So a
-        view with these strides is all that is needed: no copy, and no table of indices.
+        Neighbouring vectors overlap, and begin 2 numbers from each other. So do those of a diagonal
+        at equal distances, a row down and lag columns to the left: with rows of 10 numbers and lag
+        3, (0, 3) begins at 6, (1, 0) at 10, (2, -3) would at 14. So a view with these strides is
+        all that is needed: no copy, and no table of indices.
         """
         n, length = len(self.buffer), columns * self.channels
         next_image, next_row, next_column, _ = self.buffer.stride()
@@ -2470,9 +2504,9 @@ class Recorder:
         return Node(halved, channels, known=True, buffer=values)
 
     def tried(self, function, terms):
-        """How many channels it returns, by trial on images, (N, C, H, W), and on the same values as
-        a row of positions, (N H W, C). A function of values at one position makes the same of both;
-        and it must leave its arguments as they are."""
+        """How many channels it returns. The sampler will call it on lists of positions, (N, C). So
+        it is tried on images, (N, C, H, W), and on the list of all their positions: a function of
+        values at one position makes the same of both. It must leave its arguments as they are."""
         images = []
         for term in terms:
             if isinstance(term, Node):
@@ -2523,7 +2557,7 @@ def as_rows(value):
 class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
-    In this order: the network is read; what the output does not need is left out; delays, and the
+    In this order: the network is read; what the output does not need is left out; offsets, and the
     lag; strips; buffers for values that are read elsewhere or later; a function for every node.
     nodes: in the order of computation within a step, without x. least_lag: if pixels are not to be
     drawn together though the network would allow it.
@@ -2531,7 +2565,7 @@ class Plan:
 
     def __init__(self, net, channels, n, size, embeddings=(), least_lag=1):
         self.n, self.size, self.threads = n, size, torch.get_num_threads()
-        self.x = Node(0, channels, delay=1)  # a pixel is known only after its step
+        self.x = Node(0, channels, offset=1)  # a pixel is known only after its step
         weight = next(net.parameters())
         recorder = Recorder(n, size, weight.dtype)
         output = net(recorder.make_symbol(self.x), embeddings)
@@ -2539,7 +2573,7 @@ class Plan:
             raise Problem("sample_fast: the network's output does not depend on x")
         self.output = output.node
         self.nodes = self.needed(recorder.nodes)
-        self.lag = self.set_delays(least_lag)
+        self.lag = self.set_offsets(least_lag)
         self.set_strips()
         self.allocate(weight)
         self.latest = {}  # node -> its values at the places where it was computed last
@@ -2563,24 +2597,24 @@ class Plan:
                 needed.update(source for source, _, _ in node.reads())
         return [node for node in nodes if node in needed]
 
-    def set_delays(self, least_lag):
-        """Gives every node its delay -> the lag."""
+    def set_offsets(self, least_lag):
+        """Gives every node its offset -> the lag."""
         for lag in range(least_lag, self.size[1]):
             deadlines = self.deadlines(lag)
-            if deadlines[self.x] >= self.x.delay:
+            if deadlines[self.x] >= self.x.offset:
                 for node in self.nodes:
-                    node.delay = deadlines[node]
+                    node.offset = deadlines[node]
                 return lag
-        return self.size[1]  # raster order: all delays are 0, but that of x
+        return self.size[1]  # raster order: all offsets are 0, but that of x
 
     def deadlines(self, lag):
-        """{node: the latest delay that serves all its readers}, from the output back."""
+        """{node: the latest offset that serves all its readers}, from the output back."""
         deadlines = {self.output: 0}
         for node in reversed(self.nodes):
             for source, dy, dx in node.reads():
                 finer = min(node.halved, source.halved)
-                latest = deadlines[node] - 2**finer * (lag * dy + dx)
-                deadlines[source] = min(deadlines.get(source, latest), latest)
+                deadline = deadlines[node] - 2**finer * (lag * dy + dx)
+                deadlines[source] = min(deadlines.get(source, deadline), deadline)
         return deadlines
 
     def set_strips(self):
@@ -2618,15 +2652,22 @@ class Plan:
 
     def in_time(self, node, read, strip):
         """Whether, for each strip in a row of node, what it reads of source is there when it
-        begins."""
+        begins. Steps are counted from that of (r, 0).
+
+        Say v's first layer, of offset -6, reads x, at lag 8, and a strip is columns 16..23, due at
+        16 - 6 = 10. Its last position reads x up to column 24: in row r - 1 that is there at 24 - 8
+        + 1 = 17, too late; in row r - 2 at 24 - 16 + 1 = 9, in time.
+        """
         source, dy, dx = read
         finer = min(node.halved, source.halved)
-        for begin in range(0, self.width(node), strip):
-            last = 2 ** (node.halved - finer) * (begin + strip - 1) + dx  # column, of the finer
+        for first in range(0, self.width(node), strip):
+            due = 2**node.halved * first + node.offset
+            # The last column that is read: of the finer resolution, then of source's own.
+            last = 2 ** (node.halved - finer) * (first + strip - 1) + dx
             last = min(last // 2 ** (source.halved - finer), self.width(source) - 1)
-            computed = last - last % source.strip  # where the strip begins in which that one is
-            there = 2**source.halved * computed + 2**finer * self.lag * dy + source.delay
-            if there > 2**node.halved * begin + node.delay:  # steps after that of (r, 0)
+            begin = last - last % source.strip  # of the strip of source that has it
+            there_at = 2**source.halved * begin + 2**finer * self.lag * dy + source.offset
+            if there_at > due:
                 return False
         return True
 
@@ -2655,16 +2696,16 @@ class Plan:
         """Of each step: ({group: Places to compute}, Places of the pixels then drawn, or None)."""
         groups = {node.group for node in self.nodes}
         height, width = self.size
-        first = min(delay for _, delay, _ in groups)
+        first = min(offset for _, offset, _ in groups)
         for step in range(first, self.lag * (height - 1) + width):
             due = {group: self.places(step, *group) for group in groups}
             due = {group: places for group, places in due.items() if places is not None}
             yield due, self.places(step, 0, 0, 1)
 
-    def places(self, step, halved, delay, strip):
-        """The positions (r, c) with 2^halved (lag r + c) + delay = step at which a strip begins, or
-        None."""
-        wave, rest = divmod(step - delay, 2**halved)
+    def places(self, step, halved, offset, strip):
+        """The positions (r, c) with 2^halved (lag r + c) + offset = step at which a strip begins,
+        or None."""
+        wave, rest = divmod(step - offset, 2**halved)  # lag r + c of the positions due
         height, width = (side >> halved for side in self.size)
         # (wave - width + 1) / lag rounded up; in the rows before, c is beyond the right edge.
         first = max(0, -((width - 1 - wave) // self.lag))

@@ -174,8 +174,8 @@ RECIPE = dict(
 PRESETS = {
     "tiny": dict(
         nr_filters=24, layout=six_stages(1), layout_cond=six_stages(1),
-        layout_embed=((0, 1), (-1, 1)), dropout=0.0, tight=True, batch_size=16, steps=(2400, 2900),
-        lr=2e-2, lr_decay=1.0, warmup=50, anneal=1.0, betas=(0.9, 0.95), ema=0.98),
+        layout_embed=((0, 1), (-1, 1)), dropout=0.0, tight=True, batch_size=16, steps=(1500, 2600),
+        lr=2e-2, muon=0.03, lr_decay=1.0, warmup=50, anneal=1.0, betas=(0.9, 0.95), ema=0.98),
     "small": dict(
         RECIPE, nr_filters=48, batch_size=8, steps=(8000,), warmup=30, ema=0.99),
     "speedrun": dict(
@@ -238,10 +238,11 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    v is possible if w v lies in low - rest .. high. No interval is empty: this contains low ..
-    high, whose length never changes; if it has at least w numbers (4 for Half, 4096 for Gray), one
-    is a multiple of w. And it meets 0 .. w top, as the v before has left high >= 0 and low <= rest
-    + w top.
+    v is possible if w v lies in low - rest .. high, and in 0 .. w top. No interval is empty: low ..
+    high never changes its length; if it has at least w numbers (4 for Half, 4096 for Gray), each w
+    numbers in a row hold a multiple of w. If the range begins below 0, 0 will do, as the v before
+    has left high >= 0; else it begins at w top or before, as it has left low <= rest + w top, and
+    the first multiple in it is no larger than w top.
     """
     lo, hi = [], []
     rest = top * sum(weights)  # the most that the values to come can add
@@ -259,10 +260,12 @@ class Psi:
     """A function that makes a view. Likelihood and sampling know no more of it than:
 
     psi(x): uint8 (N, C, H, W) -> x_hat: uint8 (N, channels_out, H / cell, W / cell) of levels_out
-    levels, in which a pixel depends on a cell of cell x cell pixels of x; psi.bounds(x, x_hat) ->
-    (lo, hi), int64 of x's shape: the interval, both ends included, that is left for each sub-pixel
-    by x_hat and the sub-pixels before it in its cell (raster order, then channels). Those after it
-    may not be drawn yet, and make no difference. (No relation to the bound on log p.)
+    levels. Each of its pixels is made of `cell` x `cell` pixels of x (Half: 2, Gray: 1).
+
+    psi.bounds(x, x_hat) -> (lo, hi), int64 of x's shape: the interval, both ends included, that is
+    left for each sub-pixel by x_hat and the sub-pixels before it in its cell (raster order, then
+    channels). Those after it may not be drawn yet, and make no difference. (No relation to the
+    bound on log p.)
     """
 
     cell = 1
@@ -401,10 +404,10 @@ def pick(log_weights, u):
 
 def logistic_between(a, b, u):
     """The standard logistic cut to (a, b), at its quantile u: what sample_tight draws by. It is the
-    z whose cdf is so far between those of the ends: sigma(z) = sigma(a) + u (sigma(b) - sigma(a)).
+    z with sigma(z) = sigma(a) + u (sigma(b) - sigma(a)).
     """
-    # Far to the right the cdf rounds to 1, far to the left it keeps its digits. So we mirror: by
-    # symmetry -z lies between -b and -a, at 1 - u.
+    # Far to the right sigma rounds to 1, far to the left it keeps its digits. So an interval on the
+    # right is mirrored: -z lies between -b and -a, at 1 - u.
     flip = a + b > 0  # False also if both are infinite, as -inf + inf is nan
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
@@ -473,7 +476,8 @@ class LogisticMixture:
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g) / sum_k w_k m_k(r) M_k(g's interval)
 
-        and blue likewise: given r, component k counts w_k m_k(r), as it does without a cut.
+        and blue likewise: given r, component k has the weight w_k m_k(r), over their sum, as it has
+        without a cut; the mixture of these weights is cut to g's interval.
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -481,15 +485,15 @@ class LogisticMixture:
         log_weights = self.logit_probs.log_softmax(1)  # (N, K, H, W)
         if intervals is None:
             return (log_weights + log_masses.sum(1)).logsumexp(1)
-        # (If all levels are allowed, M_k is 1. Then each denominator is the numerator before it,
-        # and of the product blue's numerator is left: what is returned above.)
         lo, hi = (ends.unsqueeze(2) for ends in intervals)
         log_allowed = log_mass(means, self.log_scales, lo, hi, self.levels)  # M
         total, log_joint = 0.0, log_weights  # of a component and the channels so far
         for channel in range(3):
-            total = total - (log_joint + log_allowed[:, channel]).logsumexp(1)
+            total = total - (log_joint + log_allowed[:, channel]).logsumexp(1)  # denominator
             log_joint = log_joint + log_masses[:, channel]
-            total = total + log_joint.logsumexp(1)
+            total = total + log_joint.logsumexp(1)  # numerator
+        # (If all levels are allowed, M_k is 1. Then each denominator is the numerator before it,
+        # and of the product blue's numerator is left: what is returned without intervals.)
         return total
 
     def sample(self, noise, mode="random", interval_of=None):
@@ -501,7 +505,8 @@ class LogisticMixture:
         "map" takes its means, and shows what the model holds most probable without the noise
         around it (the paper's MAP sampling, Sec. 4.2, though the component is still drawn). Each
         channel is rounded before the next is conditioned on it; without that, samples have another
-        distribution than log_prob. With interval_of: see sample_tight.
+        distribution than log_prob. With interval_of, a function, as green's interval depends on the
+        red that was drawn: see sample_tight.
         """
         if interval_of is not None:
             return self.sample_tight(noise, mode, interval_of)
@@ -654,8 +659,7 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # With tensors this changes nothing. In Sampling fast calls of what is wrapped so are noted, as
-    # are those of torch's own functions.
+    # To be ignored until Sampling fast, where calls of what is wrapped so are noted.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
@@ -672,8 +676,9 @@ class Conv(nn.Module):
             # torch goes from the input, q = (p + d) / 2: in(q) adds w_d in(q) to out(2 q - d). For
             # d = -1, 0, 1:
             #     in(0) adds    w_1 to out(-1), w_0 to out(0), w_-1 to out(1)
-            # So what torch makes begins with out(-last), which we cut off. And its kernels begin
-            # with the last d: the v of a Conv that goes up has its w_d in reverse order.
+            # So what torch makes begins with out(-last): `bottom` rows and `right` columns too
+            # much, which we cut off. And its kernels begin with the last d: self.v of a Conv that
+            # goes up has its w_d in reverse order.
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -683,9 +688,10 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# As many weights, but no look to the right. This brings a blind spot back: v sees one column to the
-# upper right, by its first layer. It costs less where X^ tells what is there, and sampling takes a
-# third of the steps, as less of the row above must be drawn before a pixel (see Sampling fast).
+# As many weights, but no look to the right. This brings a blind spot back: v sees no more than one
+# column to the upper right, by its first layer. It costs less where X^ tells what is there, and
+# sampling takes a third of the steps, as less of the row above must be drawn before a pixel (see
+# Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -780,9 +786,9 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """The modules of stage i of a layout, which CausalNet and EmbeddingNet run.
 
-    reaches, nr_aux: for each stream its kernel, and the number of side inputs without skips. enter:
-    if the resolution changes, a convolution for each stream. blocks: lists of a Block for each
-    stream.
+    reaches, nr_aux: for each stream its kernel, and how many side inputs it has, not counting long
+    skips. enter: if the resolution changes, a convolution for each stream. blocks: lists of a Block
+    for each stream.
     """
 
     def __init__(self, layout, i, filters, dropout, reaches, nr_aux):
@@ -814,7 +820,8 @@ class CausalNet(nn.Module):
     Deviations, for those who know PixelCNN++: all six stages have as many blocks, 6 x 6 = 36 and
     6 x 4 = 24 as in the paper; its code also has skips from the first and from the strided layers,
     and for these one block more in each of two stages on the way up. The fourth stage follows the
-    third at the same resolution, and so its first skip is its own input, and adds little.
+    third at the same resolution, and so its first skip is its own input (both are the output of the
+    third stage's last block), and adds little.
     """
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
@@ -863,10 +870,14 @@ class EmbeddingNet(nn.Module):
 
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
-    A layout counts from the resolution of what is read: here X^'s, in the causal network X's. In a
-    pyramid f_w's outputs at -1, 0, 1 have X's resolution, half and a quarter of it: they are
-    embeddings[0], [1], [2] of the causal network, whose `halved` is 0, 1, 2. (A light one takes [0]
-    alone.)
+    A layout counts from the resolution of what is read, here X^'s, in the causal network X's:
+
+        resolution    `halved` in f_w, of Half    of Gray    in the causal network    embeddings[..]
+        X's                    -1                    0                 0                    0
+        half                    0                    1                 1                    1
+        a quarter               1                    2                 2                    2
+
+    (A light causal network takes embeddings[0] alone.)
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -1048,8 +1059,9 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: if it is given a smaller view, and the coarsest view of a
-    pyramid. The others, X and gray by themselves or X given gray, have PixelCNN++."""
+    """Whether a view has a light network. That is so for each view that is given a smaller one, and
+    for a pyramid's coarsest view. The others, X and gray by themselves or X given gray, have
+    PixelCNN++."""
     if view.psi is not None:
         return view.psi.cell > 1
     kinds = MODELS[config.model]  # the last one made this view
@@ -1308,9 +1320,9 @@ class Shapes:
         return np.where(masks, shape, ground)
 
     def fit(self, colour, masks):
-        """colour: the number, 0..2, of each pixel's colour, (N, H, W). -> (N, H, W), that of the
-        mask and pair which agree with it on most pixels: all are tried. (True images agree on all
-        pixels; samples of a model may not.)"""
+        """colour: the number, 0..2, of each pixel's colour, (N, H, W). Finds the mask and the pair
+        that agree with it on most pixels, by trying all -> the colours that these give, (N, H, W).
+        (True images agree on all pixels; samples of a model may not.)"""
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
         # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
@@ -1547,8 +1559,9 @@ def to_array(images):
 # and a checkpoint is {format, config, factors: {K: moving average of the weights}, training:
 # {weights: those that are trained, optimizer: its state, step, seconds}}; without `training` where
 # only weights are kept. Training goes by config.json, and `load` by the copy in the checkpoint, so
-# that one file is enough; where data lie and numbers of steps may differ. No random state is in it,
-# as all that is random is a function of seed, factor and step.
+# that one file is enough. (They may differ in the place of the data, which may have moved, and in
+# numbers of steps, which --minutes fixes later.) No random state is in it, as all that is random is
+# a function of seed, factor and step.
 
 
 def rank():
@@ -1779,9 +1792,8 @@ def steps_of(config, k, data):
 
 def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
-    the pace. times: the seconds of training, those of earlier processes too, when this one began,
-    after its first step, after its second one, .. (while the number is open, there is a look after
-    each)."""
+    the pace. times: [0] is how long was trained before this process, in seconds, and [i] how long
+    until its i-th step is done (while the number is open, there is a look after each)."""
     if len(times) < 4:
         return math.inf
     first_step = times[1] - times[0]  # does not count, as much happens only once
@@ -1816,9 +1828,9 @@ class Optimizer:
     convolutions within blocks, and Adam for all else.
 
     Adam sees numbers, each with a step of its own. Muon sees a matrix, a convolution's outputs by
-    what it reads: if the gradient's running mean is U S V^T, its step is U V^T. So what the
-    gradient shows faintly is learnt as fast as what dominates it, in a fraction of the steps
-    (results/recipe.md).
+    what it reads: if the gradient's running mean is U S V^T, its step is U V^T, with all singular
+    values 1. So what the gradient shows faintly is learnt as fast as what dominates it, in a
+    fraction of the steps (results/recipe.md).
     """
 
     def __init__(self, factor, config):
@@ -1848,10 +1860,10 @@ class Optimizer:
 
     @torch.no_grad()
     def step_of_muon(self):
-        """A step from rows of v scaled to length 1. As weight() divides by |v|, its length changes
-        nothing, and the gradient is at right angles to v. A step at right angles makes v longer
-        (Pythagoras), and the longer v is, the less the next step turns it: so the length is set
-        back."""
+        """Rows of v are scaled to length 1, then Muon makes its step. As weight() divides by |v|,
+        its length changes nothing, and the gradient is at right angles to v. A step at right angles
+        makes v longer (Pythagoras), and the longer v is, the less the next step turns it: so the
+        length is set back."""
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
             matrix.grad = None if v.grad is None else v.grad.flatten(1)  # None: it was not used
@@ -1935,8 +1947,8 @@ def time_to_look(step, steps):
 
 
 def has_ended(parts, before, step, steps):
-    """Whether one of so many equal parts of the steps is over since step `before`. (None is, while
-    steps is infinite.)"""
+    """Whether one of so many equal parts of the steps (4: a quarter) has ended since step `before`.
+    (None has, while steps is infinite.)"""
     return parts * step // steps > parts * before // steps
 
 
@@ -2229,9 +2241,11 @@ def save_samples(model, views, path, given=0):
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
 # **Offsets.** Each value inside the network has its step, too: at (r, c) it is lag r + c + offset.
-# With offset 0 that is the pixel's own step, with -6 it is six steps before; x alone has 1, as a
-# pixel is drawn in its step, and can be read from the next one on. What a reader at (r, c) reads,
-# at (r + dy, c + dx), must have its step there no later than the reader,
+# With offset 0 that is the pixel's own step, with -1 it is one step before. For example v at column
+# c + 1, which the last convolution of v reads for pixel (r, c): it must be there at step lag r + c,
+# one step before that of its own pixel. So its offset is -1, and of a chain of six such
+# convolutions the first one's result has -6. In general what a reader at (r, c) reads, at
+# (r + dy, c + dx), must have its step there no later than the reader,
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
 #
@@ -2239,38 +2253,34 @@ def save_samples(model, views, path, given=0):
 #
 #     offset_source <= offset_reader - (lag dy + dx)
 #
-# An offset of -1 pays for one column to the right: a value with it at (r, c + 1) has the step
-# lag r + (c + 1) - 1, that of pixel (r, c). And every value is computed as late as its readers
-# allow: the later, the more pixels are known by then, and the smaller a lag will do. From the
-# output back, in the light network:
+# The deadline is taken as the offset: the later a value is computed, the more pixels are known by
+# then, and the smaller a lag will do. From the output back, in the light network:
 #
 #     the output; h everywhere, as it reads nothing to its right; v at the end    0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
 #     v after block 2, read at (r, c + 1) by the first one of block 3            -2
 #     ..
 #     v after its first convolution                                              -6
-#     x, read at (r - 1, c + 1) by that one: -6 - (-lag + 1)                lag - 7
 #
-# The deadline of x must not be before x is there: 1 <= lag - 7, and the lag is 8 again. (h_left,
-# which reads (r, c - 1), sets a deadline of 1, too, at any lag.)
+# Last comes x. Its offset is no choice: a pixel is drawn in its step, and can be read from the next
+# one on, so it is 1. The deadline must not be before: v's first convolution, at -6, reads
+# (r - 1, c + 1), so that 1 <= -6 - (-lag + 1) = lag - 7, and the lag is 8 again. (h_left, which
+# reads (r, c - 1), sets the deadline 1 at any lag.)
 #
-# PixelCNN++ has values at half the resolution, each of which stands for two columns: what is halved
-# s times is computed at step 2^s (lag r + c) + offset, the step of its first pixel. A kernel counts
-# dy and dx in pixels of the finer of what it reads and makes. So
-#
-#     going down, from s = 0 to 1, (r, c) reads (2 r + dy, 2 c + dx):
-#         2 r lag + lag dy + 2 c + dx + offset_source <= 2 (lag r + c) + offset_reader
-#     going up, from s = 1 to 0, (r, c) reads ((r + dy) / 2, (c + dx) / 2):
-#         lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
-#     within s = 1, (r, c) reads (r + dy, c + dx): a column to the right costs two steps
-#         2 (lag (r + dy) + c + dx) + offset_source <= 2 (lag r + c) + offset_reader
-#
-# or, in one line, with m the smaller s of both,
+# (To be skipped at first: stages at half the resolution, which PixelCNN++ has.) What is halved s
+# times stands, at (R, C), for the pixels from (2^s R, 2^s C) on, and goes by the step of the first
+# of them: 2^s (lag R + C) + offset. A kernel counts dy and dx in pixels of the finer of what it
+# reads and what it makes; each of these is 2^m of X's, m being the smaller s of both. So
 #
 #     offset_source <= offset_reader - 2^m (lag dy + dx)
 #
-# **Strips.** In the row above things are lag steps ahead. So the kernel rows that lie above need
-# not be multiplied position by position: a convolution is split,
+#     within s = 1, dx = 1:      (R, C + 1) is two pixels of X further                -2
+#     down to s = 1, dx = 1:     (R, C) reads (2 R, 2 C + 1), one pixel further       -1
+#     up from s = 1, dx = 1:     (r, c) reads C = (c + 1) / 2, where that is whole    -1
+#
+# **Strips.** The row above had the same columns lag steps earlier. So when (r, c) is due, it is
+# there for some lag columns further, and the kernel rows that lie above need not be multiplied
+# position by position: a convolution is split,
 #
 #     out = [bias + kernel rows above] + kernel row at the position itself
 #
@@ -2280,47 +2290,51 @@ def save_samples(model, views, path, given=0):
 #     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
 #     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
 #
-# A strip is no longer than the lag, as things above are no further ahead. It divides the width, so
-# that a row is a number of strips; and it divides the lag, by which c changes from row to row of a
-# diagonal, so that all strips of a diagonal begin at the same step. So it is their greatest common
-# divisor: 8 of 128 columns at lag 8, 4 of 12 columns.
+# How long? It must divide the width, so that a row is a number of strips. And it must divide the
+# lag: then c % strip is the same at (r, c), (r + 1, c - lag), .., all along a diagonal, and its
+# strips begin at the same step. So it is their greatest common divisor: at lag 8, 8 of 128 columns
+# and 4 of 12.
 #
-# Whether that is possible is asked of each kernel row by itself. v's first layer, for example, is
-# due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn at step 8 (r - 1) + c + 1 =
-# 8 r + c - 7, one step before: just in time for one position, and too late for a strip of 8, which
-# reads up to c + 8. So this row is multiplied position by position. In row r - 2, eight steps
-# further back, c + 8 is in time.
+# Whether a strip's reads are there is asked of each kernel row by itself. v's first convolution,
+# for example, is due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn at step
+# 8 (r - 1) + c + 1 = 8 r + c - 7, one step before: just in time for one position, and too late for
+# a strip of 8, which reads up to c + 8. So this row is multiplied position by position. In row
+# r - 2, eight steps further back, c + 8 is in time.
 #
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
 # PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width, all
-# offsets but that of x are 0, and a pixel is drawn at each step. A strip is then a row, and what
-# depends on the rows above alone, such as v, is computed a row at a time. In 8x8:
+# offsets but that of x are 0, and a pixel is drawn at each step. A strip is then a row: what
+# depends on the rows above alone, such as v, is computed a row at a time, layer after layer. (So it
+# may look to the right at offset 0, whatever the inequality says, which is for values computed one
+# by one: all of the row is there before the next layer begins, and beyond the last column there are
+# zeros.) In 8x8:
 #
 #     step 8 r               row r - 1 of x is complete: its last pixel was drawn one step before
 #                            v in all of row r, layer after layer; h at (r, 0), and the pixel
 #     steps 8 r + 1 .. + 7   h at (r, 1) .. (r, 7), and the pixels
 #
-# So a layer of v may read the one before it at any column of row r; and beyond the last column
-# there are zeros, for which nobody waits.
+# **Where values are.** Plan.latest keeps of each value what was computed last, at one place or in
+# one strip. It serves a reader at the same position with the same offset, which runs in the same
+# step or, where a strip was computed, a few steps later. All else is read from a buffer, an image
+# of all positions.
 #
-# **Where values are.** Plan.latest has of each value what was computed last: one for each place, or
-# a strip, of which a reader takes number c % strip in the steps to come. That will do for what is
-# read at the reader's own position and has the same offset. All else is read from a buffer, an
-# image of all positions.
+# Of CausalNet nothing is known here: the network is *traced*, what it computes is noted in the
+# course of its own forward pass. Any network will do that is made of Conv and of functions of
+# values at one position. All that can be decided beforehand is decided once, in Plan, which makes
+# of every value a function of the places where it is due; a step calls these functions. The loop
+# over the steps is sample_by, at the end.
 #
-# Of CausalNet nothing is known here: what there is to compute is read from its forward pass. Any
-# network will do that is made of Conv and of functions of values at one position. All that can be
-# decided beforehand is decided once, in Plan, which makes of every value a function of the places
-# where it is due; a step calls these functions. The loop over the steps is sample_by, at the end.
 # For example h's second convolution in a block of the light network, at lag 8 and 16x16:
 #
-#     read       a Node with two taps, its kernel's rows -1 and 0, which read columns -1 and 0
+#     traced     a Node with two taps, its kernel's rows -1 and 0, which read columns -1 and 0
 #     offset     0, as h's readers read nothing to their right
 #     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
 #                Row 0 is not: node = early + row 0, for one position
-#     at step 9  pixels (0, 9) and (1, 1) are due, and the node there: Places(0, 9, 1, -8, 2)
-#     at step 8  (0, 8) and (1, 0) are due, and with them the strips of `early` that begin there:
-#                Places(0, 8, 1, -8, 2, strip=8)
+#     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
+#                column=8, down=1, right=-8, count=2), and before it `early` in the strips that
+#                begin there, the same with strip=8
+#     at 9       (0, 9) and (1, 1) are due, and node; `early` has been computed: node takes number
+#                9 % 8 = 1 % 8 = 1 of both strips from Plan.latest
 
 
 class Places(typing.NamedTuple):
@@ -2360,7 +2374,7 @@ class Node:
     taps: list = dataclasses.field(default_factory=list)
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False
-    spread: bool = False  # its buffer is twice as large, with zeros between the values
+    spread: bool = False  # its buffer is one finer: value (r, c) at (2 r, 2 c), and zeros between
     offset: int = 0
     strip: int = 1  # how many neighbours in a row are computed together
     buffer: torch.Tensor | None = None  # its values, (n, H, W, C), if read elsewhere or later
@@ -2383,12 +2397,11 @@ class Node:
 
     def has_at_hand(self, source, conv=None):
         """Whether what it reads of source is in Plan.latest; else it is in source's buffer. (Source
-        may come in strips and this node not, see Plan.at. The other way round it would not be in
-        time.)"""
+        may come in strips and this node not. The other way round it would not be in time.)"""
         same_position = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
         same_step = (source.halved, source.offset) == (self.halved, self.offset)
         computed = source.terms or source.taps  # x and what is known never are
-        return same_position and same_step and computed
+        return bool(same_position and same_step and computed)
 
     def window(self, dy=0, dx=0, columns=1, stride=1):
         """The function Places -> a view (n, count, strip, columns C) of `buffer`: for each position
@@ -2403,10 +2416,10 @@ class Node:
             p = 1           |---------------|            2..7
             p = 2                 |---------------|      4..9
 
-        Neighbouring vectors overlap, and begin 2 numbers from each other. So do those of a diagonal
-        at equal distances, a row down and lag columns to the left: with rows of 10 numbers and lag
-        3, (0, 3) begins at 6, (1, 0) at 10, (2, -3) would at 14. So a view with these strides is
-        all that is needed: no copy, and no table of indices.
+        Neighbouring vectors overlap, and begin at equal distances, 2 numbers. So do those of the
+        places of a diagonal: from one to the next it is a row less lag columns, at lag 2 here 10 -
+        2 * 2 = 6 numbers. So a view with these strides is all that is needed: no copy, and no table
+        of indices.
         """
         n, length = len(self.buffer), columns * self.channels
         next_image, next_row, next_column, _ = self.buffer.stride()
@@ -2415,8 +2428,8 @@ class Node:
         next_row, next_column = stride * next_row, stride * next_column
 
         def read(places):
-            # Below 0 only where the lag, of X, is wider than this image, a halved one. Then count
-            # is 1 and next_place not used, but torch would refuse it.
+            # next_place is below 0 where the lag, in columns of X, is wider than this image, a
+            # halved one. Then there is one place only, and it is not used; but torch refuses it.
             next_place = max(0, places.down * next_row + places.right * next_column)
             size = (n, places.count, places.strip, length)
             offset = start + places.row * next_row + places.column * next_column
@@ -2426,8 +2439,8 @@ class Node:
 
 
 class Symbol(torch.Tensor):
-    """Stands for a node while a network is read. torch calls __torch_function__ in place of any of
-    its functions that gets a Symbol, and wrap_torch_function makes Conv.forward, concat_elu and
+    """Stands for a node while a network is traced. torch calls __torch_function__ in place of any
+    of its functions that gets a Symbol, and wrap_torch_function makes Conv.forward, concat_elu and
     gate do the same: so what would be computed is recorded."""
 
     @classmethod
@@ -2506,7 +2519,8 @@ class Recorder:
     def tried(self, function, terms):
         """How many channels it returns. The sampler will call it on lists of positions, (N, C). So
         it is tried on images, (N, C, H, W), and on the list of all their positions: a function of
-        values at one position makes the same of both. It must leave its arguments as they are."""
+        values at one position makes the same of both. It must leave its arguments as they are,
+        which others read, too."""
         images = []
         for term in terms:
             if isinstance(term, Node):
@@ -2557,8 +2571,8 @@ def as_rows(value):
 class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
-    In this order: the network is read; what the output does not need is left out; offsets, and the
-    lag; strips; buffers for values that are read elsewhere or later; a function for every node.
+    In this order: the network is traced; what the output does not need is left out; offsets, and
+    the lag; strips; buffers for values that are read elsewhere or later; a function for every node.
     nodes: in the order of computation within a step, without x. least_lag: if pixels are not to be
     drawn together though the network would allow it.
     """
@@ -2612,8 +2626,8 @@ class Plan:
         deadlines = {self.output: 0}
         for node in reversed(self.nodes):
             for source, dy, dx in node.reads():
-                finer = min(node.halved, source.halved)
-                deadline = deadlines[node] - 2**finer * (lag * dy + dx)
+                m = min(node.halved, source.halved)
+                deadline = deadlines[node] - 2**m * (lag * dy + dx)
                 deadlines[source] = min(deadlines.get(source, deadline), deadline)
         return deadlines
 
@@ -2652,21 +2666,25 @@ class Plan:
 
     def in_time(self, node, read, strip):
         """Whether, for each strip in a row of node, what it reads of source is there when it
-        begins. Steps are counted from that of (r, 0).
+        begins.
 
-        Say v's first layer, of offset -6, reads x, at lag 8, and a strip is columns 16..23, due at
-        16 - 6 = 10. Its last position reads x up to column 24: in row r - 1 that is there at 24 - 8
-        + 1 = 17, too late; in row r - 2 at 24 - 16 + 1 = 9, in time.
+        Steps are counted from that of (r, 0), so that row r + dy adds lag dy. At full resolution a
+        strip that begins at column `first` is due at first + node.offset; what it reads is there at
+        begin + lag dy + source.offset, if source's strip with the last of it begins at `begin`.
+
+        Say v's first convolution, of offset -6, reads x, at lag 8, and a strip is columns 16..23,
+        due at 16 - 6 = 10. Its last position reads x up to column 24: in row r - 1 that is there at
+        24 - 8 + 1 = 17, too late; in row r - 2 at 24 - 16 + 1 = 9, in time.
         """
         source, dy, dx = read
-        finer = min(node.halved, source.halved)
+        m = min(node.halved, source.halved)
         for first in range(0, self.width(node), strip):
             due = 2**node.halved * first + node.offset
-            # The last column that is read: of the finer resolution, then of source's own.
-            last = 2 ** (node.halved - finer) * (first + strip - 1) + dx
-            last = min(last // 2 ** (source.halved - finer), self.width(source) - 1)
-            begin = last - last % source.strip  # of the strip of source that has it
-            there_at = 2**source.halved * begin + 2**finer * self.lag * dy + source.offset
+            # The last column that is read: in pixels of the finer of both, then of source.
+            last_fine = 2 ** (node.halved - m) * (first + strip - 1) + dx
+            last = min(last_fine // 2 ** (source.halved - m), self.width(source) - 1)
+            begin = last - last % source.strip
+            there_at = 2**source.halved * begin + 2**m * self.lag * dy + source.offset
             if there_at > due:
                 return False
         return True
@@ -2907,7 +2925,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #
 #     the folder      no flag        --resume             --factor K
 #     is new          a new run      refused              a new run, of which this is one factor
-#     has a run       refused        goes on, if flags    goes on, if it does not have factor K
+#     has a run       refused        goes on, if flags    begins factor K of it, if that is missing
 #                                    do not contradict    and flags do not contradict
 #
 # Several machines may train factors of one run in one folder at the same time, but each factor only
@@ -3101,6 +3119,7 @@ def begin(out, config, factors, data, args, device):
     with locked(out, "config", wait=True):
         if (out / "config.json").exists():
             there = read_config(out)
+            # Another process may have turned minutes into steps meanwhile.
             if config.minutes == there.minutes != (0.0,):
                 config.steps = there.steps
             may_differ = dict(data=config.data, data_dir=config.data_dir)

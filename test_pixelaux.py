@@ -1918,7 +1918,7 @@ TRAIN = "train --model pyramid --steps 6 --batch-size 2"
 def small_preset():
     """The command line's preset "tiny" is SMALL_RUN."""
     before = pixelaux.PRESETS["tiny"]
-    plain = dict(tight=False, warmup=0, lr=1e-2, batch_size=8, betas=(0.9, 0.99))
+    plain = dict(tight=False, warmup=0, lr=1e-2, muon=0.0, batch_size=8, betas=(0.9, 0.99))
     pixelaux.PRESETS["tiny"] = {**before, **plain, **SMALL_RUN}
     yield
     pixelaux.PRESETS["tiny"] = before
@@ -4317,7 +4317,7 @@ def test_the_plain_network_computes_what_ours_does(name):
 
 
 def test_both_networks_of_the_bench_take_the_same_step():
-    model = small_tool("pyramid", dropout=0.0, dtype=torch.float64).train()
+    model = small_tool("pyramid", dropout=0.0, muon=0.0, dtype=torch.float64).train()
     pair = model.pairs(random_batch_of(2, model))[-1]
     factor, other = model.factors[-1], bench.plain(model.factors[-1])
     before = factor(*pair).sum().item()

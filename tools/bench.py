@@ -124,7 +124,7 @@ def memory(device):
 
 TRAIN = """\
 training steps (gradient, optimizer, moving average), batch {}, model {}, preset {}, ours in {}.
-plain: float32 (torch's default: TF32 on CUDA), NCHW, padding by copy, torch's weight norm.
+plain: float32 (torch's default: TF32 on CUDA), NCHW, padding by copy, torch's weight norm, Adam.
 Peak: a product of large matrices in {}, {:.3g} TFLOP/s. Memory: ours, the most so far.
 factor               images/s: ours    plain   ratio   GFLOP/image   TFLOP/s   of peak     GiB"""
 

@@ -7,10 +7,10 @@ image is known, and one can count: what does a model miss, in bits, of the shape
 
 All models have about as many parameters and as much time: CPU seconds of one thread, by the time
 that a step is found to take. A model's factors have the same number of steps each. Everything else
-is as preset tiny has it, but for the learning rate, which is chosen for each model: by what seed 0
-gives at each rate, in bits of images that are neither trained on nor counted. These are runs like
-all others, as a rate that is good in short ones may be unstable at full length; and that of the
-best rate is then seed 0's.
+is as preset tiny has it, but for the optimiser, which is Adam alone, as in the paper, and its
+learning rate. This is chosen for each model: by what seed 0 gives at each rate, in bits of images
+that are neither trained on nor counted. These are runs like all others, as a rate that is good in
+short ones may be unstable at full length; and that of the best rate is then seed 0's.
 """
 import json
 import math
@@ -175,7 +175,7 @@ def measured(model, data, seed):
 
 def new_model(name, data, **changes):
     return PixelAux(make_config(model=name, size=data.shapes.size, nr_filters=FILTERS[name],
-                                data_set=describe(data), **changes))
+                                muon=0.0, data_set=describe(data), **changes))
 
 
 def step_seconds(data, rounds=21):

@@ -17,7 +17,7 @@ view may have a view in turn:  X_0 = X,  X_1 = psi_0(X_0),  ..,  X_K = psi_{K-1}
 
 It is a bound because p(X) is the sum of p(X, X^) over all X^, and a sum of terms that are 0 or more
 is no smaller than any one of them. (There are many terms: X has one view, but the networks do not
-know that, and give some probability to X beside other views, too. X_1 determines all that is
+know that, and p(X, X^) is more than 0 for X^ that are not psi(X), too. X_1 determines all that is
 coarser, so that p(X_0 | X_1) needs nothing else.)
 
     Eq. 1       p(X) = product of p(pixel | earlier ones)    Conv, CausalNet
@@ -134,7 +134,7 @@ class Config:
     layout_cond: tuple = six_stages(4)  # 24 blocks (Sec. 4.1)
     layout_light: tuple = ((0, 3),)  # (Sec. 4.2)
     layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))
-    look_right: bool = True  # False: light networks do in their first layer only (VERTICAL_LEFT)
+    look_right: bool = True  # False: v of light networks does in its first layer only
     dropout: float = 0.5
 
     batch_size: int = 64
@@ -238,11 +238,11 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    v is possible if w v lies in low - rest .. high, and in 0 .. w top. No interval is empty: low ..
-    high never changes its length; if it has at least w numbers (4 for Half, 4096 for Gray), each w
-    numbers in a row hold a multiple of w. If the range begins below 0, 0 will do, as the v before
-    has left high >= 0; else it begins at w top or before, as it has left low <= rest + w top, and
-    the first multiple in it is no larger than w top.
+    v is possible if w v lies in low - rest .. high and in 0 .. w top. Why some v always does (to be
+    skipped at first): low .. high keeps its length, of at least w numbers (4 for Half, 4096 for
+    Gray), among which there is a multiple of w. And before each v we have high >= 0 and low <= rest
+    + w top. So if low - rest is below 0, v = 0 will do; if not, the first multiple of w in the
+    range, which is no larger than w top.
     """
     lo, hi = [], []
     rest = top * sum(weights)  # the most that the values to come can add
@@ -380,7 +380,8 @@ def log_mass(means, log_scales, lo, hi, levels):
         its log = log sigma(b) + log sigma(-a) + log(1 - e^(a-b))
 
     At the last level b is infinite, which leaves log sigma(-a); at level 0 a is -infinite, which
-    leaves log sigma(b). This is exact and stable everywhere. (Instead, widely
+    leaves log sigma(b). (`edges` gives finite ones; masks put in what infinite ones would give.)
+    This is exact and stable everywhere. (Instead, widely
     copied code takes the density where the mass is below 1e-5: at the worst the masses of all
     levels then sum to 1 - 1.4e-5, and a level in a tail is given up to 3 bits too many or too few.)
     """
@@ -429,7 +430,7 @@ class LogisticMixture:
         G's means, log-scales;  coefficients of R in B's mean
         B's means, log-scales;  coefficients of G in B's mean
 
-    levels: of a sub-pixel.
+    (so that the coefficients of a row are not its own channel's). levels: of a sub-pixel.
     shift: added to the log-scales to reduce the variance (Sec. 4.2 subtracts constants).
     """
 
@@ -444,7 +445,7 @@ class LogisticMixture:
         self.means = by_channel[:, :, :k]  # (N, 3, K, H, W), as the next two
         # At -7 one level holds 97% of a component centred on it (PixelCNN++'s clamp); 7 is a guard.
         self.log_scales = by_channel[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
-        self.coeffs = by_channel[:, :, 2 * k :].tanh()  # dim 1, no channel: R in G, R in B, G in B
+        self.coeffs = by_channel[:, :, 2 * k :].tanh()  # dim 1: R in G, R in B, G in B
 
     @staticmethod
     def set_bias(bias):
@@ -528,9 +529,9 @@ class LogisticMixture:
         a value from it, within the interval. "map" keeps the first component, so that a pixel's
         channels belong together.
 
-        Why a component anew for each channel? Without a cut it makes no difference, as p(k) p(r |
-        k) = p(r) p(k | r), and the first one does for all. With cuts it does: a component that r
-        was drawn from is one by w_k m_k(r), but g's takes the factor M_k(g's interval), too.
+        Why a component anew for each channel? Given r, the one that r was drawn from is k with a
+        probability in proportion to w_k m_k(r). Without cuts that is just what g wants, so the same
+        k will do. With cuts g wants w_k m_k(r) M_k(g's interval).
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -673,12 +674,13 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # torch goes from the input, q = (p + d) / 2: in(q) adds w_d in(q) to out(2 q - d). For
-            # d = -1, 0, 1:
-            #     in(0) adds    w_1 to out(-1), w_0 to out(0), w_-1 to out(1)
-            # So what torch makes begins with out(-last): `bottom` rows and `right` columns too
-            # much, which we cut off. And its kernels begin with the last d: self.v of a Conv that
-            # goes up has its w_d in reverse order.
+            # torch goes from the input: in(q) adds w_d in(q) to out(2 q - d), its place. So with
+            # d = -1, 0, 1 what torch makes is
+            #     out(-1), out(0), out(1), ..     and in(0) adds w_1, w_0, w_-1 to the first three
+            # Of this we cut off what lies before out(0), `bottom` rows and `right` columns, the
+            # last dy and dx. And torch has the kernel in the order w_1, w_0, w_-1: so has self.v.
+            # (With d = -1, 0 torch makes what is wanted, with d = 0 alone a row and a column less:
+            # output_padding=1 adds them.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -915,8 +917,8 @@ class EmbeddingNet(nn.Module):
 
 @dataclasses.dataclass
 class View:
-    """One of the X_i. psi: what makes the next coarser view from it, images of views[k - 1] from
-    those of views[k]; None: there is none."""
+    """One of the X_i. views[k].psi(images of views[k]) are images of views[k - 1], the next coarser
+    view; psi is None for the coarsest."""
 
     shape: tuple  # (C, H, W)
     levels: int
@@ -1017,8 +1019,8 @@ class Draw:
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). head: the distributions
     of n P pixels, as images of 1x1, (n P, .., 1, 1). rows, columns: where in each of the n images
-    its P pixels lie; P is 1 until Sampling fast, where several pixels of an image are drawn in one
-    step. (A decoder of compressed images can take the place of a Draw.)
+    its P pixels lie. (Read P as 1 for now: only sample_fast draws several pixels of an image in one
+    step.) (A decoder of compressed images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1026,7 +1028,8 @@ class Draw:
         self.noise, self.mode = noise, mode
 
     def __call__(self, head, rows, columns, interval_of):
-        noise = self.noise[:, :, rows, columns].transpose(1, 2).flatten(0, 1)  # (n P, 2 C)
+        noise = self.noise[:, :, rows, columns]  # (n, 2 C, P)
+        noise = noise.transpose(1, 2).flatten(0, 1)  # (n P, 2 C)
         return head.sample(noise[:, :, None, None], self.mode, interval_of)
 
 
@@ -1159,8 +1162,8 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # In place of the b that has just centred the outputs: by the gain of `last` they
-                # deviate from it by 0.03 only.
+                # In place of the b that has just centred the outputs. As their deviation is 0.03,
+                # by the gain of `last`, they are off by some hundredths now.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1279,7 +1282,8 @@ class Shapes:
         if side < 12 or h % 2 or w % 2:
             raise Problem(f"--size {h}x{w}: shapes need an even height and width of 12 or more")
         self.size, radius = (h, w), 2 * max(1, side // 16)  # in cells
-        ys, xs = (range(radius + 1, s // 2 - radius, radius // 2) for s in size)  # off the border
+        # Off the border. At 16x16, 8x8 cells, radius 2: at 3, 4 and 5.
+        ys, xs = (range(radius + 1, s // 2 - radius, radius // 2) for s in size)
         centres = np.array(list(itertools.product(ys, xs)))  # each a corner between four cells
         y, x = centres.T[:, :, None, None]  # (centres, 1, 1) each
 
@@ -1405,8 +1409,8 @@ class Dataset:
         return images
 
     def holding_out(self, n):
-        """The same, but n training images, and copies of them, are kept from training: how good a
-        model gets in the course of training is nothing to ask the test set. They follow from the
+        """The same, but n training images, and copies of them, are kept from training: who looks at
+        a model's progress, and chooses by it, must not do so by the test set. They follow from the
         images' contents alone. Raises Problem."""
         if n == 0:
             return self
@@ -1755,12 +1759,15 @@ def progress_bar(iterable=None, **options):
 #
 # What is trained is not what the model shows: the moving average of the weights is better, and less
 # noisy, than the weights themselves. So train_factor puts the average in the factor's place in the
-# model; the factor that is trained is its local variable `trained`. Its loop:
+# model (average.module); the factor that is trained is its local variable `trained` (and `forward`,
+# which is `trained` as it is called: compiled or distributed, perhaps). Its loop:
 #
 #     each step     batch -> loss -> gradient -> Adam -> moving average of the weights
-#     at a look     (now and then) is the loss finite?  with --minutes: how many steps are they?
-#                   test images after each quarter, or held out ones after each twentieth;  log;
-#                   checkpoint;  told to stop?  pictures after each quarter
+#     at a look     after each hundredth of the steps, but at most 20 steps apart: is the loss
+#                   finite?  with --minutes: how many steps are they?  log;  told to stop?
+#                   after a quarter of the steps, test images, a checkpoint, pictures
+#                   after a twentieth, images that are held out, if there are any
+#                   after two minutes (--save-every), a checkpoint
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -1839,6 +1846,7 @@ class Optimizer:
         if config.muon and convs:
             # full_precision: a network's first and last ones
             self.directions = [conv.v for conv in convs if not conv.full_precision]
+            # Copies, as torch's Muon takes matrices only.
             self.matrices = [nn.Parameter(v.detach().flatten(1).clone()) for v in self.directions]
             self.muon = torch.optim.Muon(self.matrices, weight_decay=0.0)
         by_muon = set(map(id, self.directions))
@@ -2001,7 +2009,7 @@ def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_ev
         if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
         bits = float(total) / (step - looked)  # waits until the device has done it all
-        seconds += time.monotonic() - clock
+        seconds += time.monotonic() - clock  # of steps alone, without what is done at looks
         means = mean_of_processes([bits, seconds, stop()], device)
         bits, seconds, stopping = means  # stopping > 0: one is to stop
         check_finite(bits, k, step, path)
@@ -2125,7 +2133,7 @@ def evaluate(model, images, batch_size=None):
 REPORT = """\
 {}, bits/dim. of X: bits / {} sub-pixels of X, these add up. own: bits / sub-pixels of
 the view. cumulative: bits of all views so far / sub-pixels of this one (as in the paper's Table 2).
-bound: the paper's, <=. exact: log p(X) itself, =.
+bound: the paper's, <=. exact: log p(X) itself, =, of the tight model (the same weights).
 
                              of X              own           cumulative
 factor                  bound   exact     bound   exact     bound   exact"""
@@ -2241,10 +2249,10 @@ def save_samples(model, views, path, given=0):
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
 # **Offsets.** Each value inside the network has its step, too: at (r, c) it is lag r + c + offset.
-# With offset 0 that is the pixel's own step, with -1 it is one step before. For example v at column
-# c + 1, which the last convolution of v reads for pixel (r, c): it must be there at step lag r + c,
-# one step before that of its own pixel. So its offset is -1, and of a chain of six such
-# convolutions the first one's result has -6. In general what a reader at (r, c) reads, at
+# With offset 0 that is the pixel's own step, with -1 it is one step before. Say pixel (r, c) has
+# step 24, so that (r, c + 1) has 25. v's last convolution, for (r, c), reads its source at
+# (r, c + 1), at step 24: the source's offset is -1. And of a chain of six such convolutions the
+# first one's source has -6. In general what a reader at (r, c) reads, at
 # (r + dy, c + dx), must have its step there no later than the reader,
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
@@ -2262,9 +2270,9 @@ def save_samples(model, views, path, given=0):
 #     ..
 #     v after its first convolution                                              -6
 #
-# Last comes x. Its offset is no choice: a pixel is drawn in its step, and can be read from the next
-# one on, so it is 1. The deadline must not be before: v's first convolution, at -6, reads
-# (r - 1, c + 1), so that 1 <= -6 - (-lag + 1) = lag - 7, and the lag is 8 again. (h_left, which
+# Last comes x, the exception: its offset is 1, as a pixel is drawn in its step, and can be read
+# from the next one on. A lag is good if the deadline of x is 1 or later. v's first convolution, at
+# -6, reads (r - 1, c + 1), so it is -6 - (-lag + 1) = lag - 7: the lag is 8 again. (h_left, which
 # reads (r, c - 1), sets the deadline 1 at any lag.)
 #
 # (To be skipped at first: stages at half the resolution, which PixelCNN++ has.) What is halved s
@@ -2278,9 +2286,9 @@ def save_samples(model, views, path, given=0):
 #     down to s = 1, dx = 1:     (R, C) reads (2 R, 2 C + 1), one pixel further       -1
 #     up from s = 1, dx = 1:     (r, c) reads C = (c + 1) / 2, where that is whole    -1
 #
-# **Strips.** The row above had the same columns lag steps earlier. So when (r, c) is due, it is
-# there for some lag columns further, and the kernel rows that lie above need not be multiplied
-# position by position: a convolution is split,
+# **Strips.** The row above is lag steps ahead: when (r, c) is due, row r - 1 has been computed up
+# to about column c + lag. So the kernel rows that lie above need not be multiplied position by
+# position: a convolution is split,
 #
 #     out = [bias + kernel rows above] + kernel row at the position itself
 #
@@ -2292,8 +2300,8 @@ def save_samples(model, views, path, given=0):
 #
 # How long? It must divide the width, so that a row is a number of strips. And it must divide the
 # lag: then c % strip is the same at (r, c), (r + 1, c - lag), .., all along a diagonal, and its
-# strips begin at the same step. So it is their greatest common divisor: at lag 8, 8 of 128 columns
-# and 4 of 12.
+# strips begin at the same step. So it is their greatest common divisor: at lag 8, strips are of 8
+# positions if the width is 128, and of 4 if it is 12.
 #
 # Whether a strip's reads are there is asked of each kernel row by itself. v's first convolution,
 # for example, is due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn at step
@@ -2303,20 +2311,20 @@ def save_samples(model, views, path, given=0):
 #
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
 # PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width, all
-# offsets but that of x are 0, and a pixel is drawn at each step. A strip is then a row: what
-# depends on the rows above alone, such as v, is computed a row at a time, layer after layer. (So it
-# may look to the right at offset 0, whatever the inequality says, which is for values computed one
-# by one: all of the row is there before the next layer begins, and beyond the last column there are
-# zeros.) In 8x8:
+# offsets but that of x are 0, and a pixel is drawn at each step. A strip, the greatest common
+# divisor of the width and itself, is then a row: what depends on the rows above alone, such as v,
+# is computed a row at a time, layer after layer. Here v may look to the right though its offset is
+# 0: the inequality is for values computed one by one, but now all of a row is there before the next
+# layer begins, and beyond the last column there are zeros. In 8x8:
 #
 #     step 8 r               row r - 1 of x is complete: its last pixel was drawn one step before
 #                            v in all of row r, layer after layer; h at (r, 0), and the pixel
 #     steps 8 r + 1 .. + 7   h at (r, 1) .. (r, 7), and the pixels
 #
-# **Where values are.** Plan.latest keeps of each value what was computed last, at one place or in
-# one strip. It serves a reader at the same position with the same offset, which runs in the same
-# step or, where a strip was computed, a few steps later. All else is read from a buffer, an image
-# of all positions.
+# **Where values are.** Plan.latest keeps of each value what was computed last, at all places of one
+# step, or in all strips that began at one step. It serves a reader at the same positions with the
+# same offset, which runs in the same step or, where strips were computed, a few steps later. All
+# else is read from a buffer, an image of all positions.
 #
 # Of CausalNet nothing is known here: the network is *traced*, what it computes is noted in the
 # course of its own forward pass. Any network will do that is made of Conv and of functions of
@@ -2329,7 +2337,7 @@ def save_samples(model, views, path, given=0):
 #     traced     a Node with two taps, its kernel's rows -1 and 0, which read columns -1 and 0
 #     offset     0, as h's readers read nothing to their right
 #     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
-#                Row 0 is not: node = early + row 0, for one position
+#                Row 0 is not, as it reads the strip's own positions: node = early + row 0
 #     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
 #                column=8, down=1, right=-8, count=2), and before it `early` in the strips that
 #                begin there, the same with strip=8
@@ -2396,8 +2404,9 @@ class Node:
             yield read_of(tap)
 
     def has_at_hand(self, source, conv=None):
-        """Whether what it reads of source is in Plan.latest; else it is in source's buffer. (Source
-        may come in strips and this node not. The other way round it would not be in time.)"""
+        """Whether what it reads of source is in Plan.latest; else it is in source's buffer. (If
+        source comes in strips and this node does not, it takes its position of them, see Plan.at.
+        The other way round it would read positions of source that are yet to come.)"""
         same_position = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
         same_step = (source.halved, source.offset) == (self.halved, self.offset)
         computed = source.terms or source.taps  # x and what is known never are
@@ -2417,9 +2426,9 @@ class Node:
             p = 2                 |---------------|      4..9
 
         Neighbouring vectors overlap, and begin at equal distances, 2 numbers. So do those of the
-        places of a diagonal: from one to the next it is a row less lag columns, at lag 2 here 10 -
-        2 * 2 = 6 numbers. So a view with these strides is all that is needed: no copy, and no table
-        of indices.
+        places of a diagonal: from one to the next it is a row down, + 10 numbers, and lag = 2
+        columns to the left, - 4, so + 6. So a view with these strides is all that is needed: no
+        copy, and no table of indices.
         """
         n, length = len(self.buffer), columns * self.channels
         next_image, next_row, next_column, _ = self.buffer.stride()
@@ -2428,8 +2437,8 @@ class Node:
         next_row, next_column = stride * next_row, stride * next_column
 
         def read(places):
-            # next_place is below 0 where the lag, in columns of X, is wider than this image, a
-            # halved one. Then there is one place only, and it is not used; but torch refuses it.
+            # Where there is one place only next_place is not used; but it may be below 0, in raster
+            # order at half the resolution, and torch refuses that.
             next_place = max(0, places.down * next_row + places.right * next_column)
             size = (n, places.count, places.strip, length)
             offset = start + places.row * next_row + places.column * next_column
@@ -2441,7 +2450,8 @@ class Node:
 class Symbol(torch.Tensor):
     """Stands for a node while a network is traced. torch calls __torch_function__ in place of any
     of its functions that gets a Symbol, and wrap_torch_function makes Conv.forward, concat_elu and
-    gate do the same: so what would be computed is recorded."""
+    gate do the same: their lambdas name the arguments to look at, and `function` is then the one
+    that they wrap. So what would be computed is recorded."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -2496,7 +2506,11 @@ class Recorder:
 
     def spread(self, source):
         """A Node for what a Conv that goes up reads. Where (p + d) / 2 is not whole it reads
-        nothing: so it is an ordinary Conv on an image of twice the size, with zeros between."""
+        nothing: so it is an ordinary Conv, with the kernel in its order, see convolve, on
+
+            source    a b c      spread    a 0 b 0 c 0      (and rows of zeros)
+
+        The Node's positions, and steps, are those of source; its buffer alone is finer."""
         node = Node(source.halved, source.channels, lambda x: x, [source], spread=True)
         self.nodes.append(node)
         return node
@@ -2591,8 +2605,9 @@ class Plan:
         self.set_strips()
         self.allocate(weight)
         self.latest = {}  # node -> its values at the places where it was computed last
-        self.nodes_of = {}  # some groups -> their nodes, in order
-        self.work = collections.Counter()  # of each group: the largest product, at one position
+        self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
+        # Of each group the multiplications of its largest kernel row, at a position of n images.
+        self.work = collections.Counter()
         self.weights = {}  # of each convolution, (rows, F, columns, C)
         for node in self.nodes:
             for _, conv, _ in node.taps:
@@ -2654,7 +2669,8 @@ class Plan:
             if not late_reads and node is not self.output:
                 node.strip = strip
             elif early_taps and strip > 1:
-                # (term, 0, 0): as reads() gives a term.
+                # (term, 0, 0): as reads() gives a term. (Those that are known are not among reads,
+                # and so never late.)
                 early_terms = [term for term in node.terms if (term, 0, 0) not in late_reads]
                 early = dataclasses.replace(
                     node, taps=early_taps, terms=early_terms, strip=strip)
@@ -2725,7 +2741,8 @@ class Plan:
         or None."""
         wave, rest = divmod(step - offset, 2**halved)  # lag r + c of the positions due
         height, width = (side >> halved for side in self.size)
-        # (wave - width + 1) / lag rounded up; in the rows before, c is beyond the right edge.
+        # Rows that have a column with lag r + c = wave: at lag 8, 16 columns and wave 24 row 2,
+        # column 8, and row 3, column 0. The first one is (wave - width + 1) / lag, rounded up.
         first = max(0, -((width - 1 - wave) // self.lag))
         last = min(height - 1, wave // self.lag)  # in the rows after, c is negative
         # A strip divides the lag, so that wave % strip is c % strip in all rows: 0 where it begins.
@@ -2773,7 +2790,8 @@ class Plan:
             return lambda places: self.latest[term]
 
         def from_strip(places):
-            # c % strip is the same in all rows of a diagonal, as in `places`.
+            # c % strip is the same in all rows of a diagonal, and these are those of the step in
+            # which the strips began: rows come in at column 0, and go after column width - 1.
             strips = self.latest[term].view(-1, term.strip, term.channels)
             return strips[:, places.column % term.strip]
 
@@ -2797,7 +2815,7 @@ class Plan:
     def tap(self, node, source, conv, dy):
         """The function (Places, total) -> total + what this kernel row adds."""
         weight = self.weights[conv][dy - conv.rows[0]]  # (F, columns, C)
-        usual_count = max(1, self.width(node) // self.lag)
+        usual_count = max(1, self.width(node) // self.lag)  # of positions on a diagonal
         add_product = product(weight.flatten(1), self.n * usual_count * node.strip)
         if node.has_at_hand(source, conv):
             read = self.at(node, source)

@@ -1271,9 +1271,6 @@ class Shapes:
     p(X | X_1).
     """
 
-    # red, yellow, blue
-    palette = np.array([[174, 81, 81], [174, 174, 81], [81, 81, 174]], np.int16)
-    pairs = np.array(list(itertools.permutations(range(3), 2)))  # colours of ground and shape
     contrast = 41  # of the weave: levels from a colour up to light and down to dark
     scale, farthest = 6.0, 40  # of the noise, in levels
 
@@ -1281,6 +1278,9 @@ class Shapes:
         (h, w), side = size, min(size)
         if side < 12 or h % 2 or w % 2:
             raise Problem(f"--size {h}x{w}: shapes need an even height and width of 12 or more")
+        # Red, yellow, blue; and pairs of colours, of ground and shape.
+        self.palette = np.array([[174, 81, 81], [174, 174, 81], [81, 81, 174]], np.int16)
+        self.pairs = np.array(list(itertools.permutations(range(3), 2)))
         self.size, radius = (h, w), 2 * max(1, side // 16)  # in cells
         # Off the border. At 16x16, 8x8 cells, radius 2: at 3, 4 and 5.
         ys, xs = (range(radius + 1, s // 2 - radius, radius // 2) for s in size)
@@ -1916,7 +1916,11 @@ def nats_of(forward, batch, config):
         return forward(*batch, config.tight)
 
 
-def wrapped(factor, batch, config, compile, stop=lambda: False):
+def never():
+    return False
+
+
+def wrapped(factor, batch, config, compile, stop=never):
     """The factor as training calls it: compiled and distributed, where that is asked for.
 
     stop(): whether a signal has come. It ends the compiler's processes, too, and their error is
@@ -1971,7 +1975,7 @@ def training_step(forward, batch, optimizer, rate, average, config, dims):
 
 
 @torch.random.fork_rng()  # dropout takes its noise from torch's own generators
-def train_factor(model, k, data, out, stop=lambda: False, compile=False, save_every=120, show=None):
+def train_factor(model, k, data, out, stop=never, compile=False, save_every=120, show=None):
     """Train factor k of `model` on `data`, or go on from its checkpoint in the folder `out`.
 
     The model has the averaged factor from here on. -> the number of steps made. Writes
@@ -2206,7 +2210,7 @@ def save_picture(path, rows, labels, columns=8):
     columns = min(n, columns)
     enlarge, gap = math.ceil(512 / (columns * max(tall, wide))), 4
     tall, wide = enlarge * tall, enlarge * wide
-    font = ImageFont.load_default(max(14, columns * wide // 36))  # grows with the picture
+    font = ImageFont.load_default(columns * wide // 28)  # 18 px or more: grows with the picture
     left = 3 * gap + math.ceil(max(font.getlength(label) for label in labels))
     groups, group_height = math.ceil(n / columns), len(rows) * (tall + gap) + 2 * gap
     picture = Image.new("RGB", (left + columns * (wide + gap), groups * group_height), "white")
@@ -3450,10 +3454,17 @@ def main(argv=None):
         return status
 
 
+def terminate(number, frame):
+    """SIGTERM ends a program as Ctrl-C does: what is being written is removed first."""
+    raise KeyboardInterrupt("terminated")
+
+
 def program():
     """The command `pixelaux` that pip installs."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # names of files may be any bytes
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, terminate)
     status = main()
     if status == 130:  # who stops a program does not want to wait a second for torch to be unloaded
         for stream in filter(None, (sys.stdout, sys.stderr)):

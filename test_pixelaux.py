@@ -3509,6 +3509,23 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(run, tmp_path, capsys):
     assert_same_run(run, out)
 
 
+def test_a_program_that_is_terminated_leaves_nothing_half_written(tmp_path):
+    """In one line. Control: a kill, of which nobody is told, leaves a part."""
+    code = """if True:
+        import os, pixelaux, signal, sys, types
+        def half_written(file):
+            file.write(b"half")
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+        job = types.SimpleNamespace(main=lambda argv: pixelaux.write_atomically("a", half_written))
+        pixelaux.tool, sys.argv = lambda name: job, ["pixelaux.py", "curves"]
+        sys.exit(pixelaux.program())"""
+    env = dict(PYTHONPATH=str(HERE), cwd=tmp_path)
+    _, error = program("-c", code, status=130, SIGNAL=str(int(signal.SIGTERM)), **env)
+    assert error == "pixelaux: terminated\n" and not list(tmp_path.iterdir())
+    program("-c", code, status=-signal.SIGKILL, SIGNAL=str(int(signal.SIGKILL)), **env)
+    assert [path.name[:5] for path in tmp_path.iterdir()] == ["part-"]
+
+
 def test_a_write_is_whole_or_did_not_happen(tmp_path, monkeypatch):
     """Whoever reads meanwhile finds the old file. Folders are made."""
     path, found = tmp_path / "a" / "b" / "file", []

@@ -162,7 +162,7 @@ def fitting(network, file, shape, claimed):
         if isinstance(network, nn.Module):
             network.to("cpu", dtype)
         try:
-            x = torch.zeros(2, *shape, dtype=dtype)
+            x = tool("sight").random_inputs(shape, 0, dtype)
             called(x)
             by_channel = network(x).dim() == 5 and shape[0] > 1
             return called, dtype, claimed or by_channel

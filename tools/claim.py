@@ -214,9 +214,15 @@ TABLE = """\
 Excess over the truth, bits an image, on {images} test images, and the share in % of {samples}
 samples whose shape decodes: 98% (or 95%) of the sub-pixels are within the noise of one
 configuration. Mean of seeds 0..{last}, its 95% interval over the seeds (Student's t), and what each
-gave. Shape and texture are those of X and of half of X. The excess of gray views is not split: of 16
-levels each is shape and noise at once. So an unknown part of it is shape, too. Rate: of learning,
-the best of those tried with seed 0; steps: of each factor; CPU s: of training a run.
+gave. Rate: of learning, the best of those tried with seed 0; steps: of each factor; CPU s: of
+training a run.
+
+Shape and texture: the levels of each sub-pixel of X, and of half of X, are cut into classes around
+the levels without noise (red of X: 0..80, 81..173, 174..255). Shape is -log2 q(class | all before),
+texture -log2 q(level | class, all before), each minus the truth's, which is cut the same way, by
+Bayes, exactly. They add up to the excess, and each is a Kullback-Leibler divergence, 0 or more
+(tools/split.py). Gray views are not split, as each of 16 levels is shape and noise at once: a
+model's shape excess is between the column shape and the sum of shape and gray view.
 
 | model | filters, parameters | rate (tried) | steps | CPU s | {columns} |
 {rule}
@@ -268,7 +274,7 @@ def save_figure(path, runs):
     matplotlib = tool("curves").import_matplotlib()
     from matplotlib.figure import Figure
 
-    panels = {"excess: shape, bits an image": ["shape", "gray view"],
+    panels = {"excess: shape, and gray view (not split), bits": ["shape", "gray view"],
               "excess: texture, bits an image": ["texture"],
               "samples whose shape decodes, %": COLUMNS["95%"]}
     with matplotlib.rc_context():

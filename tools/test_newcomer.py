@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import pydoc
 import re
 import shutil
 import subprocess
@@ -461,3 +462,16 @@ def test_the_estimate_counts_the_rows_that_fit(monkeypatch):
 def test_free_memory_is_not_more_than_there_is():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < bench.available(torch.device("cpu")) <= total
+
+
+# --- Documentation -------------------------------------------------------------------------------
+
+
+def test_pydoc_shows_what_is_public_and_no_documentation_of_others():
+    """Control: a class with an array among its attributes brings numpy's."""
+    text = pydoc.plain(pydoc.render_doc(pixelaux))
+    assert all(re.search(rf"^ +(class )?{name}\b", text, re.M) for name in pixelaux.__all__
+               if name not in ("PRESETS", "MODELS"))
+    assert "ndarray(" not in text
+    other = type("Other", (), dict(array=np.zeros(2)))
+    assert "ndarray(" in pydoc.plain(pydoc.render_doc(other))

@@ -3329,7 +3329,10 @@ PATH = checked(lambda text: pathlib.Path(text).expanduser(), "a path")
 DEVICE = checked(torch.device, "cpu or cuda, as available here",
                  lambda value: torch.ones(1, device=value).item())
 YES, YES_NO = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
-CALLED = "pixelaux" if pathlib.Path(sys.argv[0]).name == "pixelaux" else "python pixelaux.py"
+PROGRAM = pathlib.Path(sys.argv[0]).name  # which may be a file with views of one's own
+CALLED = "pixelaux" if PROGRAM == "pixelaux" else "python pixelaux.py"
+if PROGRAM.endswith(".py") and not PROGRAM.startswith("__"):
+    CALLED = f"python {PROGRAM}"
 BEST = "cuda" if torch.cuda.is_available() else "cpu"
 
 # flag: (the commands that take it, help, what else argparse is told); tools take some of them, too

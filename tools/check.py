@@ -29,7 +29,8 @@ def main(argv):
                         "module, a function, or what makes one without arguments: x (N, C, H, W) "
                         "-> parameters (N, P, H, W) or, of each channel, (N, P, C, H, W)")
     own = parser.add_argument_group("for FILE.py:NAME")
-    own.add_argument("--shape", type=SHAPE, metavar="CxHxW", help="of x (default: 3x16x16)")
+    own.add_argument("--shape", type=SHAPE, metavar="CxHxW", help="of x (default: "
+                     "3x16x16). Blind spots show if it is twice as high and wide as outputs see")
     own.add_argument("--channel-order", help="each channel's parameters see the channels before it "
                      "in its own pixel. Of (N, P, H, W), P is C contiguous groups, first all "
                      "parameters of channel 0; in another order, return (N, P, C, H, W), which may "

@@ -79,9 +79,7 @@ class Sight:
             if int(self.by_channel.sum()) == before:
                 idle += 1
             self.seen = self.by_channel.any(1).any(1)
-            # That of one output may be cut off by the left edge.
-            leftward = max(self.leftward_of(i) for i in range(self.pixels))
-            self.reach = torch.stack([self.reach_of(i, leftward) for i in range(self.pixels)])
+            self.reach = torch.stack([self.reach_of(i) for i in range(self.pixels)])
             self.blind = self.reach & ~self.seen
             if idle > 0:
                 outputs = self.blind.any(1).nonzero().flatten().tolist()
@@ -114,22 +112,15 @@ class Sight:
         spot = (up > 0) & (right > 0) & (up + right > 2)
         return not (self.blind & ~spot).any()
 
-    def leftward_of(self, i):
-        """How many columns to the left output i sees in its own row."""
-        row, column = divmod(i, self.width)
-        seen = self.seen[i].view(self.height, self.width)[row, :column].nonzero()
-        return column - int(seen[0]) if len(seen) else 0
-
-    def reach_of(self, i, leftward):
-        """What is within reach of output i, bool (pixels,): see the top of the file. leftward: how
-        far to the left outputs see."""
+    def reach_of(self, i):
+        """What is within reach of output i, bool (pixels,): see the top of the file."""
         row, column = divmod(i, self.width)
         seen = self.seen[i].view(self.height, self.width)
         # From the first pixel seen straight above it, or to its left; the neighbours at the least.
         top = min([max(row - 1, 0), *seen[:row, column].nonzero().flatten().tolist()])
         left = min([max(column - 1, 0), *seen[row, :column].nonzero().flatten().tolist()])
         right = max([column + 1, *seen[:row].nonzero()[:, 1].tolist()])
-        right = min(right, column + max(1, leftward))
+        right = min(right, column + max(1, column - left))
         reach = torch.zeros_like(seen)
         reach[top:row, left : right + 1] = True
         reach[row, left:column] = True

@@ -578,6 +578,19 @@ def test_models_of_every_kind_and_size_hold(tmp_path, capsys, name, size, at):
     assert verdicts_of(out) == dict.fromkeys(PROMISES, True)
 
 
+@pytest.mark.parametrize("name", ["pixelcnn", "grayscale"])
+def test_networks_of_three_resolutions_are_blind_nowhere_at_the_size_that_is_checked(name):
+    """What comes by way of a coarser resolution reaches further for some outputs than for their
+    neighbours: this is no blind spot. Control: without what h reads of v there is one."""
+    model = build(name, 16, nr_filters=4, nr_logistic_mix=1, dropout=0.0).double().eval()
+    views = model.views_of(torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8))
+    assert promises.causal(model, views)[0]
+    for vertical, horizontal in itertools.chain(*(s.blocks for s in model.factors[0].net.stages)):
+        horizontal.conv_aux[0].g.data.zero_()
+    holds, found = promises.causal(model, views)
+    assert not holds and "blind spot" in found
+
+
 def reads_too_far(monkeypatch):
     """The horizontal stream's first layer reads its own column, in training alone."""
     convolve = Conv.convolve

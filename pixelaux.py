@@ -472,7 +472,8 @@ class LogisticMixture:
         """x: uint8 (N, 3, H, W) -> nats of each pixel, (N, H, W), its channels together.
 
         intervals = (lo, hi) of psi.bounds: each channel's mixture, as a whole, is cut to its
-        interval. With w_k the weights, m_k a component's mass on the value, M_k on the interval:
+        interval: that divides it by one mass of at most 1. (If each component were cut by itself,
+        some levels could become less probable than without a cut.) With w_k the weights, m_k a component's mass on the value, M_k on the interval:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g) / sum_k w_k m_k(r) M_k(g's interval)
@@ -674,8 +675,8 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # torch goes from the input: in(q) adds w_d in(q) to out(2 q - d), its place. So with
-            # d = -1, 0, 1 what torch makes is
+            # torch goes from the input: as p + d = 2 q, in(q) adds w_d in(q) to out(2 q - d). So
+            # with d = -1, 0, 1 what torch makes is
             #     out(-1), out(0), out(1), ..     and in(0) adds w_1, w_0, w_-1 to the first three
             # Of this we cut off what lies before out(0), `bottom` rows and `right` columns, the
             # last dy and dx. And torch has the kernel in the order w_1, w_0, w_-1: so has self.v.
@@ -797,7 +798,8 @@ class Stage(nn.Module):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         before = layout[i - 1][0] if i > 0 else self.halved
-        # The stages before at this resolution: the last one's blocks are what skips come from.
+        # The stages before at this resolution: the last one's blocks are what skips come from, see
+        # `made` in CausalNet.forward.
         counterparts = [blocks for halved, blocks in layout[:i] if halved == self.halved]
         nr_skips = counterparts[-1] if counterparts else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
@@ -879,7 +881,8 @@ class EmbeddingNet(nn.Module):
         half                    0                    1                 1                    1
         a quarter               1                    2                 2                    2
 
-    (A light causal network takes embeddings[0] alone.)
+    (So f_w's `halved`, sorted, are the places in the list. A light causal network takes
+    embeddings[0] alone.)
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -1332,6 +1335,7 @@ class Shapes:
         # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
         inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)
         outside = has.sum(2, keepdims=True) - inside
+        # An image agrees where it has the ground's colour outside and the shape's inside the mask.
         # agree[i, p, m]: on how many pixels image i agrees with pair p and mask m.
         ground, shape = self.pairs.T
         agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
@@ -1800,7 +1804,8 @@ def steps_of(config, k, data):
 def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
     the pace. times: [0] is how long was trained before this process, in seconds, and [i] how long
-    until its i-th step is done (while the number is open, there is a look after each)."""
+    until its i-th step is done (while the number is open, there is a look after each). Say 0, 9,
+    10, 11: the first step does not count, 2 s are spent, and the pace is 1 s a step."""
     if len(times) < 4:
         return math.inf
     first_step = times[1] - times[0]  # does not count, as much happens only once
@@ -2254,8 +2259,9 @@ def save_samples(model, views, path, given=0):
 #
 # **Offsets.** Each value inside the network has its step, too: at (r, c) it is lag r + c + offset.
 # With offset 0 that is the pixel's own step, with -1 it is one step before. Say pixel (r, c) has
-# step 24, so that (r, c + 1) has 25. v's last convolution, for (r, c), reads its source at
-# (r, c + 1), at step 24: the source's offset is -1. And of a chain of six such convolutions the
+# step 24, so that (r, c + 1) has 25. v's last convolution for (r, c), at step 24, reads its
+# source at (r, c + 1), which must be there at step 24, though its own pixel has 25: the source's
+# offset is -1. And of a chain of six such convolutions the
 # first one's source has -6. In general what a reader at (r, c) reads, at
 # (r + dy, c + dx), must have its step there no later than the reader,
 #
@@ -2410,7 +2416,7 @@ class Node:
     def has_at_hand(self, source, conv=None):
         """Whether what it reads of source is in Plan.latest; else it is in source's buffer. (If
         source comes in strips and this node does not, it takes its position of them, see Plan.at.
-        The other way round it would read positions of source that are yet to come.)"""
+        The other way round does not occur: set_strips finds such a read late.)"""
         same_position = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
         same_step = (source.halved, source.offset) == (self.halved, self.offset)
         computed = source.terms or source.taps  # x and what is known never are
@@ -2610,7 +2616,8 @@ class Plan:
         self.allocate(weight)
         self.latest = {}  # node -> its values at the places where it was computed last
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
-        # Of each group the multiplications of its largest kernel row, at a position of n images.
+        # Of each group the multiplications of its largest kernel row, at a position of n images: by
+        # them run_step decides whether a step is worth several threads.
         self.work = collections.Counter()
         self.weights = {}  # of each convolution, (rows, F, columns, C)
         for node in self.nodes:
@@ -2689,8 +2696,9 @@ class Plan:
         begins.
 
         Steps are counted from that of (r, 0), so that row r + dy adds lag dy. At full resolution a
-        strip that begins at column `first` is due at first + node.offset; what it reads is there at
-        begin + lag dy + source.offset, if source's strip with the last of it begins at `begin`.
+        (where all 2** are 1) a strip that begins at column `first` is due at first + node.offset.
+        The last column that it reads is there when source's strip that has it is computed, which
+        begins at column `begin`: at begin + lag dy + source.offset.
 
         Say v's first convolution, of offset -6, reads x, at lag 8, and a strip is columns 16..23,
         due at 16 - 6 = 10. Its last position reads x up to column 24: in row r - 1 that is there at
@@ -2746,7 +2754,8 @@ class Plan:
         wave, rest = divmod(step - offset, 2**halved)  # lag r + c of the positions due
         height, width = (side >> halved for side in self.size)
         # Rows that have a column with lag r + c = wave: at lag 8, 16 columns and wave 24 row 2,
-        # column 8, and row 3, column 0. The first one is (wave - width + 1) / lag, rounded up.
+        # column 8, and row 3, column 0. wave - lag r is at most width - 1 from row (wave - width +
+        # 1) / lag on, rounded up: -(-a // b).
         first = max(0, -((width - 1 - wave) // self.lag))
         last = min(height - 1, wave // self.lag)  # in the rows after, c is negative
         # A strip divides the lag, so that wave % strip is c % strip in all rows: 0 where it begins.
@@ -2794,8 +2803,9 @@ class Plan:
             return lambda places: self.latest[term]
 
         def from_strip(places):
-            # c % strip is the same in all rows of a diagonal, and these are those of the step in
-            # which the strips began: rows come in at column 0, and go after column width - 1.
+            # c % strip is the same in all rows of a diagonal. And until the next strips begin it has
+            # the same rows: one comes in at column 0, and goes after column width - 1, where strips
+            # begin and end.
             strips = self.latest[term].view(-1, term.strip, term.channels)
             return strips[:, places.column % term.strip]
 

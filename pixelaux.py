@@ -17,8 +17,8 @@ view may have a view in turn:  X_0 = X,  X_1 = psi_0(X_0),  ..,  X_K = psi_{K-1}
 
 It is a bound because p(X) is the sum of p(X, X^) over all X^, and a sum of terms that are 0 or more
 is no smaller than any one of them. (There are many terms: X has one view, but the networks do not
-know that, and p(X, X^) is more than 0 for X^ that are not psi(X), too. X_1 determines all that is
-coarser, so that p(X_0 | X_1) needs nothing else.)
+know that, and p(X, X^) is more than 0 for X^ that are not psi(X), too.) As X_1 determines all that
+is coarser, p(X_0 | X_1) needs nothing else.
 
     Eq. 1       p(X) = product of p(pixel | earlier ones)    Conv, CausalNet
     Eq. 2, 3    p(X, X^) = p(X^) p(X | X^)                   PixelAux.log_prob_factors, .sample
@@ -233,7 +233,7 @@ def feasible(values, weights, low, high, top):
     """Intervals of v1, v2, .., each given those before, that can still make low <= sum w v <= high.
 
     It is a budget: each v takes w v from low and from high. v must leave high at 0 or more, and low
-    no higher than those to come can add, with at most `top` each.
+    no higher than `rest`, what those to come can add with at most `top` each.
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
@@ -473,7 +473,8 @@ class LogisticMixture:
 
         intervals = (lo, hi) of psi.bounds: each channel's mixture, as a whole, is cut to its
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
-        some levels could become less probable than without a cut.) With w_k the weights, m_k a component's mass on the value, M_k on the interval:
+        levels could become less probable than without a cut.) With w_k the weights, m_k a
+        component's mass on the value, M_k on the interval:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g) / sum_k w_k m_k(r) M_k(g's interval)
@@ -619,7 +620,8 @@ class Categorical:
 #
 # Nor does a change of resolution let a later pixel in. Going down, (i, j) is computed for
 # (2 i, 2 j), the first of its four pixels: there h knows pixels before that one, and v rows above
-# it. Going up, all four read (i, j): what comes before the first of them comes before all.
+# it. Going up, all four read (i, j): what comes before the first of them comes before all. (v reads
+# (i, j + 1), too, which knows rows above alone.)
 
 
 class Conv(nn.Module):
@@ -952,7 +954,8 @@ def make_views(config):
 class Factor(nn.Module):
     """p(x), or p(x | x_hat), of a view x: a causal network, a head, and for x_hat an embedding.
 
-    light: the causal network is the pyramid's small one in place of PixelCNN++.
+    light: the causal network is the pyramid's small one in place of PixelCNN++. Which layouts the
+    networks have is told in Config.
     """
 
     def __init__(self, config, view, light):
@@ -1166,7 +1169,7 @@ class PixelAux(nn.Module):
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
                 # In place of the b that has just centred the outputs. As their deviation is 0.03,
-                # by the gain of `last`, they are off by some hundredths now.
+                # by the gain of `last`, they are off from the new b by some hundredths.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -2274,7 +2277,7 @@ def save_samples(model, views, path, given=0):
 # The deadline is taken as the offset: the later a value is computed, the more pixels are known by
 # then, and the smaller a lag will do. From the output back, in the light network:
 #
-#     the output; h everywhere, as it reads nothing to its right; v at the end    0
+#     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
 #     v after block 2, read at (r, c + 1) by the first one of block 3            -2
 #     ..
@@ -2282,19 +2285,19 @@ def save_samples(model, views, path, given=0):
 #
 # Last comes x, the exception: its offset is 1, as a pixel is drawn in its step, and can be read
 # from the next one on. A lag is good if the deadline of x is 1 or later. v's first convolution, at
-# -6, reads (r - 1, c + 1), so it is -6 - (-lag + 1) = lag - 7: the lag is 8 again. (h_left, which
-# reads (r, c - 1), sets the deadline 1 at any lag.)
+# -6, reads (r - 1, c + 1), so it is -6 - (-lag + 1) = lag - 7: the lag is 8 again. (h_left, at 0,
+# reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag - 1.)
 #
 # (To be skipped at first: stages at half the resolution, which PixelCNN++ has.) What is halved s
 # times stands, at (R, C), for the pixels from (2^s R, 2^s C) on, and goes by the step of the first
 # of them: 2^s (lag R + C) + offset. A kernel counts dy and dx in pixels of the finer of what it
-# reads and what it makes; each of these is 2^m of X's, m being the smaller s of both. So
+# reads and what it makes; each of these is 2^m pixels of X, m being the smaller s of both. So
 #
 #     offset_source <= offset_reader - 2^m (lag dy + dx)
 #
-#     within s = 1, dx = 1:      (R, C + 1) is two pixels of X further                -2
-#     down to s = 1, dx = 1:     (R, C) reads (2 R, 2 C + 1), one pixel further       -1
-#     up from s = 1, dx = 1:     (r, c) reads C = (c + 1) / 2, where that is whole    -1
+#     within s = 1, m = 1, dx = 1:     (R, C + 1) is two pixels of X further                -2
+#     down to s = 1, m = 0, dx = 1:    (R, C) reads (2 R, 2 C + 1), one pixel further       -1
+#     up from s = 1, m = 0, dx = 1:    (r, c) reads C = (c + 1) / 2, where that is whole    -1
 #
 # **Strips.** The row above is lag steps ahead: when (r, c) is due, row r - 1 has been computed up
 # to about column c + lag. So the kernel rows that lie above need not be multiplied position by
@@ -2317,7 +2320,12 @@ def save_samples(model, views, path, given=0):
 # for example, is due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn at step
 # 8 (r - 1) + c + 1 = 8 r + c - 7, one step before: just in time for one position, and too late for
 # a strip of 8, which reads up to c + 8. So this row is multiplied position by position. In row
-# r - 2, eight steps further back, c + 8 is in time.
+# r - 2, eight steps further back, c + 8 is in time. All kernel rows of the light network:
+#
+#                             in strips of 8        position by position
+#     v_first                 row -2                row -1
+#     h_above + h_left        row -1 of h_left      row -1 of h_above, row 0 of h_left
+#     within blocks           row -1                row 0, and the sum with v
 #
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
 # PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width, all
@@ -2451,8 +2459,8 @@ class Node:
             # order at half the resolution, and torch refuses that.
             next_place = max(0, places.down * next_row + places.right * next_column)
             size = (n, places.count, places.strip, length)
-            offset = start + places.row * next_row + places.column * next_column
-            return self.buffer.as_strided(size, (next_image, next_place, next_column, 1), offset)
+            first = start + places.row * next_row + places.column * next_column
+            return self.buffer.as_strided(size, (next_image, next_place, next_column, 1), first)
 
         return read
 
@@ -2803,9 +2811,9 @@ class Plan:
             return lambda places: self.latest[term]
 
         def from_strip(places):
-            # c % strip is the same in all rows of a diagonal. And until the next strips begin it has
-            # the same rows: one comes in at column 0, and goes after column width - 1, where strips
-            # begin and end.
+            # c % strip is the same in all rows of a diagonal. And until the next strips begin it
+            # has the same rows: one comes in at column 0, and goes after column width - 1, where
+            # strips begin and end.
             strips = self.latest[term].view(-1, term.strip, term.channels)
             return strips[:, places.column % term.strip]
 

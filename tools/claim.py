@@ -28,7 +28,8 @@ from pixelaux import (
     evaluate, hardware, load_data, make_config, to_array, tool, train_factor, training_step,
     write_atomically)
 
-FILTERS = {"pixelcnn": 28, "grayscale": 16, "pyramid": 26, "grayscale-pyramid": 16}  # for equal size
+# Filters, for about as many parameters.
+FILTERS = {"pixelcnn": 28, "grayscale": 16, "pyramid": 26, "grayscale-pyramid": 16}
 RATES = (4e-2, 2e-2)  # learning rates that are tried first: one of them is mostly the best
 SAMPLES, VALIDATION = 256, 256  # images drawn by each run; those by which rates are chosen
 MEASURING = 10  # CPU seconds that it takes to measure a run, about

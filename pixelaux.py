@@ -134,7 +134,7 @@ class Config:
     layout_cond: tuple = six_stages(4)  # 24 blocks (Sec. 4.1)
     layout_light: tuple = ((0, 3),)  # (Sec. 4.2)
     layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))
-    look_right: bool = True  # False: v of light networks does in its first layer only
+    look_right: bool = True  # False: in light networks only v's first layer (see VERTICAL_LEFT)
     dropout: float = 0.5
 
     batch_size: int = 64
@@ -232,22 +232,23 @@ def of_factor(numbers, k):
 def feasible(values, weights, low, high, top):
     """Intervals of v1, v2, .., each given those before, that can still make low <= sum w v <= high.
 
-    It is a budget: each v takes w v from low and from high. v must leave high at 0 or more, and low
-    no higher than `rest`, what those to come can add with at most `top` each.
+    It is a budget: low and high are what is still to be spent, and each v takes w v from both. v
+    must leave high at 0 or more, and low no higher than `rest`, what those after it can add with at
+    most `top` each.
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
     v is possible if w v lies in low - rest .. high and in 0 .. w top. Why some v always does (to be
     skipped at first): low .. high keeps its length, of at least w numbers (4 for Half, 4096 for
-    Gray), among which there is a multiple of w. And before each v we have high >= 0 and low <= rest
-    + w top. So if low - rest is below 0, v = 0 will do; if not, the first multiple of w in the
-    range, which is no larger than w top.
+    Gray, see there), among which there is a multiple of w. And before each v we have high >= 0 and
+    low <= rest + w top. So if low - rest is below 0, v = 0 will do; if not, the first multiple of w
+    in the range, which is no larger than w top.
     """
     lo, hi = [], []
-    rest = top * sum(weights)  # the most that the values to come can add
+    rest = top * sum(weights)
     for value, weight in zip(values, weights):
-        rest = rest - top * weight
+        rest = rest - top * weight  # the most that the values after this one can add
         least = (low - rest + weight - 1) // weight  # (low - rest) / weight, rounded up
         lo.append(least.clamp(0, top))
         hi.append((high // weight).clamp(0, top))
@@ -380,10 +381,10 @@ def log_mass(means, log_scales, lo, hi, levels):
         its log = log sigma(b) + log sigma(-a) + log(1 - e^(a-b))
 
     At the last level b is infinite, which leaves log sigma(-a); at level 0 a is -infinite, which
-    leaves log sigma(b). (`edges` gives finite ones; masks put in what infinite ones would give.)
-    This is exact and stable everywhere. (Instead, widely
-    copied code takes the density where the mass is below 1e-5: at the worst the masses of all
-    levels then sum to 1 - 1.4e-5, and a level in a tail is given up to 3 bits too many or too few.)
+    leaves log sigma(b). (`edges` gives finite ones; masked_fill puts in what infinite ones would
+    give.) This is exact and stable everywhere. (Instead, widely copied code takes the density where
+    the mass is below 1e-5: at the worst the masses of all levels then sum to 1 - 1.4e-5, and a
+    level in a tail is given up to 3 bits too many or too few.)
     """
     a, b = edges(means, log_scales, lo, hi, levels)
     # b - a, not by subtraction: both are large and nearly equal where a bin is narrow and far off.
@@ -430,7 +431,7 @@ class LogisticMixture:
         G's means, log-scales;  coefficients of R in B's mean
         B's means, log-scales;  coefficients of G in B's mean
 
-    (so that the coefficients of a row are not its own channel's). levels: of a sub-pixel.
+    (mind: G's row has the coefficients for B's mean). levels: of a sub-pixel.
     shift: added to the log-scales to reduce the variance (Sec. 4.2 subtracts constants).
     """
 
@@ -480,7 +481,8 @@ class LogisticMixture:
             p'(g | r) = sum_k w_k m_k(r) m_k(g) / sum_k w_k m_k(r) M_k(g's interval)
 
         and blue likewise: given r, component k has the weight w_k m_k(r), over their sum, as it has
-        without a cut; the mixture of these weights is cut to g's interval.
+        without a cut (r's cut divides all k alike); the mixture of these weights is cut to g's
+        interval. m_k(g) and M_k have means that move with r.
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -490,6 +492,8 @@ class LogisticMixture:
             return (log_weights + log_masses.sum(1)).logsumexp(1)
         lo, hi = (ends.unsqueeze(2) for ends in intervals)
         log_allowed = log_mass(means, self.log_scales, lo, hi, self.levels)  # M
+        # w_k m_k(r) stands above in p'(r), and below in p'(g | r): one running log_joint does for
+        # both.
         total, log_joint = 0.0, log_weights  # of a component and the channels so far
         for channel in range(3):
             total = total - (log_joint + log_allowed[:, channel]).logsumexp(1)  # denominator
@@ -531,9 +535,9 @@ class LogisticMixture:
         a value from it, within the interval. "map" keeps the first component, so that a pixel's
         channels belong together.
 
-        Why a component anew for each channel? Given r, the one that r was drawn from is k with a
-        probability in proportion to w_k m_k(r). Without cuts that is just what g wants, so the same
-        k will do. With cuts g wants w_k m_k(r) M_k(g's interval).
+        Why a component anew for each channel? g must come from p'(g | r), so from component k with
+        a probability in proportion to w_k m_k(r) M_k(g's interval). The k that r was drawn from has
+        w_k m_k(r), given r. Without cuts M_k is 1 and these are the same, so that k may be kept.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -557,7 +561,7 @@ class LogisticMixture:
     def component(self, k):
         """Component k, (N, 1, H, W), of each pixel's mixture, as a mixture of one. (Its
         logit_probs, still those of all, are not used.)"""
-        one, k = copy.copy(self), k.unsqueeze(1).expand(-1, 3, -1, -1, -1)
+        one, k = copy.copy(self), k.unsqueeze(1).expand(-1, 3, -1, -1, -1)  # for R, G and B
         one.means, one.log_scales = self.means.gather(2, k), self.log_scales.gather(2, k)
         one.coeffs = self.coeffs.gather(2, k)
         return one
@@ -618,10 +622,10 @@ class Categorical:
 # Therefore v's other layers may read v in o's row, and to the right of o. h reads v; v never reads
 # h, which knows pixels of o's row.
 #
-# Nor does a change of resolution let a later pixel in. Going down, (i, j) is computed for
-# (2 i, 2 j), the first of its four pixels: there h knows pixels before that one, and v rows above
-# it. Going up, all four read (i, j): what comes before the first of them comes before all. (v reads
-# (i, j + 1), too, which knows rows above alone.)
+# Nor does a change of resolution let a later pixel in. Going down, (i, j) is made for (2 i, 2 j),
+# the first of its four pixels: h at (i, j) knows what comes before that one, v the rows above it.
+# Going up, all four pixels read (i, j), and what comes before the first of them comes before all.
+# (v reads (i, j + 1), too: no harm, as v there knows only rows above 2 i.)
 
 
 class Conv(nn.Module):
@@ -677,13 +681,15 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # torch goes from the input: as p + d = 2 q, in(q) adds w_d in(q) to out(2 q - d). So
-            # with d = -1, 0, 1 what torch makes is
-            #     out(-1), out(0), out(1), ..     and in(0) adds w_1, w_0, w_-1 to the first three
-            # Of this we cut off what lies before out(0), `bottom` rows and `right` columns, the
-            # last dy and dx. And torch has the kernel in the order w_1, w_0, w_-1: so has self.v.
-            # (With d = -1, 0 torch makes what is wanted, with d = 0 alone a row and a column less:
-            # output_padding=1 adds them.)
+            # To be skipped at first. torch goes from the input: in(q), times w_d, is added to
+            # out(2 q - d). Of in = a, b, with d = -1, 0, 1, it makes
+            #
+            #     out(-1)    out(0)    out(1)            out(2)    out(3)
+            #     w_1 a      w_0 a     w_-1 a + w_1 b    w_0 b     w_-1 b
+            #
+            # What lies before out(0) is cut off: as many rows, and columns, as the last dy and dx
+            # are large. And the kernel's order is w_1, w_0, w_-1, in self.v as well. (With d = 0
+            # alone the last row and column would be missing: output_padding=1 adds them.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -800,10 +806,10 @@ class Stage(nn.Module):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         before = layout[i - 1][0] if i > 0 else self.halved
-        # The stages before at this resolution: the last one's blocks are what skips come from, see
-        # `made` in CausalNet.forward.
-        counterparts = [blocks for halved, blocks in layout[:i] if halved == self.halved]
-        nr_skips = counterparts[-1] if counterparts else 0
+        # Skips come from the last stage before at this resolution, one from each of its blocks (and
+        # go to our first blocks, see `made` in CausalNet.forward).
+        blocks_before = [blocks for halved, blocks in layout[:i] if halved == self.halved]
+        nr_skips = blocks_before[-1] if blocks_before else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
         if self.halved != before:
             change = dict(stride=2) if self.halved > before else dict(up=True)
@@ -883,8 +889,8 @@ class EmbeddingNet(nn.Module):
         half                    0                    1                 1                    1
         a quarter               1                    2                 2                    2
 
-    (So f_w's `halved`, sorted, are the places in the list. A light causal network takes
-    embeddings[0] alone.)
+    (So f_w's outputs, sorted by `halved`, are finest first, and number i has X's resolution, halved
+    i times. A light causal network takes embeddings[0] alone.)
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -1024,9 +1030,9 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). head: the distributions
-    of n P pixels, as images of 1x1, (n P, .., 1, 1). rows, columns: where in each of the n images
-    its P pixels lie. (Read P as 1 for now: only sample_fast draws several pixels of an image in one
-    step.) (A decoder of compressed images can take the place of a Draw.)
+    of n P pixels, as images of 1x1, (n P, .., 1, 1), which heads know. rows, columns: where in each
+    of the n images its P pixels lie. (Read P as 1 for now: only sample_fast draws several pixels of
+    an image in one step.) (A decoder of compressed images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1287,9 +1293,10 @@ class Shapes:
         # Red, yellow, blue; and pairs of colours, of ground and shape.
         self.palette = np.array([[174, 81, 81], [174, 174, 81], [81, 81, 174]], np.int16)
         self.pairs = np.array(list(itertools.permutations(range(3), 2)))
-        self.size, radius = (h, w), 2 * max(1, side // 16)  # in cells
-        # Off the border. At 16x16, 8x8 cells, radius 2: at 3, 4 and 5.
-        ys, xs = (range(radius + 1, s // 2 - radius, radius // 2) for s in size)
+        self.size = (h, w)
+        # In cells. Centres are off the border: at 16x16, 8x8 cells, with radius 2, at 3, 4 and 5.
+        radius = 2 * max(1, side // 16)
+        ys, xs = (range(radius + 1, cells - radius, radius // 2) for cells in (h // 2, w // 2))
         centres = np.array(list(itertools.product(ys, xs)))  # each a corner between four cells
         y, x = centres.T[:, :, None, None]  # (centres, 1, 1) each
 
@@ -1390,9 +1397,9 @@ def log_pmf_of(noise, pmf):
 
 @dataclasses.dataclass
 class Dataset:
-    """train, test: uint8 (N, H, W, 3), arrays or Rows; train is None if `shapes` makes images on
-    the fly. held_out: see holding_out. flip: whether mirror images are as good. fingerprint: of all
-    images."""
+    """train, test: uint8 (N, H, W, 3), arrays or Rows (see there); train is None if `shapes` makes
+    images on the fly. held_out: see holding_out. flip: whether mirror images are as good.
+    fingerprint: of all images."""
 
     train: object
     test: object
@@ -1402,7 +1409,8 @@ class Dataset:
     held_out: object = ()
 
     def batch(self, step, n, seed, flip=False):
-        """Batch number `step` for training, uint8 (n, 3, H, W): a function of the arguments."""
+        """Batch number `step` for training, uint8 (n, 3, H, W): a function of the arguments. seed:
+        a tuple of ints, in training (the run's seed, the factor)."""
         if self.train is None:
             return to_tensor(self.shapes.sample(n, (*seed, step)))
         rows = []
@@ -1518,7 +1526,7 @@ def load_data(spec, folder="data", size=None):
             raise Problem(f"{spec}: {error}") from None
         data = Dataset(Rows(images, train), Rows(images, test), fingerprint=fingerprint(images))
     else:
-        data = tool("images").load(spec, folder, size)  # tools/images.py
+        data = tool("images").load(spec, folder, size)  # loads tools/images.py, see `tool`
     height, width = data.test[:1].shape[1:3]
     if size not in (None, (height, width)):
         raise Problem(f"{spec}: images are {height}x{width} (height x width), not "
@@ -1569,7 +1577,8 @@ def to_array(images):
 #
 # and a checkpoint is {format, config, factors: {K: moving average of the weights}, training:
 # {weights: those that are trained, optimizer: its state, step, seconds}}; without `training` where
-# only weights are kept. Training goes by config.json, and `load` by the copy in the checkpoint, so
+# only weights are kept. (Two sets of weights: the model shows a moving average of those that are
+# trained, see Training.) Training goes by config.json, and `load` by the copy in the checkpoint, so
 # that one file is enough. (They may differ in the place of the data, which may have moved, and in
 # numbers of steps, which --minutes fixes later.) No random state is in it, as all that is random is
 # a function of seed, factor and step.
@@ -1734,7 +1743,8 @@ def counted(n, what):
 
 
 class Quiet:
-    """stderr, for progress and warnings: what cannot be shown is not shown."""
+    """stderr, for progress and warnings. What cannot be shown is not shown: that a terminal is gone
+    must not end training."""
 
     def write(self, text):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -1765,16 +1775,20 @@ def progress_bar(iterable=None, **options):
 # reading now.
 #
 # What is trained is not what the model shows: the moving average of the weights is better, and less
-# noisy, than the weights themselves. So train_factor puts the average in the factor's place in the
-# model (average.module); the factor that is trained is its local variable `trained` (and `forward`,
-# which is `trained` as it is called: compiled or distributed, perhaps). Its loop:
+# noisy, than the weights themselves. So train_factor has
 #
-#     each step     batch -> loss -> gradient -> Adam -> moving average of the weights
+#     trained          the factor that is trained
+#     forward          the same, perhaps compiled or distributed: what is called in a step
+#     average.module   the moving average: the model's factor, model.factors[k], from here on
+#
+# and its loop is
+#
+#     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
 #     at a look     after each hundredth of the steps, but at most 20 steps apart: is the loss
 #                   finite?  with --minutes: how many steps are they?  log;  told to stop?
-#                   after a quarter of the steps, test images, a checkpoint, pictures
-#                   after a twentieth, images that are held out, if there are any
-#                   after two minutes (--save-every), a checkpoint
+#                   after each quarter of the steps: loss on test images, checkpoint, pictures
+#                   after each twentieth: loss on images that are held out, if there are any
+#                   every two minutes (--save-every): checkpoint
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -1808,7 +1822,8 @@ def steps_in_time(minutes, step, times):
     """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
     the pace. times: [0] is how long was trained before this process, in seconds, and [i] how long
     until its i-th step is done (while the number is open, there is a look after each). Say 0, 9,
-    10, 11: the first step does not count, 2 s are spent, and the pace is 1 s a step."""
+    10, 11: the first step, of 9 s, does not count, so 11 - 9 = 2 s are spent, and the pace is 1 s a
+    step."""
     if len(times) < 4:
         return math.inf
     first_step = times[1] - times[0]  # does not count, as much happens only once
@@ -2262,11 +2277,11 @@ def save_samples(model, views, path, given=0):
 #
 # **Offsets.** Each value inside the network has its step, too: at (r, c) it is lag r + c + offset.
 # With offset 0 that is the pixel's own step, with -1 it is one step before. Say pixel (r, c) has
-# step 24, so that (r, c + 1) has 25. v's last convolution for (r, c), at step 24, reads its
-# source at (r, c + 1), which must be there at step 24, though its own pixel has 25: the source's
-# offset is -1. And of a chain of six such convolutions the
-# first one's source has -6. In general what a reader at (r, c) reads, at
-# (r + dy, c + dx), must have its step there no later than the reader,
+# step 24. v's last convolution for (r, c), of offset 0, is computed then, and reads its source at
+# (r, c + 1), which has step 25 + the source's offset. It must be there at step 24: so the source's
+# offset is -1. And of a chain of six such convolutions the first one's source has -6. In general
+# what a reader at (r, c) reads, at (r + dy, c + dx), must have its step there no later than the
+# reader,
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
 #
@@ -2288,17 +2303,6 @@ def save_samples(model, views, path, given=0):
 # -6, reads (r - 1, c + 1), so it is -6 - (-lag + 1) = lag - 7: the lag is 8 again. (h_left, at 0,
 # reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag - 1.)
 #
-# (To be skipped at first: stages at half the resolution, which PixelCNN++ has.) What is halved s
-# times stands, at (R, C), for the pixels from (2^s R, 2^s C) on, and goes by the step of the first
-# of them: 2^s (lag R + C) + offset. A kernel counts dy and dx in pixels of the finer of what it
-# reads and what it makes; each of these is 2^m pixels of X, m being the smaller s of both. So
-#
-#     offset_source <= offset_reader - 2^m (lag dy + dx)
-#
-#     within s = 1, m = 1, dx = 1:     (R, C + 1) is two pixels of X further                -2
-#     down to s = 1, m = 0, dx = 1:    (R, C) reads (2 R, 2 C + 1), one pixel further       -1
-#     up from s = 1, m = 0, dx = 1:    (r, c) reads C = (c + 1) / 2, where that is whole    -1
-#
 # **Strips.** The row above is lag steps ahead: when (r, c) is due, row r - 1 has been computed up
 # to about column c + lag. So the kernel rows that lie above need not be multiplied position by
 # position: a convolution is split,
@@ -2316,123 +2320,131 @@ def save_samples(model, views, path, given=0):
 # strips begin at the same step. So it is their greatest common divisor: at lag 8, strips are of 8
 # positions if the width is 128, and of 4 if it is 12.
 #
-# Whether a strip's reads are there is asked of each kernel row by itself. v's first convolution,
-# for example, is due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn at step
-# 8 (r - 1) + c + 1 = 8 r + c - 7, one step before: just in time for one position, and too late for
-# a strip of 8, which reads up to c + 8. So this row is multiplied position by position. In row
-# r - 2, eight steps further back, c + 8 is in time. All kernel rows of the light network:
+# Whether what a strip reads is there in time is asked of each kernel row by itself. v's first
+# convolution, for example, is due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn
+# at step 8 (r - 1) + c + 1 = 8 r + c - 7, one step before: just in time for one position, and too
+# late for a strip of 8, which reads up to c + 8. So this row is multiplied position by position. In
+# row r - 2, eight steps further back, c + 8 is in time. All kernel rows of the light network:
 #
 #                             in strips of 8        position by position
 #     v_first                 row -2                row -1
 #     h_above + h_left        row -1 of h_left      row -1 of h_above, row 0 of h_left
-#     within blocks           row -1                row 0, and the sum with v
+#     within blocks           row -1                row 0; of h also what it reads of v
 #
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
-# PixelCNN++ at 32x32 looks further to the right than the image is wide), the lag is the width, all
-# offsets but that of x are 0, and a pixel is drawn at each step. A strip, the greatest common
-# divisor of the width and itself, is then a row: what depends on the rows above alone, such as v,
-# is computed a row at a time, layer after layer. Here v may look to the right though its offset is
-# 0: the inequality is for values computed one by one, but now all of a row is there before the next
-# layer begins, and beyond the last column there are zeros. In 8x8:
+# PixelCNN++ at 32x32 looks further to the right than the image is wide), a pixel is drawn at each
+# step: the lag is the width, and there are no deadlines, all offsets but that of x are 0. A strip,
+# the greatest common divisor of the width and itself, is then a row: what depends on the rows above
+# alone, such as v, is computed a row at a time. v may look to the right there, as all of a row of
+# one layer is computed before the next layer reads it. In 8x8:
 #
 #     step 8 r               row r - 1 of x is complete: its last pixel was drawn one step before
 #                            v in all of row r, layer after layer; h at (r, 0), and the pixel
 #     steps 8 r + 1 .. + 7   h at (r, 1) .. (r, 7), and the pixels
 #
-# **Where values are.** Plan.latest keeps of each value what was computed last, at all places of one
-# step, or in all strips that began at one step. It serves a reader at the same positions with the
-# same offset, which runs in the same step or, where strips were computed, a few steps later. All
-# else is read from a buffer, an image of all positions.
+# **Half the resolution** (PixelCNN++'s stages; to be skipped at first, with all that has 2^, m or
+# `spread` in it). What is halved s times stands, at (R, C), for the pixels from (2^s R, 2^s C) on,
+# and goes by the step of the first of them: 2^s (lag R + C) + offset. A kernel counts dy and dx in
+# pixels of the finer of what it reads and what it makes; each of these is 2^m pixels of X, m being
+# the smaller s of both. So
 #
-# Of CausalNet nothing is known here: the network is *traced*, what it computes is noted in the
-# course of its own forward pass. Any network will do that is made of Conv and of functions of
-# values at one position. All that can be decided beforehand is decided once, in Plan, which makes
-# of every value a function of the places where it is due; a step calls these functions. The loop
-# over the steps is sample_by, at the end.
+#     offset_source <= offset_reader - 2^m (lag dy + dx)       for dy = 0, dx = 1 that is
+#
+#     within s = 1, m = 1:     (R, C + 1) is two pixels of X further                  2 earlier
+#     down to s = 1, m = 0:    (R, C) reads (2 R, 2 C + 1), one pixel further         1 earlier
+#     up from s = 1, m = 0:    (r, c) reads C = (c + 1) / 2, where that is whole      1 earlier
+#
+# **How it is done.** Of CausalNet nothing is known here: the network is *traced*, what it computes
+# is noted in the course of its own forward pass, as a list of Nodes. Any network will do that is
+# made of Conv and of functions of values at one position. Plan decides all that can be decided
+# beforehand, and sample_by, at the end, is the loop over the steps. A value is read from
+#
+#     latest    where its Node was computed last, in one step     no copy: by readers that are due
+#                                                                 with it, at the same positions
+#     buffer    an image of all positions                         by all others
 #
 # For example h's second convolution in a block of the light network, at lag 8 and 16x16:
 #
-#     traced     a Node with two taps, its kernel's rows -1 and 0, which read columns -1 and 0
+#     traced     a Node that is the sum of two Reads, rows -1 and 0 of its kernel, in which it reads
+#                columns -1 and 0
 #     offset     0, as h's readers read nothing to their right
 #     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
 #                Row 0 is not, as it reads the strip's own positions: node = early + row 0
 #     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
-#                column=8, down=1, right=-8, count=2), and before it `early` in the strips that
-#                begin there, the same with strip=8
-#     at 9       (0, 9) and (1, 1) are due, and node; `early` has been computed: node takes number
-#                9 % 8 = 1 % 8 = 1 of both strips from Plan.latest
+#                column=8, lag=8, count=2), and before it `early` in the strips that begin there,
+#                the same with strip=8. Plan.compute comes to
+#                    early.latest = bias + window(row -1) W_-1^T        16 positions, kept till 15
+#                    node.latest = numbers 0 and 8 of early.latest + window(row 0) W_0^T
+#     at 9       (0, 9) and (1, 1) are due, and node: numbers 1 and 9 of early.latest + ..
 
 
 class Places(typing.NamedTuple):
-    """Positions (row + i * down, column + i * right + j), i < count, j < strip.
-
-    Places(r, c): one position. Places(r, c, 1, -lag, 5): 5 along a diagonal; with strip=8, the
-    strips that begin there.
-    """
+    """Positions (row + i, column - i * lag + j), i < count, j < strip: `count` places along a
+    diagonal, or strips that begin there."""
 
     row: int
     column: int
-    down: int = 0
-    right: int = 0
+    lag: int = 0
     count: int = 1
     strip: int = 1
 
     def positions(self):
         """The rows and the columns, without strips."""
-        rows = [self.row + i * self.down for i in range(self.count)]
-        columns = [self.column + i * self.right for i in range(self.count)]
-        return rows, columns
+        rows = [self.row + i for i in range(self.count)]
+        return rows, [self.column - i * self.lag for i in range(self.count)]
+
+
+@dataclasses.dataclass(eq=False)
+class Read:
+    """What a node reads of `source`, at position p: its value there; or with a `weight`, one row of
+    a convolution's kernel, times that the `columns` values from stride p + (dy, left) on."""
+
+    source: "Node"
+    weight: torch.Tensor | None = None  # (F, columns * C)
+    dy: int = 0
+    left: int = 0
+    columns: int = 1
+    stride: int = 1
+    # Decided by Plan:
+    at_hand: bool = False  # whether it is in source.latest
+    add: object = None  # the function (total, values) -> total + values weight^T
+
+    @property
+    def right(self):
+        return self.left + self.columns - 1
 
 
 @dataclasses.dataclass(eq=False)
 class Node:
     """A value inside the network, at every position of an image of 2^-halved of the resolution.
 
-    It is x; or known from the start; or function(*terms) of nodes at the same position; or, without
-    a function, bias + sum of terms at the same position + sum of taps. A tap (source, conv, dy) is
-    one row of a convolution's kernel, that at dy. (eq=False: a node is equal to itself alone.)
+    It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
+    its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
+    itself alone.)
     """
 
     halved: int
     channels: int
+    reads: list = dataclasses.field(default_factory=list)
     function: object = None
-    terms: list = dataclasses.field(default_factory=list)  # Nodes, and what else a function takes
-    taps: list = dataclasses.field(default_factory=list)
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False
     spread: bool = False  # its buffer is one finer: value (r, c) at (2 r, 2 c), and zeros between
+    # Decided by Plan:
     offset: int = 0
     strip: int = 1  # how many neighbours in a row are computed together
-    buffer: torch.Tensor | None = None  # its values, (n, H, W, C), if read elsewhere or later
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
-    compute: object = None  # the function Places -> values there, (n * positions, C)
+    buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if read elsewhere or later
+    latest: torch.Tensor | None = None  # where it was computed last, (n * positions, C)
 
     @property
     def group(self):
         """Nodes of one group are computed in the same steps at the same positions."""
         return self.halved, self.offset, self.strip
 
-    def reads(self):
-        """(source, dy, last dx) of all that it reads, in pixels of the finer of both resolutions.
-        (The last dx, as columns further left are there sooner.)"""
-        for term in self.terms:
-            if isinstance(term, Node) and not term.known:
-                yield term, 0, 0
-        for tap in self.taps:
-            yield read_of(tap)
-
-    def has_at_hand(self, source, conv=None):
-        """Whether what it reads of source is in Plan.latest; else it is in source's buffer. (If
-        source comes in strips and this node does not, it takes its position of them, see Plan.at.
-        The other way round does not occur: set_strips finds such a read late.)"""
-        same_position = conv is None or (conv.rows == conv.columns == (0, 0) and conv.stride == 1)
-        same_step = (source.halved, source.offset) == (self.halved, self.offset)
-        computed = source.terms or source.taps  # x and what is known never are
-        return bool(same_position and same_step and computed)
-
-    def window(self, dy=0, dx=0, columns=1, stride=1):
-        """The function Places -> a view (n, count, strip, columns C) of `buffer`: for each position
-        p, `columns` neighbours from stride p + (dy, dx) on.
+    def window(self, places, dy=0, left=0, columns=1, stride=1):
+        """A view (n, count, strip, columns * C) of `buffer`: for each position p of `places` the
+        `columns` values from stride p + (dy, left) on.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
         reads at a position is a vector. With 2 channels, in a row that begins at number 0 of the
@@ -2448,28 +2460,21 @@ class Node:
         columns to the left, - 4, so + 6. So a view with these strides is all that is needed: no
         copy, and no table of indices.
         """
-        n, length = len(self.buffer), columns * self.channels
         next_image, next_row, next_column, _ = self.buffer.stride()
-        above, _, left, _ = self.margin
-        start = (above + dy) * next_row + (left + dx) * next_column
-        next_row, next_column = stride * next_row, stride * next_column
-
-        def read(places):
-            # Where there is one place only next_place is not used; but it may be below 0, in raster
-            # order at half the resolution, and torch refuses that.
-            next_place = max(0, places.down * next_row + places.right * next_column)
-            size = (n, places.count, places.strip, length)
-            first = start + places.row * next_row + places.column * next_column
-            return self.buffer.as_strided(size, (next_image, next_place, next_column, 1), first)
-
-        return read
+        above, _, before, _ = self.margin
+        row, column = stride * places.row + dy + above, stride * places.column + left + before
+        # Not used where there is one place only; but then it may be below 0, which torch refuses.
+        next_place = max(0, stride * (next_row - places.lag * next_column))
+        size = (len(self.buffer), places.count, places.strip, columns * self.channels)
+        strides = (next_image, next_place, stride * next_column, 1)
+        return self.buffer.as_strided(size, strides, row * next_row + column * next_column)
 
 
 class Symbol(torch.Tensor):
-    """Stands for a node while a network is traced. torch calls __torch_function__ in place of any
-    of its functions that gets a Symbol, and wrap_torch_function makes Conv.forward, concat_elu and
-    gate do the same: their lambdas name the arguments to look at, and `function` is then the one
-    that they wrap. So what would be computed is recorded."""
+    """Stands for a node while a network is traced. A function of torch that gets a Symbol does not
+    run: torch hands it over to __torch_function__, which records it. wrap_torch_function makes
+    Conv.forward, concat_elu and gate do the same (their lambdas name the arguments to look at).
+    What gets ordinary tensors runs as ever: so what does not depend on x is computed at once."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -2480,16 +2485,13 @@ class Symbol(torch.Tensor):
 
 
 class Recorder:
-    """Lists in `nodes` what a network computes, by a forward pass on Symbols.
-
-    What does not depend on x is computed in this pass, for the whole image. Equal expressions are
-    one node. Raises Problem for what cannot be computed position by position.
-    """
+    """Lists in `nodes` what a network computes, by a forward pass on Symbols. Equal expressions are
+    one node. Raises Problem for what cannot be computed position by position."""
 
     def __init__(self, n, size, dtype):
         self.nodes, self.recorded, self.n, self.size, self.dtype = [], {}, n, size, dtype
 
-    def make_symbol(self, node):
+    def symbol(self, node):
         symbol = torch.empty(0).as_subclass(Symbol)
         symbol.recorder, symbol.node = self, node
         return symbol
@@ -2499,42 +2501,57 @@ class Recorder:
             return args[0]
         expression = (function, *map(id, args), repr(kwargs))
         if expression not in self.recorded:
-            node = self.make_node(function, args, kwargs)
+            if function is Conv.forward:
+                node = self.convolution(args[0], args[1].node)
+            else:
+                node = self.call(function, args, kwargs)
             self.nodes.append(node)
             # While args are kept here, nothing else can come to have their ids.
-            self.recorded[expression] = self.make_symbol(node), args
+            self.recorded[expression] = self.symbol(node), args
         return self.recorded[expression][0]
 
-    def make_node(self, function, args, kwargs):
-        if function is Conv.forward:
-            conv, source = args[0], args[1].node
-            halved = source.halved + (conv.stride == 2) - conv.up
-            if conv.up:
-                source = self.spread(source)
-            taps = [(source, conv, dy) for dy in range(conv.rows[0], conv.rows[1] + 1)]
-            return Node(halved, len(conv.b), taps=taps, bias=conv.b)
+    def convolution(self, conv, source):
+        """A Node that reads a row for each row of the kernel."""
+        halved = source.halved + (conv.stride == 2) - conv.up
+        kernel = conv.weight()
+        if conv.up:
+            # Where (p + d) / 2 is not whole it reads nothing: so it is an ordinary Conv, with the
+            # kernel in its order, see convolve, on
+            #
+            #     source    a b c      spread    a 0 b 0 c 0      (and rows of zeros)
+            #
+            # `spread` is a Node with the positions and steps of source; its buffer alone is finer.
+            kernel = kernel.flip(2, 3)
+            source = Node(source.halved, source.channels, [Read(source)], lambda x: x, spread=True)
+            self.nodes.append(source)
+        rows = kernel.permute(2, 0, 3, 1).flatten(2)  # (rows, F, columns * C)
+        (top, _), (left, right) = conv.rows, conv.columns
+        reads = [Read(source, weight, top + i, left, right - left + 1, conv.stride)
+                 for i, weight in enumerate(rows)]
+        return Node(halved, len(conv.b), reads, bias=conv.b)
+
+    def call(self, function, args, kwargs):
+        """A Node that calls any other function, or is a sum."""
         halved = next(a.node.halved for a in args if isinstance(a, Symbol))
-        terms = [self.term(a, halved) for a in args]
-        if kwargs:
-            function = functools.partial(function, **kwargs)
-        node = Node(halved, self.tried(function, terms), function, terms)
-        if function in (torch.add, torch.Tensor.add):
-            self.merge(node)
-        return node
+        args = [self.node_or_number(a, halved) for a in args]
+        nodes = [a for a in args if isinstance(a, Node)]
+        plain = len(nodes) == len(args) and not kwargs
+        if function in (torch.add, torch.Tensor.add) and plain:
+            if any(node.bias is not None for node in nodes):
+                return self.sum_of(nodes)
+        function = getattr(function, "__wrapped__", function)  # not to look for Symbols every time
 
-    def spread(self, source):
-        """A Node for what a Conv that goes up reads. Where (p + d) / 2 is not whole it reads
-        nothing: so it is an ordinary Conv, with the kernel in its order, see convolve, on
+        def of_values(*values):
+            values = iter(values)
+            return function(*[next(values) if isinstance(a, Node) else a for a in args], **kwargs)
 
-            source    a b c      spread    a 0 b 0 c 0      (and rows of zeros)
+        channels = self.tried(of_values, nodes)
+        if channels is None:
+            raise Problem(f"sample_fast: {function} is no function of values at one position")
+        return Node(halved, channels, list(map(Read, nodes)), function if plain else of_values)
 
-        The Node's positions, and steps, are those of source; its buffer alone is finer."""
-        node = Node(source.halved, source.channels, lambda x: x, [source], spread=True)
-        self.nodes.append(node)
-        return node
-
-    def term(self, value, halved):
-        """A Node for a Symbol, or for known values (n, C, H, W), or what can be broadcast to
+    def node_or_number(self, value, halved):
+        """The Node of a Symbol; one for known values (n, C, H, W), or what can be broadcast to
         that; numbers as they are."""
         if isinstance(value, Symbol):
             return value.node
@@ -2548,63 +2565,45 @@ class Recorder:
         values = values.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         return Node(halved, channels, known=True, buffer=values)
 
-    def tried(self, function, terms):
-        """How many channels it returns. The sampler will call it on lists of positions, (N, C). So
-        it is tried on images, (N, C, H, W), and on the list of all their positions: a function of
-        values at one position makes the same of both. It must leave its arguments as they are,
-        which others read, too."""
-        images = []
-        for term in terms:
-            if isinstance(term, Node):
-                size = (2, term.channels, 2, 3)
-                term = torch.linspace(-1, 1, math.prod(size), dtype=self.dtype).view(size)
-            images.append(term)
-        rows = [as_rows(image) for image in images]
+    def sum_of(self, nodes):
+        """Convolutions are taken into the sum: h_above(x) + h_left(x) is one running total in place
+        of two results and an addition. (What was taken in is left out by Plan.needed.)"""
+        channels = max(node.channels for node in nodes)
+        total = Node(nodes[0].halved, channels, bias=0)
+        for node in nodes:
+            if node.bias is None or node.channels < channels:
+                total.reads.append(Read(node))
+            else:
+                total.bias = total.bias + node.bias
+                total.reads += map(dataclasses.replace, node.reads)  # copies
+        return total
+
+    def tried(self, function, nodes):
+        """How many channels it returns, or None if it will not do. The sampler will call it on
+        lists of positions, (N, C). So it is tried on images, (N, C, H, W), and on the list of all
+        their positions: a function of values at one position makes the same of both. It must leave
+        its arguments as they are, which others read, too: so `rows`, which it gets, is compared
+        with the images, of which it gets copies."""
+        sizes = [(2, node.channels, 2, 3) for node in nodes]
+        images = [torch.linspace(-1, 1, math.prod(s), dtype=self.dtype).view(s) for s in sizes]
+        rows = list(map(as_rows, images))
         try:
-            expected, made = as_rows(function(*copy.deepcopy(images))), function(*rows)
-            unchanged = all(torch.equal(as_rows(a), b) for a, b in zip(images, rows) if a is not b)
+            made, expected = function(*rows), as_rows(function(*map(torch.clone, images)))
+            unchanged = all(map(torch.equal, rows, map(as_rows, images)))
             if made.dim() == 2 and torch.allclose(expected, made) and unchanged:
                 return made.shape[1]
         except Exception:  # it may raise any kind
-            pass
-        raise Problem(f"sample_fast: {function} is no function of values at one position")
-
-    def merge(self, node):
-        """A sum takes in the convolutions that are its terms: h_above(x) + h_left(x) is one running
-        total in place of two results and an addition. (What was merged is left out by
-        Plan.needed.)"""
-        convs = [term for term in node.terms if isinstance(term, Node) and term.taps]
-        convs = [conv for conv in convs if conv.channels == node.channels]
-        if not convs or not all(isinstance(term, Node) for term in node.terms):
-            return
-        node.function, terms = None, []
-        for term in node.terms:
-            if term in convs:
-                node.bias = term.bias if node.bias is None else node.bias + term.bias
-                node.taps = node.taps + term.taps
-                terms += term.terms
-            else:
-                terms.append(term)
-        node.terms = terms
+            return None
 
 
-def read_of(tap):
-    source, conv, dy = tap
-    return source, dy, conv.columns[1]
-
-
-def as_rows(value):
-    """An image (N, C, H, W) as the row of its positions, (N H W, C); anything else as it is."""
-    if not isinstance(value, torch.Tensor) or value.dim() != 4:
-        return value
-    return value.permute(0, 2, 3, 1).flatten(0, 2)
+def as_rows(images):
+    """(N, C, H, W) as the list of all positions, (N H W, C)."""
+    return images.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
-    In this order: the network is traced; what the output does not need is left out; offsets, and
-    the lag; strips; buffers for values that are read elsewhere or later; a function for every node.
     nodes: in the order of computation within a step, without x. least_lag: if pixels are not to be
     drawn together though the network would allow it.
     """
@@ -2614,7 +2613,7 @@ class Plan:
         self.x = Node(0, channels, offset=1)  # a pixel is known only after its step
         weight = next(net.parameters())
         recorder = Recorder(n, size, weight.dtype)
-        output = net(recorder.make_symbol(self.x), embeddings)
+        output = net(recorder.symbol(self.x), embeddings)
         if not isinstance(output, Symbol):
             raise Problem("sample_fast: the network's output does not depend on x")
         self.output = output.node
@@ -2622,27 +2621,15 @@ class Plan:
         self.lag = self.set_offsets(least_lag)
         self.set_strips()
         self.allocate(weight)
-        self.latest = {}  # node -> its values at the places where it was computed last
+        self.choose_products()
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
-        # Of each group the multiplications of its largest kernel row, at a position of n images: by
-        # them run_step decides whether a step is worth several threads.
-        self.work = collections.Counter()
-        self.weights = {}  # of each convolution, (rows, F, columns, C)
-        for node in self.nodes:
-            for _, conv, _ in node.taps:
-                work = n * conv.v[:, :, 0].numel()
-                self.work[node.group] = max(self.work[node.group], work)
-                if conv not in self.weights:
-                    weight = conv.weight().flip(2, 3) if conv.up else conv.weight()  # see Conv
-                    self.weights[conv] = weight.permute(2, 0, 3, 1).contiguous()
-            node.compute = self.computation(node)
 
     def needed(self, nodes):
         """Those that the output needs."""
         needed = {self.output}
         for node in reversed(nodes):
             if node in needed:
-                needed.update(source for source, _, _ in node.reads())
+                needed.update(read.source for read in node.reads)
         return [node for node in nodes if node in needed]
 
     def set_offsets(self, least_lag):
@@ -2657,12 +2644,12 @@ class Plan:
 
     def deadlines(self, lag):
         """{node: the latest offset that serves all its readers}, from the output back."""
-        deadlines = {self.output: 0}
+        deadlines = collections.defaultdict(lambda: math.inf, {self.output: 0})
         for node in reversed(self.nodes):
-            for source, dy, dx in node.reads():
-                m = min(node.halved, source.halved)
-                deadline = deadlines[node] - 2**m * (lag * dy + dx)
-                deadlines[source] = min(deadlines.get(source, deadline), deadline)
+            for read in node.reads:
+                m = min(node.halved, read.source.halved)
+                deadline = deadlines[node] - 2**m * (lag * read.dy + read.right)
+                deadlines[read.source] = min(deadlines[read.source], deadline)
         return deadlines
 
     def set_strips(self):
@@ -2670,57 +2657,51 @@ class Plan:
 
             all that it reads     then the node is computed in strips
             some of that          then the node is split: this part goes to a new node, `early`, in
-                                  strips, which becomes a term of what is left of the node
+                                  strips, which is the first thing that what is left of it reads
             nothing               then the node is computed position by position
 
-        h's conv_in, for example: early = bias + kernel row above, node = early + the position's
-        own kernel row. The output is wanted pixel by pixel.
+        The output is wanted position by position.
         """
         nodes, self.nodes = self.nodes, []
         for node in nodes:
-            # As it divides the width and the lag, by which c changes from row to row of a diagonal,
-            # all strips of a diagonal begin at the same step.
             strip = math.gcd(self.lag, self.width(node))
-            late_reads = [read for read in node.reads() if not self.in_time(node, read, strip)]
-            if not all(self.in_time(node, read, 1) for read in late_reads):
+            early = [read for read in node.reads if self.in_time(node, read, strip)]
+            late = [read for read in node.reads if read not in early]
+            if not all(self.in_time(node, read, 1) for read in late):
                 raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
-            early_taps = [tap for tap in node.taps if read_of(tap) not in late_reads]
-            if not late_reads and node is not self.output:
+            multiplies = any(read.weight is not None for read in early)
+            if not late and node is not self.output:
                 node.strip = strip
-            elif early_taps and strip > 1:
-                # (term, 0, 0): as reads() gives a term. (Those that are known are not among reads,
-                # and so never late.)
-                early_terms = [term for term in node.terms if (term, 0, 0) not in late_reads]
-                early = dataclasses.replace(
-                    node, taps=early_taps, terms=early_terms, strip=strip)
-                node.terms = [early] + [term for term in node.terms if term not in early_terms]
-                node.taps = [tap for tap in node.taps if tap not in early_taps]
-                node.bias = None  # it is in `early`
-                self.nodes.append(early)
+            elif multiplies and strip > 1:
+                early_node = dataclasses.replace(node, reads=early, strip=strip)
+                node.reads, node.bias = [Read(early_node), *late], None
+                self.nodes.append(early_node)
             self.nodes.append(node)
 
     def in_time(self, node, read, strip):
-        """Whether, for each strip in a row of node, what it reads of source is there when it
-        begins.
+        """Whether, for each strip in a row of node, all that it reads is there when it begins.
 
-        Steps are counted from that of (r, 0), so that row r + dy adds lag dy. At full resolution a
-        (where all 2** are 1) a strip that begins at column `first` is due at first + node.offset.
-        The last column that it reads is there when source's strip that has it is computed, which
-        begins at column `begin`: at begin + lag dy + source.offset.
+        Without halving, where all 2** below are 1, this is:
+
+            due        the step, counted from that of (r, 0), at which the strip begins
+            last       the last column that it reads
+            there_at   the step at which source's strip with this column is computed, lag * dy
+                       later than in row r
 
         Say v's first convolution, of offset -6, reads x, at lag 8, and a strip is columns 16..23,
         due at 16 - 6 = 10. Its last position reads x up to column 24: in row r - 1 that is there at
         24 - 8 + 1 = 17, too late; in row r - 2 at 24 - 16 + 1 = 9, in time.
         """
-        source, dy, dx = read
+        source = read.source
+        if source.known:
+            return True
         m = min(node.halved, source.halved)
         for first in range(0, self.width(node), strip):
             due = 2**node.halved * first + node.offset
-            # The last column that is read: in pixels of the finer of both, then of source.
-            last_fine = 2 ** (node.halved - m) * (first + strip - 1) + dx
-            last = min(last_fine // 2 ** (source.halved - m), self.width(source) - 1)
+            last = 2 ** (node.halved - m) * (first + strip - 1) + read.right
+            last = min(last // 2 ** (source.halved - m), self.width(source) - 1)
             begin = last - last % source.strip
-            there_at = 2**source.halved * begin + 2**m * self.lag * dy + source.offset
+            there_at = 2**source.halved * begin + 2**m * self.lag * read.dy + source.offset
             if there_at > due:
                 return False
         return True
@@ -2729,22 +2710,38 @@ class Plan:
         return self.size[1] >> node.halved
 
     def allocate(self, weight):
-        """Buffers for x and what is read elsewhere or later, as wide as they are read."""
+        """What is at hand where it is read; buffers for all else, as wide as they are read."""
         kept = {self.x}
         for node in self.nodes:
-            reads = [(term, None) for term in node.terms if isinstance(term, Node)]
-            for source, conv in reads + [(source, conv) for source, conv, _ in node.taps]:
-                if not source.known and not node.has_at_hand(source, conv):
+            for read in node.reads:
+                source = read.source
+                same_step = (source.halved, source.offset) == (node.halved, node.offset)
+                elsewhere = (read.dy, read.left, read.columns, read.stride) != (0, 0, 1, 1)
+                # Only what reads something is ever computed. (A strip never reads what is computed
+                # position by position: its last positions are not there when it begins.)
+                read.at_hand = bool(same_step and not elsewhere and source.reads)
+                if not read.at_hand and not source.known:
                     kept.add(source)
-                if conv is not None:
-                    (top, bottom), (left, right) = conv.rows, conv.columns
-                    reach = (-top, bottom, -left, right)
-                    source.margin = tuple(map(max, source.margin, reach))
+                reach = (-read.dy, read.dy, -read.left, read.right)
+                source.margin = tuple(map(max, source.margin, reach))
         for node in kept:
             above, below, left, right = node.margin
             height, width = (side >> node.halved << node.spread for side in self.size)
             size = (self.n, above + height + below, left + width + right, node.channels)
             node.buffer = weight.new_zeros(size)
+
+    def choose_products(self):
+        """How each read is added; and of each group the multiplications of its largest kernel row,
+        at a position of n images: by them run_step decides whether threads are worth it."""
+        self.work = collections.Counter()
+        for node in self.nodes:
+            places = max(1, self.width(node) // self.lag)  # on a diagonal, usually
+            for read in node.reads:
+                read.add = sum_with
+                if read.weight is not None:
+                    read.add = product(read.weight, self.n * places * node.strip)
+                    work = self.n * read.weight.numel()
+                    self.work[node.group] = max(self.work[node.group], work)
 
     def steps(self):
         """Of each step: ({group: Places to compute}, Places of the pixels then drawn, or None)."""
@@ -2769,7 +2766,7 @@ class Plan:
         # A strip divides the lag, so that wave % strip is c % strip in all rows: 0 where it begins.
         if rest or wave % strip or last < first:
             return None
-        return Places(first, wave - self.lag * first, 1, -self.lag, last - first + 1, strip)
+        return Places(first, wave - self.lag * first, self.lag, last - first + 1, strip)
 
     def run_step(self, due):
         """Compute nodes, {their group: Places} -> the output's values, (n * count, C), or None."""
@@ -2779,73 +2776,40 @@ class Plan:
         if groups not in self.nodes_of:
             self.nodes_of[groups] = [node for node in self.nodes if node.group in due]
         for node in self.nodes_of[groups]:
-            self.latest[node] = node.compute(due[node.group])
-        return self.latest[self.output] if self.output.group in due else None
+            places = due[node.group]
+            node.latest = self.compute(node, places)
+            if node.buffer is not None:
+                kept = node.window(places, stride=1 + node.spread)
+                kept.copy_(node.latest.view(kept.shape))
+        return self.output.latest if self.output.group in due else None
 
-    def computation(self, node):
-        """The function Places -> values of node, which are also kept in node.buffer, if any."""
-        if node.function is None:
-            values_at = self.summation(node)
-        else:
-            terms = [self.at(node, term) for term in node.terms]
-            values_at = lambda places: node.function(*[term(places) for term in terms])
-        if node.buffer is None:
-            return values_at
-        window = node.window(stride=1 + node.spread)
+    def compute(self, node, places):
+        """The node's values at places, (n * positions, C)."""
+        values = (self.value(read, places) for read in node.reads)  # one after the other
+        if node.function is not None:
+            return node.function(*values)
+        total = node.bias
+        for read, value in zip(node.reads, values):
+            total = read.add(total, value)
+        return total
 
-        def compute_and_keep(places):
-            values, kept = values_at(places), window(places)
-            kept.copy_(values.view(kept.shape))
-            return values
+    def value(self, read, places):
+        """What is read at places, (n * positions, columns * C)."""
+        source = read.source
+        if not read.at_hand:
+            window = source.window(places, read.dy, read.left, read.columns, read.stride)
+            return window.reshape(-1, window.shape[3])
+        if source.strip == places.strip:
+            return source.latest
+        # Of strips, the position that is due. c % strip is the same in all rows of a diagonal. And
+        # in the steps from one beginning of strips to the next it crosses the same rows: it enters
+        # a row at column 0, and leaves it after column width - 1, where strips begin and end.
+        strips = source.latest.view(-1, source.strip, source.channels)
+        return strips[:, places.column % source.strip]
 
-        return compute_and_keep
 
-    def at(self, node, term):
-        """The function Places -> what node reads at its own position, (n * positions, C)."""
-        if not isinstance(term, Node):
-            return lambda places: term
-        if not node.has_at_hand(term):
-            window = term.window()
-            return lambda places: window(places).reshape(-1, term.channels)
-        if term.strip == node.strip:
-            return lambda places: self.latest[term]
-
-        def from_strip(places):
-            # c % strip is the same in all rows of a diagonal. And until the next strips begin it
-            # has the same rows: one comes in at column 0, and goes after column width - 1, where
-            # strips begin and end.
-            strips = self.latest[term].view(-1, term.strip, term.channels)
-            return strips[:, places.column % term.strip]
-
-        return from_strip
-
-    def summation(self, node):
-        """The function Places -> bias + terms + taps of node."""
-        terms = [self.at(node, term) for term in node.terms]
-        taps = [self.tap(node, *tap) for tap in node.taps]
-
-        def values_at(places):
-            total = node.bias
-            for term in terms:
-                total = term(places) if total is None else total + term(places)
-            for add_tap in taps:
-                total = add_tap(places, total)
-            return total
-
-        return values_at
-
-    def tap(self, node, source, conv, dy):
-        """The function (Places, total) -> total + what this kernel row adds."""
-        weight = self.weights[conv][dy - conv.rows[0]]  # (F, columns, C)
-        usual_count = max(1, self.width(node) // self.lag)  # of positions on a diagonal
-        add_product = product(weight.flatten(1), self.n * usual_count * node.strip)
-        if node.has_at_hand(source, conv):
-            read = self.at(node, source)
-            return lambda places, total: add_product(total, read(places))
-        _, columns, channels = weight.shape
-        window = source.window(dy, conv.columns[0], columns, conv.stride)
-        length = columns * channels
-        return lambda places, total: add_product(total, window(places).reshape(-1, length))
+def sum_with(total, value):
+    return value if total is None else total + value
 
 
 def worth_threads(work):
@@ -2903,7 +2867,6 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
     to the plan's x, on -1 .. 1 with the plane of ones."""
     channels = factor.view.shape[0]
     x = torch.zeros(n, *factor.view.shape, dtype=torch.uint8, device=factor.a_weight.device)
-    planes = plan.x.window()
     for due, pixels in plan.steps():
         params = plan.run_step(due)
         if pixels is None:
@@ -2914,7 +2877,7 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
         drawn = draw(head, rows, columns, interval_of).view(n, -1, channels)  # (n, count, C)
         x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
         unit = to_unit(drawn, factor.view.levels, factor.a_weight.dtype)
-        planes(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
+        plan.x.window(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
         if progress:
             progress(n * pixels.count)
     return x
@@ -3022,7 +2985,8 @@ def plan_run(args, out):
 def new_run(fields):
     if "minutes" in fields:
         fields["steps"] = (0,)
-    if "size" in fields:  # a size that does not fit is refused before images are read
+    # A size that does not fit is refused before images are read ("meta": weights without numbers).
+    if "size" in fields:
         with torch.device("meta"):
             PixelAux(make_config(**fields))
     folder = fields.setdefault("data_dir", from_anywhere("data"))

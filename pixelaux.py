@@ -2394,7 +2394,7 @@ class Places(typing.NamedTuple):
         return rows, [self.column - i * self.lag for i in range(self.count)]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Read:
     """What a node reads of `source`, at position p: its value there; or with a `weight`, one row of
     a convolution's kernel, times that the `columns` values from stride p + (dy, left) on."""
@@ -2414,7 +2414,7 @@ class Read:
         return self.left + self.columns - 1
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Node:
     """A value inside the network, at every position of an image of 2^-halved of the resolution.
 
@@ -2614,6 +2614,7 @@ class Plan:
         weight = next(net.parameters())
         recorder = Recorder(n, size, weight.dtype)
         output = net(recorder.symbol(self.x), embeddings)
+        recorder.recorded.clear()  # Symbols and recorder hold each other, and so all buffers
         if not isinstance(output, Symbol):
             raise Problem("sample_fast: the network's output does not depend on x")
         self.output = output.node

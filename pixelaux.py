@@ -17,8 +17,8 @@ view may have a view in turn:  X_0 = X,  X_1 = psi_0(X_0),  ..,  X_K = psi_{K-1}
 
 It is a bound because p(X) is the sum of p(X, X^) over all X^, and a sum of terms that are 0 or more
 is no smaller than any one of them. (There are many terms: X has one view, but the networks do not
-know that, and p(X, X^) is more than 0 for X^ that are not psi(X), too.) As X_1 determines all that
-is coarser, p(X_0 | X_1) needs nothing else.
+know that, and p(X, X^) is more than 0 for X^ that are not psi(X), too.) p(X_0 | X_1) is given X_1
+alone: X_2, .. are functions of X_1, and would add nothing.
 
     Eq. 1       p(X) = product of p(pixel | earlier ones)    Conv, CausalNet
     Eq. 2, 3    p(X, X^) = p(X^) p(X | X^)                   PixelAux.log_prob_factors, .sample
@@ -87,130 +87,6 @@ class Failure(Exception):
     """Training that cannot go on: one line, exit status 1."""
 
 
-# --- Configuration -----------------------------------------------------------------------------
-#
-# All that a run depends on. Skip it on a first reading and come back from Training: the words are
-# explained where the parts are built. A network's *layout* is a row of stages of residual blocks,
-# each (times halved, blocks):
-#
-#     ((0, 3),          3 blocks at the resolution of what the network reads,
-#      (1, 6),          6 at half of it,
-#      (0, 3),          3 at its own again,
-#      (-1, 3))         3 at double: only if it embeds X^, and X is twice as large
-#
-# *Light* networks are the pyramid's: a few blocks at one resolution. They see only what is near,
-# but X^ tells them the rest; and the smallest view, 8x8, is all near.
-
-
-def six_stages(blocks):
-    """The layout of PixelCNN++: down to a quarter of the resolution, and back."""
-    return tuple((halved, blocks) for halved in (0, 1, 2, 2, 1, 0))
-
-
-@dataclasses.dataclass
-class Config:
-    """A model and its training. The defaults are the paper's for CIFAR-10, where it gives them;
-    the command line begins with the preset `tiny`.
-
-    Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
-    factors that follow.
-    """
-
-    model: str = "pyramid"
-    preset: str = "cifar10"
-    size: tuple = (32, 32)  # (H, W) of X
-    levels: int = 256  # of a sub-pixel of X
-    halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
-    nr_filters: int = 160
-    nr_logistic_mix: int = 10  # components of a pixel's mixture
-    # Which layout a factor's networks have:
-    #
-    #     factor                          causal network    embedding of X^
-    #     X or gray, given nothing        layout            there is no X^
-    #     X given gray                    layout_cond       layout_cond
-    #     a pyramid's smallest view       layout_light      there is no X^
-    #     its other views                 layout_light      layout_embed
-    layout: tuple = six_stages(6)  # PixelCNN++'s 36 blocks
-    layout_cond: tuple = six_stages(4)  # 24 blocks (Sec. 4.1)
-    layout_light: tuple = ((0, 3),)  # (Sec. 4.2)
-    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))
-    look_right: bool = True  # False: in light networks only v's first layer (see VERTICAL_LEFT)
-    dropout: float = 0.5
-
-    batch_size: int = 64
-    # How long each factor is trained: the first of these three that is not 0.
-    steps: tuple = (0,)
-    minutes: tuple = (0.0,)  # become steps when the pace is known; --minutes also sets anneal to 1
-    # The paper's, of gray and of X given gray; it tells none for CIFAR-10's pyramid. (Where images
-    # are made on the fly, 50,000 are an epoch.)
-    epochs: tuple = (30, 200)
-    lr: float = 1e-3
-    lr_decay: float = 0.99999  # the learning rate is multiplied by it after each step
-    warmup: int = 0  # steps in which the learning rate grows to its full value
-    anneal: float = 0.0  # share of the steps, the last ones, in which it falls linearly to 0
-    betas: tuple = (0.95, 0.9995)  # of Adam, PixelCNN++'s
-    ema: float = 0.9995  # decay of the moving average of the weights, PixelCNN++'s
-    precision: str = "auto"  # in training: float32, bfloat16; auto: bfloat16 on CUDA
-    seed: int = 0
-    data: str = "shapes"
-    data_dir: str = "data"
-    data_set: str = ""  # what was found there: see `describe`
-    flip: bool = False  # mirror half of the training images
-
-    # Beyond the paper.
-    tight: bool = False  # train distributions that are cut to what X^ leaves possible (see psi)
-    muon: float = 0.0  # rate of Muon for convolutions within blocks; 0: Adam, as for the rest
-    hold_out: int = 0  # training images that are not trained on: the loss on them is recorded
-    start: str = ""  # run or checkpoint whose weights training begins with
-
-
-# What `small`, for a CPU core, and `speedrun`, for a GPU, have in common. How it was found:
-# results/recipe.md.
-RECIPE = dict(
-    layout=six_stages(1), layout_cond=six_stages(1), layout_embed=((0, 2), (-1, 1)), dropout=0.0,
-    tight=True, lr=5e-3, muon=0.05, lr_decay=1.0, anneal=1.0, betas=(0.9, 0.99))
-# tiny, small and speedrun are for short runs: tight, as that is worth much (see the README), at
-# higher rates, averaged over fewer steps.
-PRESETS = {
-    "tiny": dict(
-        nr_filters=24, layout=six_stages(1), layout_cond=six_stages(1),
-        layout_embed=((0, 1), (-1, 1)), dropout=0.0, tight=True, batch_size=16, steps=(1500, 2600),
-        lr=2e-2, muon=0.03, lr_decay=1.0, warmup=50, anneal=1.0, betas=(0.9, 0.95), ema=0.98),
-    "small": dict(
-        RECIPE, nr_filters=48, batch_size=8, steps=(8000,), warmup=30, ema=0.99),
-    "speedrun": dict(
-        RECIPE, nr_filters=128, batch_size=64, steps=(8000,), warmup=100, ema=0.998,
-        precision="bfloat16"),
-    "cifar10": dict(),
-    "celeba": dict(nr_filters=100, batch_size=16, epochs=(60,), lr_decay=0.999995),
-}
-
-
-def make_config(preset="tiny", **fields):
-    """The Config of a preset with some fields changed. Raises Problem, naming what there is."""
-    check_one_of("preset", preset, PRESETS)
-    check_one_of("model", fields.get("model", Config.model), MODELS)
-    for name in fields:
-        check_one_of("option", name, Config.__annotations__)
-    fields = {"preset": preset, **PRESETS[preset], **fields}
-    return Config(**{name: as_tuple(value) for name, value in fields.items()})
-
-
-def check_one_of(what, name, known):
-    if name not in known:
-        raise Problem(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
-
-
-def as_tuple(value):
-    """Lists, of which JSON has no other kind, as tuples, those within them too."""
-    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
-
-
-def of_factor(numbers, k):
-    """The number for factor k."""
-    return numbers[min(k, len(numbers) - 1)]
-
-
 # --- psi: simpler views of an image ------------------------------------------------------------
 #
 # A view leaves information out, but it also rules images out. Take the four pixels of a 2x2 cell,
@@ -239,11 +115,11 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    v is possible if w v lies in low - rest .. high and in 0 .. w top. Why some v always does (to be
-    skipped at first): low .. high keeps its length, of at least w numbers (4 for Half, 4096 for
-    Gray, see there), among which there is a multiple of w. And before each v we have high >= 0 and
-    low <= rest + w top. So if low - rest is below 0, v = 0 will do; if not, the first multiple of w
-    in the range, which is no larger than w top.
+    v is possible if w v lies in low - rest .. high and in 0 .. w top. Why there always is such a v
+    (to be skipped at first): low .. high keeps its length, of at least w numbers (4 for Half, 4096
+    for Gray, see there), among which there is a multiple of w. And before each v we have high >= 0
+    and low <= rest + w top. So if low - rest is below 0, v = 0 will do; if not, the first multiple
+    of w in the range, which is no larger than w top.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -292,7 +168,8 @@ class Half(Psi):
 
     def four(self, x):
         """The four pixels of each cell, in raster order: int64 (N, C, H / 2, W / 2) each."""
-        return F.pixel_unshuffle(x.long(), 2).unflatten(1, (-1, 4)).unbind(2)
+        four = F.pixel_unshuffle(x.long(), 2)  # (N, C * 4, ..), the four of channel 0 first
+        return four.unflatten(1, (-1, 4)).unbind(2)
 
     def bounds(self, x, x_hat):
         low = 4 * x_hat.long() - 2
@@ -404,27 +281,10 @@ def pick(log_weights, u):
     return index.clamp(max=log_weights.shape[1] - 1)
 
 
-def logistic_between(a, b, u):
-    """The standard logistic cut to (a, b), at its quantile u: what sample_tight draws by. It is the
-    z with sigma(z) = sigma(a) + u (sigma(b) - sigma(a)).
-    """
-    # Far to the right sigma rounds to 1, far to the left it keeps its digits. So an interval on the
-    # right is mirrored: -z lies between -b and -a, at 1 - u.
-    flip = a + b > 0  # False also if both are infinite, as -inf + inf is nan
-    low = torch.where(flip, -b, a)
-    high = torch.where(flip, -a, b)
-    u = torch.where(flip, 1 - u, u)
-    # sigma(z) = sigma(high) (ratio + u (1 - ratio)); z is its logit.
-    ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
-    log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
-    z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
-    return torch.where(flip, -z, z)
-
-
 class LogisticMixture:
     """Mixture of K discretized logistics over (R, G, B) (PixelCNN++ Sec. 2.1, 2.2).
 
-    params: (N, 10 K, H, W), in PixelCNN++'s order, K of each:
+    params: (N, 10 K, H, W), in PixelCNN++'s order, K of each (no relation to X_K):
 
         mixture logits
         R's means, log-scales;  coefficients of R in G's mean
@@ -474,15 +334,19 @@ class LogisticMixture:
 
         intervals = (lo, hi) of psi.bounds: each channel's mixture, as a whole, is cut to its
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
-        levels could become less probable than without a cut.) With w_k the weights, m_k a
-        component's mass on the value, M_k on the interval:
+        one with hardly any mass on the interval would keep all of its weight there.)
+
+        Let w_k be the weights, m_k a component's mass on the value, M_k on the interval. Once r is
+        drawn, component k has the weight w_k m_k(r), over their sum; r's cut makes no difference to
+        that, as it divides all k alike. Of the m_k(g) with these weights the mixture is made that
+        is cut to g's interval. So
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g) / sum_k w_k m_k(r) M_k(g's interval)
 
-        and blue likewise: given r, component k has the weight w_k m_k(r), over their sum, as it has
-        without a cut (r's cut divides all k alike); the mixture of these weights is cut to g's
-        interval. m_k(g) and M_k have means that move with r.
+        and blue likewise, with the weights w_k m_k(r) m_k(g). (m_k(g) and M_k have means that move
+        with r.) Say there are two components, w = 1/2 each, and m(r) = 0.2, 0: then g has the first
+        alone, p'(g | r) = m_1(g) / M_1(g's interval).
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -507,13 +371,13 @@ class LogisticMixture:
         """Draw every pixel from given noise -> int64 (N, 3, H, W).
 
         noise: uniform in (0, 1), (N, 6, H, W): of channel c number 2 c for the component and 2 c +
-        1 for the value. One component, drawn by its weight with number 0, serves all channels.
-        "random" draws values from it, by the inverse of the logistic's cdf, which is the logit;
-        "map" takes its means, and shows what the model holds most probable without the noise
-        around it (the paper's MAP sampling, Sec. 4.2, though the component is still drawn). Each
-        channel is rounded before the next is conditioned on it; without that, samples have another
-        distribution than log_prob. With interval_of, a function, as green's interval depends on the
-        red that was drawn: see sample_tight.
+        1 for the value. One component, drawn by its weight with number 0, serves all channels. (2
+        and 4 are sample_tight's alone.) "random" draws values from it, by the inverse of the
+        logistic's cdf, which is the logit; "map" takes its means, and shows what the model holds
+        most probable without the noise around it (the paper's MAP sampling, Sec. 4.2, though the
+        component is still drawn). Each channel is rounded before the next is conditioned on it;
+        without that, samples have another distribution than log_prob. interval_of: see
+        sample_tight.
         """
         if interval_of is not None:
             return self.sample_tight(noise, mode, interval_of)
@@ -529,15 +393,15 @@ class LogisticMixture:
     def sample_tight(self, noise, mode, interval_of):
         """The same from the mixtures cut to intervals, as in log_prob.
 
-        interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each.
-        For each channel, as the fractions of log_prob tell: a component, by its joint probability
-        with the channels so far times its mass on the interval, w_k m_k(r) M_k(g's interval); then
-        a value from it, within the interval. "map" keeps the first component, so that a pixel's
-        channels belong together.
+        interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each: a
+        function, as green's interval depends on the red that was drawn.
 
-        Why a component anew for each channel? g must come from p'(g | r), so from component k with
-        a probability in proportion to w_k m_k(r) M_k(g's interval). The k that r was drawn from has
-        w_k m_k(r), given r. Without cuts M_k is 1 and these are the same, so that k may be kept.
+        For each channel, first a component, with a probability in proportion to its term of the
+        denominator in log_prob: for g, w_k m_k(r) M_k(g's interval). Then a value from it, within
+        the interval. "map" keeps the first component, so that a pixel's channels belong together.
+
+        Why a component anew for each channel? The k that r was drawn from has w_k m_k(r), given r.
+        Without cuts M_k is 1 and these are the same, so that k may be kept.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -547,6 +411,7 @@ class LogisticMixture:
             k = pick(log_joint + log_allowed, noise[:, 2 * c])
             value, log_scale = means.gather(1, k), log_scales.gather(1, k)
             if mode == "map":
+                # All weight on k, so that it is drawn for the next channel, too.
                 log_joint = torch.full_like(log_joint, -math.inf).scatter(1, k, 0.0)
             else:
                 a, b = edges(value, log_scale, lo, hi, self.levels)
@@ -567,9 +432,27 @@ class LogisticMixture:
         return one
 
     def round(self, unit):
-        """-1 .. 1, and what lies beyond -> levels, int64."""
+        """-1 .. 1 -> levels, int64. What lies beyond goes to the first and the last, as their bins
+        are open."""
         top = self.levels - 1
         return ((unit + 1) * (top / 2)).round().clamp(0, top).long()
+
+
+def logistic_between(a, b, u):
+    """The standard logistic cut to (a, b), which may be infinite, at its quantile u, by which
+    sample_tight draws: the z with sigma(z) = sigma(a) + u (sigma(b) - sigma(a)).
+    """
+    # Far to the right sigma rounds to 1, far to the left it keeps its digits. So an interval on the
+    # right is mirrored: -z lies between -b and -a, at 1 - u.
+    flip = a + b > 0  # False also if both are infinite, as -inf + inf is nan
+    low = torch.where(flip, -b, a)
+    high = torch.where(flip, -a, b)
+    u = torch.where(flip, 1 - u, u)
+    # sigma(z) = sigma(high) (ratio + u (1 - ratio)); z is its logit.
+    ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
+    log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
+    z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
+    return torch.where(flip, -z, z)
 
 
 def cut(logits, lo, hi):
@@ -579,7 +462,8 @@ def cut(logits, lo, hi):
 
 
 class Categorical:
-    """Softmax over the levels of a one-channel image (Sec. 3.1). params: (N, levels, H, W).
+    """Softmax over the levels of a one-channel image (Sec. 3.1): 16 are few enough to learn each by
+    itself. params: (N, levels, H, W).
 
     shift reduces the variance as it does of a log-scale: the logits are divided by exp(shift).
     """
@@ -618,14 +502,14 @@ class Categorical:
 #     x x x x x x ? ?          x x x x x x x x            has seen all the rows above
 #     x x x x o                        o
 #
-# v's first layer reads the rows above alone, so that v in o's row knows nothing of that row.
-# Therefore v's other layers may read v in o's row, and to the right of o. h reads v; v never reads
-# h, which knows pixels of o's row.
+# v's first layer reads the rows above alone: v at row r, in whatever column, knows nothing of row
+# r. So v's other layers may read v in o's row, and to the right of o. h reads v; v never reads h,
+# which knows pixels of o's row.
 #
 # Nor does a change of resolution let a later pixel in. Going down, (i, j) is made for (2 i, 2 j),
 # the first of its four pixels: h at (i, j) knows what comes before that one, v the rows above it.
 # Going up, all four pixels read (i, j), and what comes before the first of them comes before all.
-# (v reads (i, j + 1), too: no harm, as v there knows only rows above 2 i.)
+# (For (2 i, 2 j + 1) v reads (i, j + 1), too: no harm, as v there knows only rows above 2 i.)
 
 
 class Conv(nn.Module):
@@ -637,12 +521,14 @@ class Conv(nn.Module):
     d = (dy, dx) runs over rows x columns, and `in` is 0 outside the image. Causality is a matter of
     the two ranges:
 
-        VERTICAL   HORIZONTAL     v_first    h_above    h_left     x: is read, and so is
-         x x x        x x          x x x      x x x       x        (x), the output's own place;
-         x(x)x        x(x)         x x x        o         x o      o: that place, not read
+        VERTICAL   HORIZONTAL     v_first    h_above    h_left
+         x x x        x x          x x x      x x x       x
+         x(x)x        x(x)         x x x        o         x o
                                      o
 
-    (v_first, h_above and h_left are the first layers of CausalNet.)
+    x is read; (x) is the output's own place, which is read; o is that place where it is not read.
+    (v_first, h_above and h_left are the first layers of CausalNet. As in PixelCNN++ h_left also
+    reads the pixel above its left one, which h_above has already.)
     """
 
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
@@ -667,7 +553,7 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # To be ignored until Sampling fast, where calls of what is wrapped so are noted.
+    # Lets Sampling fast note that it is called. Otherwise it makes no difference.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
@@ -699,12 +585,12 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# As many weights, but no look to the right. This brings a blind spot back: v sees no more than one
-# column to the upper right, by its first layer. It costs less where X^ tells what is there, and
-# sampling takes a third of the steps, as less of the row above must be drawn before a pixel (see
-# Sampling fast).
+# If look_right is False, in place of VERTICAL: as many weights, but no look to the right. This
+# brings a blind spot back: v sees no more than one column to the upper right, by its first layer.
+# It costs less where X^ tells what is there, and sampling takes a third of the steps, as less of
+# the row above must be drawn before a pixel (see Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
-HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
+HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s; v has seen row -1, too
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
 POINT = dict(rows=(0, 0), columns=(0, 0))
 
@@ -732,13 +618,27 @@ def data_dependent_init(network, *inputs):
 # --- Networks ----------------------------------------------------------------------------------
 #
 # A network is a row of stages of residual blocks; in a causal one each block is a vertical and a
-# horizontal one side by side. The pyramid's causal networks stay at one resolution. PixelCNN++ goes
-# down to a quarter of it and comes back, and then each block reads as well what its counterpart on
-# the way down has made, the last one first (long skips):
+# horizontal one side by side. Its *layout* lists the stages, each (times halved, blocks):
+#
+#     ((0, 3),          3 blocks at the resolution of what the network reads,
+#      (1, 6),          6 at half of it,
+#      (0, 3),          3 at its own again,
+#      (-1, 3))         3 at double: only if it embeds X^, and X is twice as large
+#
+# The pyramid's causal networks are *light*: a few blocks at one resolution, ((0, 3),). They see
+# only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near. PixelCNN++
+# goes down to a quarter of the resolution and comes back (six_stages). Then each block also reads
+# what its counterpart on the way down has made, which is a long skip:
 #
 #     H x W        [ 6 blocks ] ------------------- skips ------------------> [ 6 blocks ]
 #     H/2 x W/2          \-> [ 6 blocks ] --------- skips ------> [ 6 blocks ] -/
 #     H/4 x W/4                    \-> [ 6 blocks ] skips [ 6 blocks ] -/
+#
+#     the last stage's block    1  2  3  4  5  6
+#     reads the first's block   6  5  4  3  2  1      and the other pairs of stages likewise
+#
+# There are four layouts: `layout`, of X or gray given nothing; layout_cond, of X given gray, and of
+# f_w(gray); layout_light, of a pyramid's causal networks; layout_embed, of a pyramid's f_w.
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -805,14 +705,15 @@ class Stage(nn.Module):
     def __init__(self, layout, i, filters, dropout, reaches, nr_aux):
         super().__init__()
         self.halved, nr_blocks = layout[i]
-        before = layout[i - 1][0] if i > 0 else self.halved
-        # Skips come from the last stage before at this resolution, one from each of its blocks (and
-        # go to our first blocks, see `made` in CausalNet.forward).
+        halved_before = layout[i - 1][0] if i > 0 else self.halved
+        # Skips are a stack: each block adds what it has made, and the blocks of the next stage at
+        # this resolution take one each, the last made first, until none is left. (CausalNet.forward
+        # does it; here they are counted.)
         blocks_before = [blocks for halved, blocks in layout[:i] if halved == self.halved]
         nr_skips = blocks_before[-1] if blocks_before else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
-        if self.halved != before:
-            change = dict(stride=2) if self.halved > before else dict(up=True)
+        if self.halved != halved_before:
+            change = dict(stride=2) if self.halved > halved_before else dict(up=True)
             self.enter.extend(Conv(filters, filters, **reach, **change) for reach in reaches)
         for j in range(nr_blocks):
             streams = nn.ModuleList()
@@ -823,11 +724,8 @@ class Stage(nn.Module):
 
 
 class CausalNet(nn.Module):
-    """PixelCNN++, or a light network of the pyramid, by its layout (see Config): the parameters of
-    every pixel's distribution from the pixels before it.
-
-    On the way up the first block of a stage has its skip from the last one of the stage that went
-    down at this resolution, the second from the last but one, and so on.
+    """PixelCNN++, or a light network of the pyramid, by its layout: the parameters of every pixel's
+    distribution from the pixels before it.
 
     Deviations, for those who know PixelCNN++: all six stages have as many blocks, 6 x 6 = 36 and
     6 x 4 = 24 as in the paper; its code also has skips from the first and from the strided layers,
@@ -839,8 +737,7 @@ class CausalNet(nn.Module):
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
         self.conditional = conditional
-        # h's first layer reads no rectangle, so it is two: three pixels above o, and the one to its
-        # left. (As in PixelCNN++ h_left also reads the one above that, which h_above has already.)
+        # h's first layer reads no rectangle, so it is two. look_right: see VERTICAL_LEFT.
         self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), full_precision=True)
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
@@ -882,15 +779,16 @@ class EmbeddingNet(nn.Module):
 
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
-    A layout counts from the resolution of what is read, here X^'s, in the causal network X's:
 
-        resolution    `halved` in f_w, of Half    of Gray    in the causal network    embeddings[..]
-        X's                    -1                    0                 0                    0
-        half                    0                    1                 1                    1
-        a quarter               1                    2                 2                    2
+    Its layout counts from the resolution of X^, a causal network's from that of X. If X^ is half as
+    large as X, for example 16x16 | 8x8,
 
-    (So f_w's outputs, sorted by `halved`, are finest first, and number i has X's resolution, halved
-    i times. A light causal network takes embeddings[0] alone.)
+        resolution                           16x16    8x8    4x4
+        halved in f_w                          -1      0      1
+        halved in the causal network            0      1      2
+        handed over, in order, as number        0      1      2
+
+    (Light causal networks take number 0 alone.)
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -949,19 +847,19 @@ def make_views(config):
     views = [View((3, *config.size), config.levels)]
     for kind in MODELS[config.model]:
         for _ in range(halvings if kind is Half else 1):
-            channels, height, width = views[0].shape
-            psi = kind(channels, views[0].levels)
-            views[0].psi = psi
+            finer = views[0]
+            channels, height, width = finer.shape
+            psi = finer.psi = kind(channels, finer.levels)
             shape = (psi.channels_out, height // psi.cell, width // psi.cell)
-            views.insert(0, View(shape, psi.levels_out, psi.label or views[0].label))
+            views.insert(0, View(shape, psi.levels_out, psi.label or finer.label))
     return views
 
 
 class Factor(nn.Module):
     """p(x), or p(x | x_hat), of a view x: a causal network, a head, and for x_hat an embedding.
+    config: see Configuration, which comes next.
 
-    light: the causal network is the pyramid's small one in place of PixelCNN++. Which layouts the
-    networks have is told in Config.
+    light: the causal network is the pyramid's small one in place of PixelCNN++.
     """
 
     def __init__(self, config, view, light):
@@ -972,6 +870,7 @@ class Factor(nn.Module):
         layout = config.layout_light if light else full_layout
         strides = [2**halved for halved, _ in layout]
         if psi is not None:
+            # Gray is as large as X: each of PixelCNN++'s stages gets one of the same layout.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
             strides += [psi.cell * 2**halved for halved, _ in layout_embed]
@@ -1009,8 +908,8 @@ class Factor(nn.Module):
         return self.embed(self.planes(x_hat, self.view.psi.levels_out))
 
     def params(self, x, embeddings):
-        """The parameters of every pixel's distribution, (N, P, H, W), given the pixels before
-        it."""
+        """The parameters of every pixel's distribution, (N, parameters, H, W), given the pixels
+        before it."""
         return self.net(self.planes(x, self.view.levels), embeddings)
 
     def head(self, params, shift=0.0):
@@ -1030,9 +929,10 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). head: the distributions
-    of n P pixels, as images of 1x1, (n P, .., 1, 1), which heads know. rows, columns: where in each
-    of the n images its P pixels lie. (Read P as 1 for now: only sample_fast draws several pixels of
-    an image in one step.) (A decoder of compressed images can take the place of a Draw.)
+    of n P pixels, as images of 1x1, (n P, .., 1, 1), as heads know images alone. rows, columns:
+    where in each of the n images its P pixels lie. Of 4 images, 3 pixels each, that is 12 images of
+    1x1, the first 3 those of image 0. (Read P as 1 for now: only sample_fast draws several pixels
+    of an image in one step.) (A decoder of compressed images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1079,7 +979,7 @@ def is_light(config, view):
     PixelCNN++."""
     if view.psi is not None:
         return view.psi.cell > 1
-    kinds = MODELS[config.model]  # the last one made this view
+    kinds = MODELS[config.model]  # view is the coarsest, which the last kind has made
     return len(kinds) > 0 and kinds[-1].cell > 1
 
 
@@ -1157,8 +1057,8 @@ class PixelAux(nn.Module):
         """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], nats per image, (N,) each.
 
         tight: factors are cut to what their x_hat leaves possible; the sum is then log p(X) itself,
-        of that model (see psi).
-        (config.tight records how a model was trained, and is what commands take by default.)
+        of that model (see psi). (Mind: False also for a model that was trained tight. Commands go
+        by config.tight.)
         """
         return [factor(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
 
@@ -1245,6 +1145,113 @@ def evaluating(model):
                 module.training = training
 
 
+# --- Configuration -----------------------------------------------------------------------------
+#
+# All that a model, above, and its training, below, depend on.
+
+
+def six_stages(blocks):
+    """The layout of PixelCNN++: down to a quarter of the resolution, and back."""
+    return tuple((halved, blocks) for halved in (0, 1, 2, 2, 1, 0))
+
+
+@dataclasses.dataclass
+class Config:
+    """A model and its training. The defaults are the paper's for CIFAR-10, where it gives them;
+    `build`, `make_config` and the command line begin with the preset `tiny`.
+
+    Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
+    factors that follow.
+    """
+
+    model: str = "pyramid"
+    preset: str = "cifar10"
+    size: tuple = (32, 32)  # (H, W) of X
+    levels: int = 256  # of a sub-pixel of X
+    halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
+    nr_filters: int = 160
+    nr_logistic_mix: int = 10  # components of a pixel's mixture
+    layout: tuple = six_stages(6)  # of X or gray, given nothing: PixelCNN++'s 36 blocks
+    layout_cond: tuple = six_stages(4)  # of X given gray, and of f_w(gray): 24 blocks (Sec. 4.1)
+    layout_light: tuple = ((0, 3),)  # of a pyramid's views (Sec. 4.2); its f_w:
+    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))
+    look_right: bool = True  # False: light networks do in their first layers only (VERTICAL_LEFT)
+    dropout: float = 0.5
+
+    batch_size: int = 64
+    # How long each factor is trained: the first of these three that is not 0.
+    steps: tuple = (0,)
+    minutes: tuple = (0.0,)  # become steps when the pace is known (and see plan_run)
+    # The paper's, of gray and of X given gray; it tells none for CIFAR-10's pyramid. (Where images
+    # are made on the fly, 50,000 are an epoch.)
+    epochs: tuple = (30, 200)
+    lr: float = 1e-3
+    lr_decay: float = 0.99999  # the learning rate is multiplied by it after each step
+    warmup: int = 0  # steps in which the learning rate grows to its full value
+    anneal: float = 0.0  # share of the steps, the last ones, in which it falls linearly to 0
+    betas: tuple = (0.95, 0.9995)  # of Adam, PixelCNN++'s
+    ema: float = 0.9995  # decay of the moving average of the weights, PixelCNN++'s
+    precision: str = "auto"  # in training: float32, bfloat16; auto: bfloat16 on CUDA
+    seed: int = 0
+    data: str = "shapes"
+    data_dir: str = "data"
+    data_set: str = ""  # what was found there: see `describe`
+    flip: bool = False  # mirror half of the training images
+
+    # Beyond the paper.
+    tight: bool = False  # train distributions that are cut to what X^ leaves possible (see psi)
+    muon: float = 0.0  # rate of Muon (see Optimizer) within blocks; 0: Adam, as for the rest
+    hold_out: int = 0  # training images that are not trained on: the loss on them is recorded
+    start: str = ""  # run or checkpoint whose weights training begins with
+
+
+# What `small`, for a CPU core, and `speedrun`, for a GPU, have in common. How it was found:
+# results/recipe.md.
+RECIPE = dict(
+    layout=six_stages(1), layout_cond=six_stages(1), layout_embed=((0, 2), (-1, 1)), dropout=0.0,
+    tight=True, lr=5e-3, muon=0.05, lr_decay=1.0, anneal=1.0, betas=(0.9, 0.99))
+# tiny, small and speedrun are for short runs: tight, as that is worth much (see the README), at
+# higher rates, averaged over fewer steps.
+PRESETS = {
+    "tiny": dict(
+        nr_filters=24, layout=six_stages(1), layout_cond=six_stages(1),
+        layout_embed=((0, 1), (-1, 1)), dropout=0.0, tight=True, batch_size=16, steps=(1500, 2600),
+        lr=2e-2, muon=0.03, lr_decay=1.0, warmup=50, anneal=1.0, betas=(0.9, 0.95), ema=0.98),
+    "small": dict(
+        RECIPE, nr_filters=48, batch_size=8, steps=(8000,), warmup=30, ema=0.99),
+    "speedrun": dict(
+        RECIPE, nr_filters=128, batch_size=64, steps=(8000,), warmup=100, ema=0.998,
+        precision="bfloat16"),
+    "cifar10": dict(),
+    "celeba": dict(nr_filters=100, batch_size=16, epochs=(60,), lr_decay=0.999995),
+}
+
+
+def make_config(preset="tiny", **fields):
+    """The Config of a preset with some fields changed. Raises Problem, naming what there is."""
+    check_one_of("preset", preset, PRESETS)
+    check_one_of("model", fields.get("model", Config.model), MODELS)
+    for name in fields:
+        check_one_of("option", name, Config.__annotations__)
+    fields = {"preset": preset, **PRESETS[preset], **fields}
+    return Config(**{name: as_tuple(value) for name, value in fields.items()})
+
+
+def check_one_of(what, name, known):
+    if name not in known:
+        raise Problem(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
+
+
+def as_tuple(value):
+    """Lists, of which JSON has no other kind, as tuples, those within them too."""
+    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
+
+
+def of_factor(numbers, k):
+    """The number for factor k."""
+    return numbers[min(k, len(numbers) - 1)]
+
+
 def build(name, size, preset="tiny", seed=0, **overrides):
     """The model `name` of MODELS for images X of `size`, H = W or (H, W): an nn.Module.
 
@@ -1271,9 +1278,14 @@ class Shapes:
     clean image. Then every sub-pixel gets its own noise: a logistic, rounded to levels and cut off
     at `farthest`.
 
-    A clean pixel has one of six values: three colours, light or dark. Any two of them are at least
-    82 levels apart in some channel, more than 2 * farthest, so that only one configuration can have
-    made an image: the sum over configurations has one term, and
+    A clean pixel has one of six values, three colours, light or dark:
+
+                 red              yellow           blue
+        light    215 122 122      215 215 122      122 122 215
+        dark     133  40  40      133 133  40       40  40 133
+
+    Any two of them are at least 82 levels apart in some channel, more than 2 * farthest, so that
+    only one configuration can have made an image: the sum over configurations has one term, and
 
         log p(X) = -log_count + sum over the sub-pixels of log pmf(noise)
 
@@ -1297,7 +1309,8 @@ class Shapes:
         # In cells. Centres are off the border: at 16x16, 8x8 cells, with radius 2, at 3, 4 and 5.
         radius = 2 * max(1, side // 16)
         ys, xs = (range(radius + 1, cells - radius, radius // 2) for cells in (h // 2, w // 2))
-        centres = np.array(list(itertools.product(ys, xs)))  # each a corner between four cells
+        centres = np.array(list(itertools.product(ys, xs)))  # each a corner between four cells, so
+        # that middles of cells are 0.5, 1.5, .. away. The triangle of radius 2: .##. .##. #### ####
         y, x = centres.T[:, :, None, None]  # (centres, 1, 1) each
 
         # From the centre to the middle of each cell: (centres, H/2, 1) and (centres, 1, W/2).
@@ -1339,13 +1352,13 @@ class Shapes:
     def fit(self, colour, masks):
         """colour: the number, 0..2, of each pixel's colour, (N, H, W). Finds the mask and the pair
         that agree with it on most pixels, by trying all -> the colours that these give, (N, H, W).
-        (True images agree on all pixels; samples of a model may not.)"""
+        (True images agree on all pixels; samples of a model may not, and this is a vote.)"""
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
         # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
         inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)
         outside = has.sum(2, keepdims=True) - inside
-        # An image agrees where it has the ground's colour outside and the shape's inside the mask.
+        # pixels that agree = those of the ground's colour outside + of the shape's inside the mask.
         # agree[i, p, m]: on how many pixels image i agrees with pair p and mask m.
         ground, shape = self.pairs.T
         agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
@@ -1526,7 +1539,7 @@ def load_data(spec, folder="data", size=None):
             raise Problem(f"{spec}: {error}") from None
         data = Dataset(Rows(images, train), Rows(images, test), fingerprint=fingerprint(images))
     else:
-        data = tool("images").load(spec, folder, size)  # loads tools/images.py, see `tool`
+        data = tool("images").load(spec, folder, size)  # loads tools/images.py, see Command line
     height, width = data.test[:1].shape[1:3]
     if size not in (None, (height, width)):
         raise Problem(f"{spec}: images are {height}x{width} (height x width), not "
@@ -1572,16 +1585,23 @@ def to_array(images):
 # A run may be killed at any moment, and is resumed from what it has written. A run's folder has
 #
 #     config.json        the Config                      commands.jsonl   each `train`, its hardware
-#     factor-K.pt        the checkpoint of factor K      metrics.jsonl    the loss, now and then
+#     factor-k.pt        the checkpoint of factor k      metrics.jsonl    the loss, now and then
 #     digests.npy        a digest of each image
 #
-# and a checkpoint is {format, config, factors: {K: moving average of the weights}, training:
-# {weights: those that are trained, optimizer: its state, step, seconds}}; without `training` where
-# only weights are kept. (Two sets of weights: the model shows a moving average of those that are
-# trained, see Training.) Training goes by config.json, and `load` by the copy in the checkpoint, so
-# that one file is enough. (They may differ in the place of the data, which may have moved, and in
-# numbers of steps, which --minutes fixes later.) No random state is in it, as all that is random is
-# a function of seed, factor and step.
+# (factor-0.pt is that of p(X_K), the coarsest.) A checkpoint has
+#
+#     format
+#     config
+#     factors       {k: moving average of the weights}: what the model shows, see Training
+#     training      missing where only weights are kept
+#         weights       those that are trained
+#         optimizer     its state
+#         step, seconds
+#
+# Training goes by config.json, and `load` by the copy in the checkpoint, so that one file is
+# enough. (They may differ in the place of the data, which may have moved, and in numbers of steps,
+# which --minutes fixes later.) No random state is in it, as all that is random is a function of
+# seed, factor and step.
 
 
 def rank():
@@ -1642,12 +1662,11 @@ def read_checkpoint(path):
 
 
 def load(run, device="cpu"):
-    """The model of a run, with averaged weights. run: folder of `train`, or a checkpoint.
+    """The model of a run, with averaged weights, of which the model's `files` tell. Raises Problem.
 
-    A folder's factors, wherever they were trained, are joined; if it has none, its weights.pt is
-    taken (an exported model). A file with some of the factors is joined with the factor-K.pt beside
-    it; where both have a factor, the file's wins. The model's `files` are those that were read.
-    Raises Problem.
+    run: a folder                      its factor-k.pt; if there is none, weights.pt (see export)
+         a file that has all factors   that
+         a file that has some          that, and of the other factors the factor-k.pt beside it
     """
     run = pathlib.Path(run)
     paths = [run]
@@ -1771,8 +1790,7 @@ def progress_bar(iterable=None, **options):
 # Factors share nothing (Eq. 4, 5): each is trained on its own, in turn or on machines of their own.
 # All that is random is a function of the seed, the factor and the step, so that a run that is
 # stopped and resumed ends in the same weights as one that is not. Several processes (torchrun) each
-# take a share of the rows of every batch, and average their gradients. Config, at the top, is worth
-# reading now.
+# take a share of the rows of every batch, and average their gradients.
 #
 # What is trained is not what the model shows: the moving average of the weights is better, and less
 # noisy, than the weights themselves. So train_factor has
@@ -1786,8 +1804,8 @@ def progress_bar(iterable=None, **options):
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
 #     at a look     after each hundredth of the steps, but at most 20 steps apart: is the loss
 #                   finite?  with --minutes: how many steps are they?  log;  told to stop?
-#                   after each quarter of the steps: loss on test images, checkpoint, pictures
-#                   after each twentieth: loss on images that are held out, if there are any
+#                   after each quarter of the steps: checkpoint, pictures; loss on test images
+#                   (if some are held out, on these instead, after each twentieth)
 #                   every two minutes (--save-every): checkpoint
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
@@ -1818,19 +1836,19 @@ def steps_of(config, k, data):
     return math.ceil(of_factor(config.epochs, k) * images / config.batch_size)
 
 
-def steps_in_time(minutes, step, times):
+def steps_in_time(minutes, step, before, ends):
     """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
-    the pace. times: [0] is how long was trained before this process, in seconds, and [i] how long
-    until its i-th step is done (while the number is open, there is a look after each). Say 0, 9,
-    10, 11: the first step, of 9 s, does not count, so 11 - 9 = 2 s are spent, and the pace is 1 s a
-    step."""
-    if len(times) < 4:
+    the pace. before: how long was trained before this process, in seconds; ends: how long in all,
+    at the end of each step of this process (while the number is open, there is a look after each).
+    Say before = 100, ends = 109, 110, 111: the first step took 9 s, which does not count, as much
+    happens only once; 102 s are spent, and the pace is 1 s a step."""
+    if len(ends) < 3:
         return math.inf
-    first_step = times[1] - times[0]  # does not count, as much happens only once
-    spent = times[-1] - first_step
+    first_took = ends[0] - before
+    spent = ends[-1] - first_took
     if spent < 0.03 * 60 * minutes:
         return math.inf
-    pace = (times[-1] - times[1]) / (len(times) - 2)
+    pace = (ends[-1] - ends[0]) / (len(ends) - 1)
     return step + max(1, round((60 * minutes - spent) / pace))
 
 
@@ -1881,12 +1899,12 @@ class Optimizer:
         for v in self.directions:
             v.grad = None
 
-    def step(self, rate):
-        """A step at `rate` of the full learning rates."""
-        self.adam.param_groups[0]["lr"] = self.config.lr * rate
+    def step(self, share):
+        """A step at this share of the full learning rates."""
+        self.adam.param_groups[0]["lr"] = self.config.lr * share
         self.adam.step()
         if self.muon:
-            self.muon.param_groups[0]["lr"] = self.config.muon * rate
+            self.muon.param_groups[0]["lr"] = self.config.muon * share
             self.step_of_muon()
 
     @torch.no_grad()
@@ -1912,17 +1930,17 @@ class Optimizer:
             self.muon.load_state_dict(state["muon"])
 
 
-def learning_rate(config, step, steps):
+def share_of_rate(config, step, steps):
     """The share of the full learning rates at a step. (No annealing while steps is infinite.)"""
     warmup = config.warmup
     if config.start:
         # Adam has yet to learn how large gradients are, which takes 1 / (1 - beta2) steps; at full
         # rate its steps until then would ruin good weights. So it is given twice that time.
         warmup = max(warmup, 2 / (1 - config.betas[1]))
-    rate = config.lr_decay**step * min(1.0, (step + 1) / max(1, warmup))
+    share = config.lr_decay**step * min(1.0, (step + 1) / max(1, warmup))
     if config.anneal:
-        rate *= min(1.0, (1 - step / steps) / config.anneal)
-    return rate
+        share *= min(1.0, (1 - step / steps) / config.anneal)
+    return share
 
 
 def bfloat16(config, device):
@@ -1981,18 +1999,18 @@ def time_to_look(step, steps):
     return step % every == 0 or step == steps
 
 
-def has_ended(parts, before, step, steps):
-    """Whether one of so many equal parts of the steps (4: a quarter) has ended since step `before`.
+def has_ended(parts, step_before, step, steps):
+    """Whether one of so many equal parts of the steps (4: a quarter) has ended since step_before.
     (None has, while steps is infinite.)"""
-    return parts * step // steps > parts * before // steps
+    return parts * step // steps > parts * step_before // steps
 
 
-def training_step(forward, batch, optimizer, rate, average, config, dims):
+def training_step(forward, batch, optimizer, share, average, config, dims):
     """Gradient, optimizer, moving average of the weights -> the loss: bits per sub-pixel of X."""
     loss = bits_per_dim(nats_of(forward, batch, config).mean(), dims)
     optimizer.zero_grad()
     loss.backward()
-    optimizer.step(rate)
+    optimizer.step(share)
     average.update_parameters(forward)  # compiled or distributed: the weights are the same
     return loss.detach()
 
@@ -2009,7 +2027,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     config, device, seed = model.config, model.device, (model.config.seed, k)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"factor-{k}.pt"
-    saved = read_checkpoint(path) if path.exists() else None
+    saved = read_checkpoint(path) if path.exists() else None  # complete, perhaps: then no step
     if not saved and not config.start:  # with --start the model has weights already
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     trained = model.factors[k].train()
@@ -2022,13 +2040,13 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     forward = wrapped(trained, batch_of(model, k, data, 0), config, compile, stop)
     log = Log(out, k, step)
     total, looked = torch.zeros((), device=device), step  # of the losses since step `looked`
-    times = [seconds]  # now, and at each look
+    seconds_before, ends = seconds, []  # of training: before this process, at the end of each look
     clock, save_at = time.monotonic(), time.monotonic() + save_every
     while step < steps:
         torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
         batch = batch_of(model, k, data, step)
-        rate = learning_rate(config, step, steps)
-        total += training_step(forward, batch, optimizer, rate, average, config, model.dims)
+        share = share_of_rate(config, step, steps)
+        total += training_step(forward, batch, optimizer, share, average, config, model.dims)
         step += 1
         # Now and then we look: here the host waits for the device, and processes for each other. So
         # several processes must look at the same steps; a single one also does as soon as a signal
@@ -2040,10 +2058,10 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         means = mean_of_processes([bits, seconds, stop()], device)
         bits, seconds, stopping = means  # stopping > 0: one is to stop
         check_finite(bits, k, step, path)
-        times.append(seconds)
+        ends.append(seconds)
         decided = False  # at this look: how many steps the minutes are
         if steps == math.inf:
-            steps = steps_in_time(of_factor(config.minutes, k), step, times)
+            steps = steps_in_time(of_factor(config.minutes, k), step, seconds_before, ends)
             decided = steps < math.inf
         quarter = has_ended(4, looked, step, steps)
         log.write(step, steps, bits, seconds, measurements(model, k, data, looked, step, steps))
@@ -2060,14 +2078,14 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     return step - begun
 
 
-def measurements(model, k, data, before, step, steps):
+def measurements(model, k, data, step_before, step, steps):
     """What the model, as it is now, has on images that it is not trained on, as a dict: after each
     twentieth of the steps bits/dim of X of those held out; if there are none, after each quarter of
     test images."""
     if len(data.held_out):
-        over = has_ended(20, before, step, steps)
+        over = has_ended(20, step_before, step, steps)
         return {"held_out_bits_per_dim": bits_of(model, k, data.held_out)} if over else {}
-    over = has_ended(4, before, step, steps)
+    over = has_ended(4, step_before, step, steps)
     return {"test_bits_per_dim": bits_of(model, k, data.test[:128])} if over else {}
 
 
@@ -2158,8 +2176,9 @@ def evaluate(model, images, batch_size=None):
 
 
 REPORT = """\
-{}, bits/dim. of X: bits / {} sub-pixels of X, these add up. own: bits / sub-pixels of
-the view. cumulative: bits of all views so far / sub-pixels of this one (as in the paper's Table 2).
+{}, bits/dim, divided three ways. of X: bits / {} sub-pixels of X, these add up.
+own: bits / sub-pixels of the view. cumulative: bits of all views so far / sub-pixels of this one
+(as in the paper's Table 2).
 bound: the paper's, <=. exact: log p(X) itself, =, of the tight model (the same weights).
 
                              of X              own           cumulative
@@ -2276,21 +2295,22 @@ def save_samples(model, views, path, given=0):
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
 # **Offsets.** Each value inside the network has its step, too: at (r, c) it is lag r + c + offset.
-# With offset 0 that is the pixel's own step, with -1 it is one step before. Say pixel (r, c) has
-# step 24. v's last convolution for (r, c), of offset 0, is computed then, and reads its source at
-# (r, c + 1), which has step 25 + the source's offset. It must be there at step 24: so the source's
-# offset is -1. And of a chain of six such convolutions the first one's source has -6. In general
-# what a reader at (r, c) reads, at (r + dy, c + dx), must have its step there no later than the
-# reader,
+# With offset 0 that is the pixel's own step, with -1 it is one step before. What a reader at (r, c)
+# reads, at (r + dy, c + dx), must have been computed by the reader's step:
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
 #
-# so each reader sets a deadline, and of several readers the earliest one counts:
+# Say the reader is v's last convolution, at offset 0, and (r, c) has step 24. It reads its source
+# at (r, c + 1), whose step is 25 + offset_source; that must be 24 or less, so the source's offset
+# is -1. Of a chain of six such convolutions the first one's source has -6.
+#
+# (The same step will do: within a step values are computed in the network's order.) So each reader
+# sets a deadline for its source, and of several readers the earliest one counts:
 #
 #     offset_source <= offset_reader - (lag dy + dx)
 #
-# The deadline is taken as the offset: the later a value is computed, the more pixels are known by
-# then, and the smaller a lag will do. From the output back, in the light network:
+# Each value is computed as late as its readers allow, its offset is the deadline: then more pixels
+# are known, and a smaller lag will do. From the output back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
@@ -2317,19 +2337,23 @@ def save_samples(model, views, path, given=0):
 #
 # How long? It must divide the width, so that a row is a number of strips. And it must divide the
 # lag: then c % strip is the same at (r, c), (r + 1, c - lag), .., all along a diagonal, and its
-# strips begin at the same step. So it is their greatest common divisor: at lag 8, strips are of 8
-# positions if the width is 128, and of 4 if it is 12.
+# strips begin at the same step, so that they are one product. So it is their greatest common
+# divisor: at lag 8, strips are of 8 positions if the width is 128, and of 4 if it is 12.
 #
-# Whether what a strip reads is there in time is asked of each kernel row by itself. v's first
-# convolution, for example, is due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn
-# at step 8 (r - 1) + c + 1 = 8 r + c - 7, one step before: just in time for one position, and too
-# late for a strip of 8, which reads up to c + 8. So this row is multiplied position by position. In
-# row r - 2, eight steps further back, c + 8 is in time. All kernel rows of the light network:
+# Whether what a strip reads is there in time is asked of each kernel row by itself. (A value can be
+# read in the step in which it was computed, a pixel from the next step on.) v's first convolution,
+# for example, is due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn at step
+# 8 (r - 1) + c + 1 = 8 r + c - 7, one step before: just in time for one position, and too late for
+# a strip of 8, which reads up to c + 8. So this row is multiplied position by position. In row
+# r - 2, eight steps further back, c + 8 is in time. All kernel rows of the light network:
 #
 #                             in strips of 8        position by position
 #     v_first                 row -2                row -1
 #     h_above + h_left        row -1 of h_left      row -1 of h_above, row 0 of h_left
 #     within blocks           row -1                row 0; of h also what it reads of v
+#
+# (h_left reads column c - 1, so that a strip reads up to c + 6, drawn at 8 (r - 1) + c + 6: in time
+# for step 8 r + c. h_above reads up to c + 8, drawn at 8 r + c: not before that step, but in it.)
 #
 # **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
 # PixelCNN++ at 32x32 looks further to the right than the image is wide), a pixel is drawn at each
@@ -2359,28 +2383,17 @@ def save_samples(model, views, path, given=0):
 # made of Conv and of functions of values at one position. Plan decides all that can be decided
 # beforehand, and sample_by, at the end, is the loop over the steps. A value is read from
 #
-#     latest    where its Node was computed last, in one step     no copy: by readers that are due
-#                                                                 with it, at the same positions
-#     buffer    an image of all positions                         by all others
+#     latest    what its Node computed last      by readers of the same offset, at the same
+#                                                position: no copy
+#     buffer    an image of all positions        by all other readers
 #
-# For example h's second convolution in a block of the light network, at lag 8 and 16x16:
-#
-#     traced     a Node that is the sum of two Reads, rows -1 and 0 of its kernel, in which it reads
-#                columns -1 and 0
-#     offset     0, as h's readers read nothing to their right
-#     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
-#                Row 0 is not, as it reads the strip's own positions: node = early + row 0
-#     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
-#                column=8, lag=8, count=2), and before it `early` in the strips that begin there,
-#                the same with strip=8. Plan.compute comes to
-#                    early.latest = bias + window(row -1) W_-1^T        16 positions, kept till 15
-#                    node.latest = numbers 0 and 8 of early.latest + window(row 0) W_0^T
-#     at 9       (0, 9) and (1, 1) are due, and node: numbers 1 and 9 of early.latest + ..
+# Where `latest` is strips and the reader goes position by position, it takes number c % strip of
+# each, until the next strips are computed.
 
 
 class Places(typing.NamedTuple):
-    """Positions (row + i, column - i * lag + j), i < count, j < strip: `count` places along a
-    diagonal, or strips that begin there."""
+    """`count` places along a diagonal, each `strip` positions: (row + i, column - i * lag + j), for
+    i < count and j < strip."""
 
     row: int
     column: int
@@ -2388,8 +2401,8 @@ class Places(typing.NamedTuple):
     count: int = 1
     strip: int = 1
 
-    def positions(self):
-        """The rows and the columns, without strips."""
+    def starts(self):
+        """The rows and the columns of the places, each where a strip begins."""
         rows = [self.row + i for i in range(self.count)]
         return rows, [self.column - i * self.lag for i in range(self.count)]
 
@@ -2438,6 +2451,10 @@ class Node:
     latest: torch.Tensor | None = None  # where it was computed last, (n * positions, C)
 
     @property
+    def is_sum(self):
+        return self.function is None and len(self.reads) > 0
+
+    @property
     def group(self):
         """Nodes of one group are computed in the same steps at the same positions."""
         return self.halved, self.offset, self.strip
@@ -2447,16 +2464,16 @@ class Node:
         `columns` values from stride p + (dy, left) on.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
-        reads at a position is a vector. With 2 channels, in a row that begins at number 0 of the
+        reads at a position is a vector. With 2 channels, in a row that begins at element 0 of the
         buffer, and 3 columns:
 
             column      0     1     2     3     4
-            number     0 1   2 3   4 5   6 7   8 9
+            element    0 1   2 3   4 5   6 7   8 9
             p = 1           |---------------|            2..7
             p = 2                 |---------------|      4..9
 
-        Neighbouring vectors overlap, and begin at equal distances, 2 numbers. So do those of the
-        places of a diagonal: from one to the next it is a row down, + 10 numbers, and lag = 2
+        Neighbouring vectors overlap, and begin at equal distances, 2 elements. So do those of the
+        places of a diagonal: from one to the next it is a row down, + 10 elements, and lag = 2
         columns to the left, - 4, so + 6. So a view with these strides is all that is needed: no
         copy, and no table of indices.
         """
@@ -2472,9 +2489,10 @@ class Node:
 
 class Symbol(torch.Tensor):
     """Stands for a node while a network is traced. A function of torch that gets a Symbol does not
-    run: torch hands it over to __torch_function__, which records it. wrap_torch_function makes
-    Conv.forward, concat_elu and gate do the same (their lambdas name the arguments to look at).
-    What gets ordinary tensors runs as ever: so what does not depend on x is computed at once."""
+    run: torch calls __torch_function__ in its place, and returns what that returns, here another
+    Symbol. wrap_torch_function makes Conv.forward, concat_elu and gate do the same (their lambdas
+    name the arguments to look at). What gets ordinary tensors runs as ever: so what does not depend
+    on x is computed at once."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -2501,7 +2519,7 @@ class Recorder:
             return args[0]
         expression = (function, *map(id, args), repr(kwargs))
         if expression not in self.recorded:
-            if function is Conv.forward:
+            if function is Conv.forward:  # as it is called; what it wraps is its __wrapped__
                 node = self.convolution(args[0], args[1].node)
             else:
                 node = self.call(function, args, kwargs)
@@ -2537,8 +2555,8 @@ class Recorder:
         nodes = [a for a in args if isinstance(a, Node)]
         plain = len(nodes) == len(args) and not kwargs
         if function in (torch.add, torch.Tensor.add) and plain:
-            if any(node.bias is not None for node in nodes):
-                return self.sum_of(nodes)
+            if any(node.is_sum for node in nodes):
+                return self.sum_of(nodes)  # x + y is this, too
         function = getattr(function, "__wrapped__", function)  # not to look for Symbols every time
 
         def of_values(*values):
@@ -2571,7 +2589,7 @@ class Recorder:
         channels = max(node.channels for node in nodes)
         total = Node(nodes[0].halved, channels, bias=0)
         for node in nodes:
-            if node.bias is None or node.channels < channels:
+            if not node.is_sum or node.channels < channels:  # fewer: they are broadcast
                 total.reads.append(Read(node))
             else:
                 total.bias = total.bias + node.bias
@@ -2581,24 +2599,40 @@ class Recorder:
     def tried(self, function, nodes):
         """How many channels it returns, or None if it will not do. The sampler will call it on
         lists of positions, (N, C). So it is tried on images, (N, C, H, W), and on the list of all
-        their positions: a function of values at one position makes the same of both. It must leave
-        its arguments as they are, which others read, too: so `rows`, which it gets, is compared
+        their positions: a function of values at one position makes the same of both (elu does, a
+        mean over the image, or a softmax over columns, does not). It must leave
+        its arguments as they are, which others read, too: so the lists, which it gets, are compared
         with the images, of which it gets copies."""
         sizes = [(2, node.channels, 2, 3) for node in nodes]
         images = [torch.linspace(-1, 1, math.prod(s), dtype=self.dtype).view(s) for s in sizes]
-        rows = list(map(as_rows, images))
+        lists = list(map(as_list, images))
         try:
-            made, expected = function(*rows), as_rows(function(*map(torch.clone, images)))
-            unchanged = all(map(torch.equal, rows, map(as_rows, images)))
+            made, expected = function(*lists), as_list(function(*map(torch.clone, images)))
+            unchanged = all(map(torch.equal, lists, map(as_list, images)))
             if made.dim() == 2 and torch.allclose(expected, made) and unchanged:
                 return made.shape[1]
         except Exception:  # it may raise any kind
             return None
 
 
-def as_rows(images):
+def as_list(images):
     """(N, C, H, W) as the list of all positions, (N H W, C)."""
     return images.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+# An example: h's second convolution in a block of the light network, at lag 8 and 16x16.
+#
+#     traced     a Node that is the sum of two Reads, rows -1 and 0 of its kernel, in which it reads
+#                columns -1 and 0
+#     offset     0, as h's readers read nothing to their right
+#     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
+#                Row 0 is not, as it reads the strip's own positions: node = early + row 0
+#     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
+#                column=8, lag=8, count=2), and before it `early` in the strips that begin there,
+#                the same with strip=8. Plan.compute comes to
+#                    early.latest = bias + window(row -1) W_-1^T     16 positions, in use till 15
+#                    node.latest = of early.latest positions 0 and 8 + window(row 0) W_0^T
+#     at step 9  (0, 9) and (1, 1) are due, and node: of early.latest positions 1 and 9, + ..
 
 
 class Plan:
@@ -2657,11 +2691,11 @@ class Plan:
         """Which nodes are computed in strips. When a strip begins, there may be
 
             all that it reads     then the node is computed in strips
-            some of that          then the node is split: this part goes to a new node, `early`, in
-                                  strips, which is the first thing that what is left of it reads
+            some of that          then, if it is a sum, the node is split: this part goes to a new
+                                  node, in strips, which is the first that what is left of it reads
             nothing               then the node is computed position by position
 
-        The output is wanted position by position.
+        The output is not, as run_step returns what it is at the pixels of this step alone.
         """
         nodes, self.nodes = self.nodes, []
         for node in nodes:
@@ -2670,24 +2704,25 @@ class Plan:
             late = [read for read in node.reads if read not in early]
             if not all(self.in_time(node, read, 1) for read in late):
                 raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
-            multiplies = any(read.weight is not None for read in early)
+            multiplies = any(read.weight is not None for read in early)  # mere sums gain nothing
             if not late and node is not self.output:
                 node.strip = strip
             elif multiplies and strip > 1:
                 early_node = dataclasses.replace(node, reads=early, strip=strip)
-                node.reads, node.bias = [Read(early_node), *late], None
+                node.reads, node.bias = [Read(early_node), *late], None  # early_node has the bias
                 self.nodes.append(early_node)
+            # else: position by position
             self.nodes.append(node)
 
     def in_time(self, node, read, strip):
         """Whether, for each strip in a row of node, all that it reads is there when it begins.
 
-        Without halving, where all 2** below are 1, this is:
+        Without halving, where all 2** below are 1, this is, for the strip that begins at `first`:
 
-            due        the step, counted from that of (r, 0), at which the strip begins
-            last       the last column that it reads
-            there_at   the step at which source's strip with this column is computed, lag * dy
-                       later than in row r
+            begins = first + node.offset                   its step, counted from that of (r, 0)
+            last = first + strip - 1 + read.right          the last column that it reads
+            last -= last % source.strip                    where source's strip with that begins
+            there_at = lag * dy + last + source.offset     the step of that
 
         Say v's first convolution, of offset -6, reads x, at lag 8, and a strip is columns 16..23,
         due at 16 - 6 = 10. Its last position reads x up to column 24: in row r - 1 that is there at
@@ -2698,12 +2733,14 @@ class Plan:
             return True
         m = min(node.halved, source.halved)
         for first in range(0, self.width(node), strip):
-            due = 2**node.halved * first + node.offset
+            begins = 2**node.halved * first + node.offset
+            # In the finer of both: a convolution that goes down reads at 2 p + dx ..
             last = 2 ** (node.halved - m) * (first + strip - 1) + read.right
+            # .. and in source's own columns: one that goes up reads at (p + dx) / 2.
             last = min(last // 2 ** (source.halved - m), self.width(source) - 1)
-            begin = last - last % source.strip
-            there_at = 2**source.halved * begin + 2**m * self.lag * read.dy + source.offset
-            if there_at > due:
+            last -= last % source.strip
+            there_at = 2**source.halved * last + 2**m * self.lag * read.dy + source.offset
+            if there_at > begins:
                 return False
         return True
 
@@ -2717,9 +2754,9 @@ class Plan:
             for read in node.reads:
                 source = read.source
                 same_step = (source.halved, source.offset) == (node.halved, node.offset)
-                elsewhere = (read.dy, read.left, read.columns, read.stride) != (0, 0, 1, 1)
-                # Only what reads something is ever computed. (A strip never reads what is computed
-                # position by position: its last positions are not there when it begins.)
+                elsewhere = (read.dy, read.left, read.columns) != (0, 0, 1)
+                # Only what reads something is ever computed. (A strip never reads, at its own
+                # positions, what is computed one by one: the last are not there when it begins.)
                 read.at_hand = bool(same_step and not elsewhere and source.reads)
                 if not read.at_hand and not source.known:
                     kept.add(source)
@@ -2732,15 +2769,15 @@ class Plan:
             node.buffer = weight.new_zeros(size)
 
     def choose_products(self):
-        """How each read is added; and of each group the multiplications of its largest kernel row,
-        at a position of n images: by them run_step decides whether threads are worth it."""
+        """How each read is added; and self.work[group], the multiplications of its largest product
+        at one position, by which run_step chooses the number of threads."""
         self.work = collections.Counter()
         for node in self.nodes:
-            places = max(1, self.width(node) // self.lag)  # on a diagonal, usually
+            per_diagonal = max(1, self.width(node) // self.lag)  # places, usually
             for read in node.reads:
                 read.add = sum_with
                 if read.weight is not None:
-                    read.add = product(read.weight, self.n * places * node.strip)
+                    read.add = product(read.weight, self.n * per_diagonal * node.strip)
                     work = self.n * read.weight.numel()
                     self.work[node.group] = max(self.work[node.group], work)
 
@@ -2803,8 +2840,9 @@ class Plan:
         if source.strip == places.strip:
             return source.latest
         # Of strips, the position that is due. c % strip is the same in all rows of a diagonal. And
-        # in the steps from one beginning of strips to the next it crosses the same rows: it enters
-        # a row at column 0, and leaves it after column width - 1, where strips begin and end.
+        # until the next strips begin the diagonal crosses the same rows, as it enters a row at
+        # column 0 and leaves it after column width - 1: at lag 8 and width 16 steps 8 to 15 all
+        # have places in rows 0 and 1, so that strip i is place i's.
         strips = source.latest.view(-1, source.strip, source.channels)
         return strips[:, places.column % source.strip]
 
@@ -2872,13 +2910,14 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
         params = plan.run_step(due)
         if pixels is None:
             continue
-        rows, columns = pixels.positions()
+        rows, columns = pixels.starts()
         head = factor.head(params.double()[:, :, None, None], shift)
         interval_of = intervals_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
         drawn = draw(head, rows, columns, interval_of).view(n, -1, channels)  # (n, count, C)
         x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
         unit = to_unit(drawn, factor.view.levels, factor.a_weight.dtype)
-        plan.x.window(pixels).copy_(F.pad(unit, (0, 1), value=1.0).unsqueeze(2))
+        planes = F.pad(unit, (0, 1), value=1.0)  # (n, count, C + 1)
+        plan.x.window(pixels).copy_(planes.unsqueeze(2))  # strips of 1
         if progress:
             progress(n * pixels.count)
     return x
@@ -2932,9 +2971,10 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     has a run       refused        goes on, if flags    begins factor K of it, if that is missing
 #                                    do not contradict    and flags do not contradict
 #
-# Several machines may train factors of one run in one folder at the same time, but each factor only
-# one of them: it holds a lock on factor-K as long as it trains. Between plan_run and the lock
-# somebody else may have come: begin looks again.
+# Then train_factor goes on from what there is: with a finished factor it makes no step, and one
+# without a checkpoint begins. Several machines may train factors of one run in one folder at the
+# same time, but each factor only one of them: it holds a lock on factor-k as long as it trains.
+# Between plan_run and the lock somebody else may have come: begin looks again.
 
 # What stands around the method is loaded when it is asked for: {command: (module of tools/, help)}.
 TOOLS = {
@@ -3180,7 +3220,7 @@ def signals_noted():
         if stop.immediately:
             raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
 
-    stop.immediately = False
+    stop.immediately = False  # show_samples sets it: all is saved by then
     if threading.current_thread() is threading.main_thread():  # no other may set signals
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -1115,7 +1115,7 @@ def test_the_light_networks_wavefront(look_right, lag, steps):
         plan = Plan(light(look_right, filters=2), 4, 1, (128, 128))
     drawn = [pixels for _, pixels in plan.steps() if pixels is not None]
     assert plan.lag == lag and len(drawn) == steps
-    positions = [rc for pixels in drawn for rc in zip(*pixels.positions())]
+    positions = [rc for pixels in drawn for rc in zip(*pixels.starts())]
     assert sorted(positions) == list(itertools.product(range(128), range(128)))
 
 
@@ -1151,7 +1151,7 @@ def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size
             for position in positions_of(places):
                 assert (when, position) not in done
                 done[when, position] = step
-        for position in zip(*pixels.positions()) if pixels else ():
+        for position in zip(*pixels.starts()) if pixels else ():
             assert position not in drawn
             drawn[position] = step
     assert set(drawn) == set(itertools.product(*map(range, size)))
@@ -1310,7 +1310,7 @@ class LooksDown(nn.Module):
 
 class UsedTwice(nn.Module):
     """A convolution that is a term of a sum, which is read to the right, and is also used by
-    itself: what it reads is at hand for the sum, but not for itself."""
+    itself: what it reads is at hand for the sum, but not for itself. One that reads the left."""
 
     def __init__(self, c_in, c_out, filters=4):
         super().__init__()
@@ -1318,13 +1318,15 @@ class UsedTwice(nn.Module):
         self.point, self.other = (
             Conv(filters, filters, rows=(0, 0), columns=(0, 0)) for _ in range(2))
         self.right = Conv(filters, filters, rows=(-1, 0), columns=(-1, 1))
+        self.left = Conv(filters, filters, rows=(0, 0), columns=(-1, -1))
         self.head = Conv(filters, c_out, rows=(0, 0), columns=(0, 0), gain=2.0)
 
     def forward(self, x, embeddings=()):
         v = self.above(x)
         a = self.point(torch.tanh(v))
         both = a + self.other(torch.sin(v))
-        return self.head(F.elu(self.right(F.elu(both))) + torch.sin(a))
+        b = torch.sin(a)
+        return self.head(F.elu(self.right(F.elu(both))) + self.left(b) * b)
 
 
 @pytest.mark.parametrize("net, size, lag", [
@@ -1752,7 +1754,7 @@ def test_a_new_view_trains_and_samples(name, new_models):
         loss = -model.log_prob(x).mean()
         loss.backward()
         optimizer.step()
-    assert -float(loss) > before + 20
+    assert -loss.item() > before + 20
     with torch.no_grad():
         for tight, bound in zip(model.log_prob_factors(x, tight=True), model.log_prob_factors(x)):
             assert (tight >= bound - 1e-9).all()
@@ -3080,7 +3082,7 @@ def test_learning_rates_follow_their_formula(lr, decay, steps, data, anneal, sta
     if start:
         warm = 2 / (1 - beta)
         expected *= (step + 1) / warm if step + 1 < warm else 1
-    found = config.lr * pixelaux.learning_rate(config, step, steps)
+    found = config.lr * pixelaux.share_of_rate(config, step, steps)
     assert found == pytest.approx(expected, rel=1e-9)
 
 

@@ -2482,7 +2482,8 @@ class Node:
         row, column = stride * places.row + dy + above, stride * places.column + left + before
         # Not used where there is one place only; but then it may be below 0, which torch refuses.
         next_place = max(0, stride * (next_row - places.lag * next_column))
-        size = (len(self.buffer), places.count, places.strip, columns * self.channels)
+        n = self.buffer.shape[0]
+        size = (n, places.count, places.strip, columns * self.channels)
         strides = (next_image, next_place, stride * next_column, 1)
         return self.buffer.as_strided(size, strides, row * next_row + column * next_column)
 
@@ -2506,8 +2507,9 @@ class Recorder:
     """Lists in `nodes` what a network computes, by a forward pass on Symbols. Equal expressions are
     one node. Raises Problem for what cannot be computed position by position."""
 
-    def __init__(self, n, size, dtype):
-        self.nodes, self.recorded, self.n, self.size, self.dtype = [], {}, n, size, dtype
+    def __init__(self, n, size, weight):
+        """weight: one of the network's, for its dtype and device."""
+        self.nodes, self.recorded, self.n, self.size, self.weight = [], {}, n, size, weight
 
     def symbol(self, node):
         symbol = torch.empty(0).as_subclass(Symbol)
@@ -2604,7 +2606,7 @@ class Recorder:
         its arguments as they are, which others read, too: so the lists, which it gets, are compared
         with the images, of which it gets copies."""
         sizes = [(2, node.channels, 2, 3) for node in nodes]
-        images = [torch.linspace(-1, 1, math.prod(s), dtype=self.dtype).view(s) for s in sizes]
+        images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(self.weight) for s in sizes]
         lists = list(map(as_list, images))
         try:
             made, expected = function(*lists), as_list(function(*map(torch.clone, images)))
@@ -2646,7 +2648,7 @@ class Plan:
         self.n, self.size, self.threads = n, size, torch.get_num_threads()
         self.x = Node(0, channels, offset=1)  # a pixel is known only after its step
         weight = next(net.parameters())
-        recorder = Recorder(n, size, weight.dtype)
+        recorder = Recorder(n, size, weight)
         output = net(recorder.symbol(self.x), embeddings)
         recorder.recorded.clear()  # Symbols and recorder hold each other, and so all buffers
         if not isinstance(output, Symbol):
@@ -2823,12 +2825,11 @@ class Plan:
 
     def compute(self, node, places):
         """The node's values at places, (n * positions, C)."""
-        values = (self.value(read, places) for read in node.reads)  # one after the other
         if node.function is not None:
-            return node.function(*values)
+            return node.function(*[self.value(read, places) for read in node.reads])
         total = node.bias
-        for read, value in zip(node.reads, values):
-            total = read.add(total, value)
+        for read in node.reads:
+            total = read.add(total, self.value(read, places))
         return total
 
     def value(self, read, places):

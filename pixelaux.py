@@ -5,9 +5,10 @@
 
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
-pixel), of which the shape of things, all that a person sees, is a hundredth of a bit or so: a model
-that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
-(On the built-in data one can count, and there it is not borne out: `python pixelaux.py claim`.)
+pixel). The shape of things, which is all that a person sees, is some hundredth of a bit of these: a
+model that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the
+coat. (On the built-in data one can count, and there it is not borne out: `python pixelaux.py
+claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, which is poorer in texture, has a network of its own; and a
@@ -31,10 +32,14 @@ alone: X_2, .. are functions of X_1, and would add nothing.
     beyond      sampling in the time of a few passes         sample_fast
 
 Words: a *view* is one of the X_i; a *factor* one term of the formula, with its networks. Lists
-of both are coarsest first, so that views[0] is X_K and factor 0 is p(X_K): code counts from there,
-formulas from X_0 = X. A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in
-nats, of an image unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from
-the paper, or the paper is silent, the docstring concerned says so.
+of both are coarsest first: code counts from the coarsest, formulas from X_0 = X.
+
+    views[0], views[1], .., views[-1]      factors[0], factors[1],        ..
+    X_K,      X_{K-1},  .., X_0 = X        p(X_K),     p(X_{K-1} | X_K),  ..
+
+A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
+unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
+paper is silent, the docstring concerned says so.
 """
 import argparse
 import collections
@@ -113,13 +118,14 @@ def feasible(values, weights, low, high, top):
     most `top` each.
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
-    on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
+    on the ones before i; weights: positive ints; low, high: int64 tensors, which must leave a sum
+    possible, and high - low + 1 be no less than any weight. -> lists lo, hi.
 
     v is possible if w v lies in low - rest .. high and in 0 .. w top. Why there always is such a v
     (to be skipped at first): low .. high keeps its length, of at least w numbers (4 for Half, 4096
-    for Gray, see there), among which there is a multiple of w. And before each v we have high >= 0
-    and low <= rest + w top. So if low - rest is below 0, v = 0 will do; if not, the first multiple
-    of w in the range, which is no larger than w top.
+    for Gray, see there), among which there is a multiple of w. And what v must leave is what the
+    next one finds: high >= 0 and low <= rest + w top. So if low - rest is below 0, v = 0 will do;
+    if not, the first multiple of w in the range, which is no larger than w top.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -218,6 +224,9 @@ MODELS = {
 
 
 # --- Heads: the distribution of one pixel ------------------------------------------------------
+#
+# A head makes a distribution of a pixel's parameters, which the network puts out: it has log_prob
+# and sample.
 #
 # 256 probabilities, each a number of its own, would not know that level 100 is near level 101. So
 # PixelCNN++ takes a mixture of logistic distributions on the line and gives each level the mass of
@@ -336,17 +345,17 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on the value, M_k on the interval. Once r is
-        drawn, component k has the weight w_k m_k(r), over their sum; r's cut makes no difference to
-        that, as it divides all k alike. Of the m_k(g) with these weights the mixture is made that
-        is cut to g's interval. So
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. Given r,
+        green is a mixture of the m_k(g | r), whose means have moved with r, with weights in
+        proportion to w_k m_k(r). (Cut or not: r's cut divides all k alike.) This mixture, as a
+        whole, is cut to g's interval. So
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
-            p'(g | r) = sum_k w_k m_k(r) m_k(g) / sum_k w_k m_k(r) M_k(g's interval)
+            p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        and blue likewise, with the weights w_k m_k(r) m_k(g). (m_k(g) and M_k have means that move
-        with r.) Say there are two components, w = 1/2 each, and m(r) = 0.2, 0: then g has the first
-        alone, p'(g | r) = m_1(g) / M_1(g's interval).
+        and blue likewise, with the weights w_k m_k(r) m_k(g | r). Say there are two components, w =
+        1/2 each, and m(r) = 0.2, 0: then g has the first alone, p'(g | r) = m_1(g | r) / M_1(g's
+        interval | r).
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -370,14 +379,13 @@ class LogisticMixture:
     def sample(self, noise, mode="random", interval_of=None):
         """Draw every pixel from given noise -> int64 (N, 3, H, W).
 
-        noise: uniform in (0, 1), (N, 6, H, W): of channel c number 2 c for the component and 2 c +
-        1 for the value. One component, drawn by its weight with number 0, serves all channels. (2
-        and 4 are sample_tight's alone.) "random" draws values from it, by the inverse of the
-        logistic's cdf, which is the logit; "map" takes its means, and shows what the model holds
-        most probable without the noise around it (the paper's MAP sampling, Sec. 4.2, though the
-        component is still drawn). Each channel is rounded before the next is conditioned on it;
-        without that, samples have another distribution than log_prob. interval_of: see
-        sample_tight.
+        noise: uniform in (0, 1), (N, 6, H, W): numbers 1, 3 and 5 for the values of R, G and B, 0
+        for the component, which serves all channels (2 and 4 are for sample_tight, which draws one
+        for each). "random" draws values from the component, by the inverse of the logistic's cdf,
+        which is the logit; "map" takes its means, and shows what the model holds most probable
+        without the noise around it (the paper's MAP sampling, Sec. 4.2, though the component is
+        still drawn). Each channel is rounded before the next is conditioned on it; without that,
+        samples have another distribution than log_prob. interval_of: see sample_tight.
         """
         if interval_of is not None:
             return self.sample_tight(noise, mode, interval_of)
@@ -396,12 +404,11 @@ class LogisticMixture:
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each: a
         function, as green's interval depends on the red that was drawn.
 
-        For each channel, first a component, with a probability in proportion to its term of the
-        denominator in log_prob: for g, w_k m_k(r) M_k(g's interval). Then a value from it, within
-        the interval. "map" keeps the first component, so that a pixel's channels belong together.
-
-        Why a component anew for each channel? The k that r was drawn from has w_k m_k(r), given r.
-        Without cuts M_k is 1 and these are the same, so that k may be kept.
+        Here a component is drawn anew for each channel. Given r, the one that r was drawn from is k
+        with a probability in proportion to w_k m_k(r), but the cut mixture of g, see log_prob,
+        takes k in proportion to w_k m_k(r) M_k(g's interval | r). (Without cuts M_k is 1, the two
+        agree, and the component may be kept.) Then a value is drawn from it, within the interval.
+        "map" keeps the first component, so that a pixel's channels belong together.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -503,17 +510,14 @@ class Categorical:
 #     x x x x o                        o
 #
 # v's first layer reads the rows above alone: v at row r, in whatever column, knows nothing of row
-# r. So v's other layers may read v in o's row, and to the right of o. h reads v; v never reads h,
-# which knows pixels of o's row.
-#
-# Nor does a change of resolution let a later pixel in. Going down, (i, j) is made for (2 i, 2 j),
-# the first of its four pixels: h at (i, j) knows what comes before that one, v the rows above it.
-# Going up, all four pixels read (i, j), and what comes before the first of them comes before all.
-# (For (2 i, 2 j + 1) v reads (i, j + 1), too: no harm, as v there knows only rows above 2 i.)
+# r. So v's other layers may read v in o's row, and to the right of o. h reads v. v must not read h:
+# h knows pixels of its own row, and v would carry that to the left as well.
 
 
 class Conv(nn.Module):
     """Weight-normalised convolution that reads `rows` and `columns` around its output, inclusive.
+    (Direction and length of the weights are trained apart. That conditions training as batch norm
+    does, without mixing images; but it needs a start, see data_dependent_init.)
 
         plain, stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
         up                      out(p) = b + sum over d of w_d in((p + d) / 2)  where that is whole
@@ -553,7 +557,8 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # Lets Sampling fast note that it is called. Otherwise it makes no difference.
+    # For Symbol, in Sampling fast, to which a call of this is one operation. Tensors notice
+    # nothing.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
@@ -585,10 +590,10 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# If look_right is False, in place of VERTICAL: as many weights, but no look to the right. This
-# brings a blind spot back: v sees no more than one column to the upper right, by its first layer.
-# It costs less where X^ tells what is there, and sampling takes a third of the steps, as less of
-# the row above must be drawn before a pixel (see Sampling fast).
+# If look_right is False, in place of VERTICAL: as many weights, a column further left. This brings
+# a blind spot back: v sees no more than one column to the upper right, by its first layer, which
+# takes little likelihood where X^ tells what is there. And sampling takes a third of the steps, as
+# less of the row above must be drawn before a pixel (see Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s; v has seen row -1, too
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -637,8 +642,18 @@ def data_dependent_init(network, *inputs):
 #     the last stage's block    1  2  3  4  5  6
 #     reads the first's block   6  5  4  3  2  1      and the other pairs of stages likewise
 #
-# There are four layouts: `layout`, of X or gray given nothing; layout_cond, of X given gray, and of
-# f_w(gray); layout_light, of a pyramid's causal networks; layout_embed, of a pyramid's f_w.
+# (The change of resolution does not let a later pixel in. Going down, (i, j) is made for the first
+# of its four pixels, (2 i, 2 j): h at (i, j) knows what comes before that, v the rows above it.
+# Going up, all four pixels read (i, j), and what comes before the first of them comes before all.
+# For (2 i, 2 j + 1) v reads (i, j + 1), too: no harm, as v there knows only rows above 2 i.)
+#
+# Which layout of Config a factor's networks have (the field `layout` is one of four):
+#
+#     factor                           causal network    f_w
+#     X or gray, given nothing         layout            there is none
+#     X given gray                     layout_cond       layout_cond
+#     a pyramid's smallest view        layout_light      there is none
+#     its other views                  layout_light      layout_embed
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -650,7 +665,7 @@ def data_dependent_init(network, *inputs):
 # (Networks get a fourth channel of ones, see Factor.planes.)
 
 
-@wrap_torch_function(lambda x: (x,))
+@wrap_torch_function(lambda x: (x,))  # as Conv.forward: one operation, for Symbol
 def concat_elu(x):
     """(N, C, ..) -> (N, 2 C, ..): elu of x and of -x, so that neither sign is lost (PixelCNN++)."""
     return F.elu(torch.cat([x, -x], 1), inplace=True)
@@ -709,8 +724,8 @@ class Stage(nn.Module):
         # Skips are a stack: each block adds what it has made, and the blocks of the next stage at
         # this resolution take one each, the last made first, until none is left. (CausalNet.forward
         # does it; here they are counted.)
-        blocks_before = [blocks for halved, blocks in layout[:i] if halved == self.halved]
-        nr_skips = blocks_before[-1] if blocks_before else 0
+        counts_here = [blocks for halved, blocks in layout[:i] if halved == self.halved]
+        nr_skips = counts_here[-1] if counts_here else 0  # only the last one's are left
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
         if self.halved != halved_before:
             change = dict(stride=2) if self.halved > halved_before else dict(up=True)
@@ -759,6 +774,7 @@ class CausalNet(nn.Module):
         for stage in self.stages:
             skips = made.pop(stage.halved, [])
             made[stage.halved] = []
+            # A list, finest first: number i is halved i times.
             embedding = [concat_elu(embeddings[stage.halved])] if self.conditional else []
             if stage.enter:
                 v_enter, h_enter = stage.enter
@@ -928,11 +944,10 @@ class Factor(nn.Module):
 class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
-    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). head: the distributions
-    of n P pixels, as images of 1x1, (n P, .., 1, 1), as heads know images alone. rows, columns:
-    where in each of the n images its P pixels lie. Of 4 images, 3 pixels each, that is 12 images of
-    1x1, the first 3 those of image 0. (Read P as 1 for now: only sample_fast draws several pixels
-    of an image in one step.) (A decoder of compressed images can take the place of a Draw.)
+    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). rows, columns: P pixels
+    in each of n images. sample_naive draws one (P = 1), sample_fast several at once. As heads know
+    images alone, head's are n P images of 1x1, (n P, .., 1, 1): first the P of image 0, then those
+    of image 1. (A decoder of compressed images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1157,8 +1172,8 @@ def six_stages(blocks):
 
 @dataclasses.dataclass
 class Config:
-    """A model and its training. The defaults are the paper's for CIFAR-10, where it gives them;
-    `build`, `make_config` and the command line begin with the preset `tiny`.
+    """A model and its training. The fields' defaults, the preset cifar10, are the paper's where it
+    gives them; what `build`, `make_config` and the command line take by default is the preset tiny.
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1173,8 +1188,8 @@ class Config:
     nr_logistic_mix: int = 10  # components of a pixel's mixture
     layout: tuple = six_stages(6)  # of X or gray, given nothing: PixelCNN++'s 36 blocks
     layout_cond: tuple = six_stages(4)  # of X given gray, and of f_w(gray): 24 blocks (Sec. 4.1)
-    layout_light: tuple = ((0, 3),)  # of a pyramid's views (Sec. 4.2); its f_w:
-    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))
+    layout_light: tuple = ((0, 3),)  # of a pyramid's views (Sec. 4.2)
+    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))  # of a pyramid's f_w
     look_right: bool = True  # False: light networks do in their first layers only (VERTICAL_LEFT)
     dropout: float = 0.5
 
@@ -1306,15 +1321,19 @@ class Shapes:
         self.palette = np.array([[174, 81, 81], [174, 174, 81], [81, 81, 174]], np.int16)
         self.pairs = np.array(list(itertools.permutations(range(3), 2)))
         self.size = (h, w)
-        # In cells. Centres are off the border: at 16x16, 8x8 cells, with radius 2, at 3, 4 and 5.
+        # In cells. Centres are corners between cells, off the border: at 16x16, 8x8 cells, with
+        # radius 2, at 3, 4 and 5. The middles of cells are 0.5, 1.5, .. away from them.
         radius = 2 * max(1, side // 16)
         ys, xs = (range(radius + 1, cells - radius, radius // 2) for cells in (h // 2, w // 2))
-        centres = np.array(list(itertools.product(ys, xs)))  # each a corner between four cells, so
-        # that middles of cells are 0.5, 1.5, .. away. The triangle of radius 2: .##. .##. #### ####
+        centres = np.array(list(itertools.product(ys, xs)))
         y, x = centres.T[:, :, None, None]  # (centres, 1, 1) each
 
         # From the centre to the middle of each cell: (centres, H/2, 1) and (centres, 1, W/2).
         dy, dx = np.arange(h // 2)[:, None] + 0.5 - y, np.arange(w // 2) + 0.5 - x
+        # Of radius 2:    # # # #    . # # .    . # # .    # # # #
+        #                 # # # #    # # # #    . # # .    # . . #
+        #                 # # # #    # # # #    # # # #    # . . #
+        #                 # # # #    . # # .    # # # #    # # # #
         square = np.maximum(abs(dy), abs(dx)) < radius
         cross = square & (np.minimum(abs(dy), abs(dx)) < radius / 2)
         triangle = square & (2 * abs(dx) < dy + radius + 1)
@@ -1802,11 +1821,11 @@ def progress_bar(iterable=None, **options):
 # and its loop is
 #
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
-#     at a look     after each hundredth of the steps, but at most 20 steps apart: is the loss
-#                   finite?  with --minutes: how many steps are they?  log;  told to stop?
-#                   after each quarter of the steps: checkpoint, pictures; loss on test images
+#     at a look     every 20 steps, or more often in a short run: is the loss finite?  with
+#                   --minutes: how many steps are they?  log;  told to stop?
+#                   if a quarter of the steps has ended: checkpoint, pictures; loss on test images
 #                   (if some are held out, on these instead, after each twentieth)
-#                   every two minutes (--save-every): checkpoint
+#                   if two minutes have passed (--save-every): checkpoint
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -1837,11 +1856,12 @@ def steps_of(config, k, data):
 
 
 def steps_in_time(minutes, step, before, ends):
-    """How many steps fit into the minutes, if `step` are done; math.inf until 3% of the time tell
-    the pace. before: how long was trained before this process, in seconds; ends: how long in all,
-    at the end of each step of this process (while the number is open, there is a look after each).
-    Say before = 100, ends = 109, 110, 111: the first step took 9 s, which does not count, as much
-    happens only once; 102 s are spent, and the pace is 1 s a step."""
+    """How many steps fit into the minutes: the `step` that are done, and the time that is left by
+    the mean time of a step; math.inf until 3% of the time tell that. before: how long was trained
+    before this process, in seconds; ends: how long in all, at the end of each step of this process
+    (while the number is open, there is a look after each). Say before = 100, ends = 109, 110, 111:
+    the first step took 9 s, which does not count, as much happens only once; so 102 s are spent,
+    and a step takes 1 s."""
     if len(ends) < 3:
         return math.inf
     first_took = ends[0] - before
@@ -1876,9 +1896,9 @@ class Optimizer:
     convolutions within blocks, and Adam for all else.
 
     Adam sees numbers, each with a step of its own. Muon sees a matrix, a convolution's outputs by
-    what it reads: if the gradient's running mean is U S V^T, its step is U V^T, with all singular
-    values 1. So what the gradient shows faintly is learnt as fast as what dominates it, in a
-    fraction of the steps (results/recipe.md).
+    what it reads: if the gradient's running mean is P S Q^T (singular values S), its step is P Q^T,
+    with all singular values 1. So what the gradient shows faintly is learnt as fast as what
+    dominates it, in a fraction of the steps (results/recipe.md).
     """
 
     def __init__(self, factor, config):
@@ -2038,19 +2058,18 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     step, steps = begun, steps_of(config, k, data)
     compile = compile and step < steps
     forward = wrapped(trained, batch_of(model, k, data, 0), config, compile, stop)
-    log = Log(out, k, step)
-    total, looked = torch.zeros((), device=device), step  # of the losses since step `looked`
-    seconds_before, ends = seconds, []  # of training: before this process, at the end of each look
-    clock, save_at = time.monotonic(), time.monotonic() + save_every
+    log, save_at = Log(out, k, step), time.monotonic() + save_every
+    looked, total = step, torch.zeros((), device=device)  # the last look, the sum of losses since
+    clock = time.monotonic()  # when the steps since the last look began
+    seconds_before, ends = seconds, []  # `seconds` so far, and at each look: for steps_in_time
     while step < steps:
         torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
         batch = batch_of(model, k, data, step)
         share = share_of_rate(config, step, steps)
         total += training_step(forward, batch, optimizer, share, average, config, model.dims)
         step += 1
-        # Now and then we look: here the host waits for the device, and processes for each other. So
-        # several processes must look at the same steps; a single one also does as soon as a signal
-        # has come.
+        # At a look the host waits for the device, and processes for each other. So several must
+        # look after the same steps; a single one also does as soon as a signal has come.
         if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
         bits = float(total) / (step - looked)  # waits until the device has done it all
@@ -2318,53 +2337,16 @@ def save_samples(model, views, path, given=0):
 #     ..
 #     v after its first convolution                                              -6
 #
-# Last comes x, the exception: its offset is 1, as a pixel is drawn in its step, and can be read
-# from the next one on. A lag is good if the deadline of x is 1 or later. v's first convolution, at
-# -6, reads (r - 1, c + 1), so it is -6 - (-lag + 1) = lag - 7: the lag is 8 again. (h_left, at 0,
-# reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag - 1.)
+# Last comes x, the exception: its offset is fixed, 1, as a pixel is drawn in its step, and can be
+# read from the next one on. So its deadline is a test: a lag is good if that is 1 or later. v's
+# first convolution, at -6, reads (r - 1, c + 1): the deadline is -6 - (-lag + 1) = lag - 7, and the
+# lag is 8 again. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1,
+# c + 1): lag - 1.)
 #
-# **Strips.** The row above is lag steps ahead: when (r, c) is due, row r - 1 has been computed up
-# to about column c + lag. So the kernel rows that lie above need not be multiplied position by
-# position: a convolution is split,
-#
-#     out = [bias + kernel rows above] + kernel row at the position itself
-#
-# and the bracket is computed for a *strip* of neighbours when the first of them is due: one large
-# product takes half the time of many small ones.
-#
-#     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
-#     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
-#
-# How long? It must divide the width, so that a row is a number of strips. And it must divide the
-# lag: then c % strip is the same at (r, c), (r + 1, c - lag), .., all along a diagonal, and its
-# strips begin at the same step, so that they are one product. So it is their greatest common
-# divisor: at lag 8, strips are of 8 positions if the width is 128, and of 4 if it is 12.
-#
-# Whether what a strip reads is there in time is asked of each kernel row by itself. (A value can be
-# read in the step in which it was computed, a pixel from the next step on.) v's first convolution,
-# for example, is due at step 8 r + c - 6. Its last column in row r - 1 is c + 1, drawn at step
-# 8 (r - 1) + c + 1 = 8 r + c - 7, one step before: just in time for one position, and too late for
-# a strip of 8, which reads up to c + 8. So this row is multiplied position by position. In row
-# r - 2, eight steps further back, c + 8 is in time. All kernel rows of the light network:
-#
-#                             in strips of 8        position by position
-#     v_first                 row -2                row -1
-#     h_above + h_left        row -1 of h_left      row -1 of h_above, row 0 of h_left
-#     within blocks           row -1                row 0; of h also what it reads of v
-#
-# (h_left reads column c - 1, so that a strip reads up to c + 6, drawn at 8 (r - 1) + c + 6: in time
-# for step 8 r + c. h_above reads up to c + 8, drawn at 8 r + c: not before that step, but in it.)
-#
-# **Raster order.** If no lag below the width will do (8 is not below 8 in the pyramid's 8x8;
-# PixelCNN++ at 32x32 looks further to the right than the image is wide), a pixel is drawn at each
-# step: the lag is the width, and there are no deadlines, all offsets but that of x are 0. A strip,
-# the greatest common divisor of the width and itself, is then a row: what depends on the rows above
-# alone, such as v, is computed a row at a time. v may look to the right there, as all of a row of
-# one layer is computed before the next layer reads it. In 8x8:
-#
-#     step 8 r               row r - 1 of x is complete: its last pixel was drawn one step before
-#                            v in all of row r, layer after layer; h at (r, 0), and the pixel
-#     steps 8 r + 1 .. + 7   h at (r, 1) .. (r, 7), and the pixels
+# **A large lag.** The lag may be the width or more: in the pyramid's 8x8 it is 8, and PixelCNN++ at
+# 32x32 looks further to the right than the image is wide. Then pixels are drawn one by one, in
+# raster order. Nothing else changes, but that there are steps in which nothing is due, which are
+# left out: so from here on a still larger lag costs nothing.
 #
 # **Half the resolution** (PixelCNN++'s stages; to be skipped at first, with all that has 2^, m or
 # `spread` in it). What is halved s times stands, at (R, C), for the pixels from (2^s R, 2^s C) on,
@@ -2381,19 +2363,19 @@ def save_samples(model, views, path, given=0):
 # **How it is done.** Of CausalNet nothing is known here: the network is *traced*, what it computes
 # is noted in the course of its own forward pass, as a list of Nodes. Any network will do that is
 # made of Conv and of functions of values at one position. Plan decides all that can be decided
-# beforehand, and sample_by, at the end, is the loop over the steps. A value is read from
+# beforehand, and sample_by is the loop over the steps. A node's values are read from
 #
-#     latest    what its Node computed last      by readers of the same offset, at the same
-#                                                position: no copy
-#     buffer    an image of all positions        by all other readers
+#     latest    what it computed last          by readers of the same offset, which are due in the
+#                                              same step at the same positions: no copy
+#     buffer    an image of all positions      by all other readers
 #
-# Where `latest` is strips and the reader goes position by position, it takes number c % strip of
-# each, until the next strips are computed.
+# (Some values are computed for a *strip* of neighbours in a row at once. That is for speed alone,
+# and explained in Strips, which comes next: read `strip` as 1 for now.)
 
 
 class Places(typing.NamedTuple):
-    """`count` places along a diagonal, each `strip` positions: (row + i, column - i * lag + j), for
-    i < count and j < strip."""
+    """The `count` places along a diagonal that are due in one step, (row + i, column - i * lag) for
+    i < count. At each a strip begins: positions (row + i, column - i * lag + j) for j < strip."""
 
     row: int
     column: int
@@ -2402,15 +2384,16 @@ class Places(typing.NamedTuple):
     strip: int = 1
 
     def starts(self):
-        """The rows and the columns of the places, each where a strip begins."""
+        """The rows and the columns of the places."""
         rows = [self.row + i for i in range(self.count)]
         return rows, [self.column - i * self.lag for i in range(self.count)]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Read:
-    """What a node reads of `source`, at position p: its value there; or with a `weight`, one row of
-    a convolution's kernel, times that the `columns` values from stride p + (dy, left) on."""
+    """What a node reads of `source` for its position p. Without a weight that is source at p; with
+    one, which is a row of a convolution's kernel, the product of the weight and source at the
+    `columns` positions stride p + (dy, left), .., stride p + (dy, right)."""
 
     source: "Node"
     weight: torch.Tensor | None = None  # (F, columns * C)
@@ -2420,7 +2403,7 @@ class Read:
     stride: int = 1
     # Decided by Plan:
     at_hand: bool = False  # whether it is in source.latest
-    add: object = None  # the function (total, values) -> total + values weight^T
+    add: object = None  # function (total, values) -> total + values weight^T, see choose_products
 
     @property
     def right(self):
@@ -2622,21 +2605,6 @@ def as_list(images):
     return images.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-# An example: h's second convolution in a block of the light network, at lag 8 and 16x16.
-#
-#     traced     a Node that is the sum of two Reads, rows -1 and 0 of its kernel, in which it reads
-#                columns -1 and 0
-#     offset     0, as h's readers read nothing to their right
-#     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
-#                Row 0 is not, as it reads the strip's own positions: node = early + row 0
-#     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
-#                column=8, lag=8, count=2), and before it `early` in the strips that begin there,
-#                the same with strip=8. Plan.compute comes to
-#                    early.latest = bias + window(row -1) W_-1^T     16 positions, in use till 15
-#                    node.latest = of early.latest positions 0 and 8 + window(row 0) W_0^T
-#     at step 9  (0, 9) and (1, 1) are due, and node: of early.latest positions 1 and 9, + ..
-
-
 class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
@@ -2656,9 +2624,9 @@ class Plan:
         self.output = output.node
         self.nodes = self.needed(recorder.nodes)
         self.lag = self.set_offsets(least_lag)
-        self.set_strips()
+        set_strips(self)  # for speed, as choose_products
         self.allocate(weight)
-        self.choose_products()
+        choose_products(self)
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def needed(self, nodes):
@@ -2670,14 +2638,22 @@ class Plan:
         return [node for node in nodes if node in needed]
 
     def set_offsets(self, least_lag):
-        """Gives every node its offset -> the lag."""
-        for lag in range(least_lag, self.size[1]):
-            deadlines = self.deadlines(lag)
-            if deadlines[self.x] >= self.x.offset:
-                for node in self.nodes:
-                    node.offset = deadlines[node]
-                return lag
-        return self.size[1]  # raster order: all offsets are 0, but that of x
+        """Gives every node its offset -> the lag: the smallest that will do, if it is below the
+        width."""
+        def good(lag):
+            return self.deadlines(lag)[self.x] >= self.x.offset
+
+        if not good(2**20):
+            raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
+        lag, width = next(filter(good, itertools.count(least_lag))), self.size[1]
+        if lag >= width:
+            # A larger one costs nothing: so large, and a multiple of the width, that strips are
+            # rows, and the rows above are there.
+            lag = width * (lag // width + 2)
+        deadlines = self.deadlines(lag)
+        for node in self.nodes:
+            node.offset = deadlines[node]
+        return lag
 
     def deadlines(self, lag):
         """{node: the latest offset that serves all its readers}, from the output back."""
@@ -2688,63 +2664,6 @@ class Plan:
                 deadline = deadlines[node] - 2**m * (lag * read.dy + read.right)
                 deadlines[read.source] = min(deadlines[read.source], deadline)
         return deadlines
-
-    def set_strips(self):
-        """Which nodes are computed in strips. When a strip begins, there may be
-
-            all that it reads     then the node is computed in strips
-            some of that          then, if it is a sum, the node is split: this part goes to a new
-                                  node, in strips, which is the first that what is left of it reads
-            nothing               then the node is computed position by position
-
-        The output is not, as run_step returns what it is at the pixels of this step alone.
-        """
-        nodes, self.nodes = self.nodes, []
-        for node in nodes:
-            strip = math.gcd(self.lag, self.width(node))
-            early = [read for read in node.reads if self.in_time(node, read, strip)]
-            late = [read for read in node.reads if read not in early]
-            if not all(self.in_time(node, read, 1) for read in late):
-                raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
-            multiplies = any(read.weight is not None for read in early)  # mere sums gain nothing
-            if not late and node is not self.output:
-                node.strip = strip
-            elif multiplies and strip > 1:
-                early_node = dataclasses.replace(node, reads=early, strip=strip)
-                node.reads, node.bias = [Read(early_node), *late], None  # early_node has the bias
-                self.nodes.append(early_node)
-            # else: position by position
-            self.nodes.append(node)
-
-    def in_time(self, node, read, strip):
-        """Whether, for each strip in a row of node, all that it reads is there when it begins.
-
-        Without halving, where all 2** below are 1, this is, for the strip that begins at `first`:
-
-            begins = first + node.offset                   its step, counted from that of (r, 0)
-            last = first + strip - 1 + read.right          the last column that it reads
-            last -= last % source.strip                    where source's strip with that begins
-            there_at = lag * dy + last + source.offset     the step of that
-
-        Say v's first convolution, of offset -6, reads x, at lag 8, and a strip is columns 16..23,
-        due at 16 - 6 = 10. Its last position reads x up to column 24: in row r - 1 that is there at
-        24 - 8 + 1 = 17, too late; in row r - 2 at 24 - 16 + 1 = 9, in time.
-        """
-        source = read.source
-        if source.known:
-            return True
-        m = min(node.halved, source.halved)
-        for first in range(0, self.width(node), strip):
-            begins = 2**node.halved * first + node.offset
-            # In the finer of both: a convolution that goes down reads at 2 p + dx ..
-            last = 2 ** (node.halved - m) * (first + strip - 1) + read.right
-            # .. and in source's own columns: one that goes up reads at (p + dx) / 2.
-            last = min(last // 2 ** (source.halved - m), self.width(source) - 1)
-            last -= last % source.strip
-            there_at = 2**source.halved * last + 2**m * self.lag * read.dy + source.offset
-            if there_at > begins:
-                return False
-        return True
 
     def width(self, node):
         return self.size[1] >> node.halved
@@ -2757,9 +2676,8 @@ class Plan:
                 source = read.source
                 same_step = (source.halved, source.offset) == (node.halved, node.offset)
                 elsewhere = (read.dy, read.left, read.columns) != (0, 0, 1)
-                # Only what reads something is ever computed. (A strip never reads, at its own
-                # positions, what is computed one by one: the last are not there when it begins.)
-                read.at_hand = bool(same_step and not elsewhere and source.reads)
+                computed = len(source.reads) > 0  # x, and what is known, never are
+                read.at_hand = same_step and not elsewhere and computed
                 if not read.at_hand and not source.known:
                     kept.add(source)
                 reach = (-read.dy, read.dy, -read.left, read.right)
@@ -2770,46 +2688,28 @@ class Plan:
             size = (self.n, above + height + below, left + width + right, node.channels)
             node.buffer = weight.new_zeros(size)
 
-    def choose_products(self):
-        """How each read is added; and self.work[group], the multiplications of its largest product
-        at one position, by which run_step chooses the number of threads."""
-        self.work = collections.Counter()
-        for node in self.nodes:
-            per_diagonal = max(1, self.width(node) // self.lag)  # places, usually
-            for read in node.reads:
-                read.add = sum_with
-                if read.weight is not None:
-                    read.add = product(read.weight, self.n * per_diagonal * node.strip)
-                    work = self.n * read.weight.numel()
-                    self.work[node.group] = max(self.work[node.group], work)
-
     def steps(self):
-        """Of each step: ({group: Places to compute}, Places of the pixels then drawn, or None)."""
-        groups = {node.group for node in self.nodes}
-        height, width = self.size
-        first = min(offset for _, offset, _ in groups)
-        for step in range(first, self.lag * (height - 1) + width):
-            due = {group: self.places(step, *group) for group in groups}
-            due = {group: places for group, places in due.items() if places is not None}
-            yield due, self.places(step, 0, 0, 1)
+        """Of each step in which something is due, in order: {group: Places to compute}."""
+        due, places = collections.defaultdict(dict), {}
+        for group in {node.group for node in self.nodes}:
+            halved, offset, strip = group
+            if (halved, strip) not in places:
+                places[halved, strip] = self.places(halved, strip)
+            for wave, here in places[halved, strip].items():
+                due[2**halved * wave + offset][group] = here
+        for step in sorted(due):
+            yield due[step]
 
-    def places(self, step, halved, offset, strip):
-        """The positions (r, c) with 2^halved (lag r + c) + offset = step at which a strip begins,
-        or None."""
-        wave, rest = divmod(step - offset, 2**halved)  # lag r + c of the positions due
+    def places(self, halved, strip):
+        """{wave: Places}: where strips begin at lag r + c = wave."""
         height, width = (side >> halved for side in self.size)
-        # Rows that have a column with lag r + c = wave: at lag 8, 16 columns and wave 24 row 2,
-        # column 8, and row 3, column 0. wave - lag r is at most width - 1 from row (wave - width +
-        # 1) / lag on, rounded up: -(-a // b).
-        first = max(0, -((width - 1 - wave) // self.lag))
-        last = min(height - 1, wave // self.lag)  # in the rows after, c is negative
-        # A strip divides the lag, so that wave % strip is c % strip in all rows: 0 where it begins.
-        if rest or wave % strip or last < first:
-            return None
-        return Places(first, wave - self.lag * first, self.lag, last - first + 1, strip)
+        starts = collections.defaultdict(list)
+        for r, c in itertools.product(range(height), range(0, width, strip)):
+            starts[self.lag * r + c].append((r, c))
+        return {wave: Places(*rc[0], self.lag, len(rc), strip) for wave, rc in starts.items()}
 
     def run_step(self, due):
-        """Compute nodes, {their group: Places} -> the output's values, (n * count, C), or None."""
+        """Compute what is due, {group: Places}."""
         groups = tuple(due)
         work = [self.work[group] * due[group].count * due[group].strip for group in groups]
         torch.set_num_threads(self.threads if worth_threads(max(work, default=0)) else 1)
@@ -2819,9 +2719,8 @@ class Plan:
             places = due[node.group]
             node.latest = self.compute(node, places)
             if node.buffer is not None:
-                kept = node.window(places, stride=1 + node.spread)
+                kept = node.window(places, stride=2 if node.spread else 1)
                 kept.copy_(node.latest.view(kept.shape))
-        return self.output.latest if self.output.group in due else None
 
     def compute(self, node, places):
         """The node's values at places, (n * positions, C)."""
@@ -2840,44 +2739,11 @@ class Plan:
             return window.reshape(-1, window.shape[3])
         if source.strip == places.strip:
             return source.latest
-        # Of strips, the position that is due. c % strip is the same in all rows of a diagonal. And
-        # until the next strips begin the diagonal crosses the same rows, as it enters a row at
-        # column 0 and leaves it after column width - 1: at lag 8 and width 16 steps 8 to 15 all
-        # have places in rows 0 and 1, so that strip i is place i's.
+        # A position of each strip. Until the next strips begin the diagonal crosses the same rows,
+        # as it enters and leaves rows at multiples of `strip` alone: so strip i is place i's. And
+        # c % strip is the same in all of them.
         strips = source.latest.view(-1, source.strip, source.channels)
         return strips[:, places.column % source.strip]
-
-
-def sum_with(total, value):
-    return value if total is None else total + value
-
-
-def worth_threads(work):
-    """Whether layers or products of at most so many multiplications are shared between threads.
-    Small ones gain little from that, and beside other load threads wait long for each other."""
-    return work > 60_000_000
-
-
-def product(weight, rows):
-    """The function (total, x) -> total + x weight^T. weight: (F, K); rows: of x, usually.
-
-    MKL packs the weight anew in each call. oneDNN keeps it packed, and takes half the time where
-    there is much to do. Its operators are private: where they are missing, addmm serves.
-    """
-    onednn, large = torch.ops.mkldnn, rows * weight.numel() >= 1_000_000
-    cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    there = hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight")
-    if not (large and cpu and there and torch.backends.mkldnn.is_available()):
-        transposed = weight.t().contiguous()
-        return lambda total, x: torch.addmm(total, x, transposed)
-    packed = onednn._reorder_linear_weight(weight, None)
-
-    def add_product(total, x):
-        if total.dim() == 1:
-            return onednn._linear_pointwise(x, packed, total, "none", [], "")
-        return onednn._linear_pointwise.binary(x, total.contiguous(), packed, None, "add")
-
-    return add_product
 
 
 def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
@@ -2907,12 +2773,14 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
     to the plan's x, on -1 .. 1 with the plane of ones."""
     channels = factor.view.shape[0]
     x = torch.zeros(n, *factor.view.shape, dtype=torch.uint8, device=factor.a_weight.device)
-    for due, pixels in plan.steps():
-        params = plan.run_step(due)
+    for due in plan.steps():
+        plan.run_step(due)
+        pixels = due.get(plan.output.group)
         if pixels is None:
             continue
         rows, columns = pixels.starts()
-        head = factor.head(params.double()[:, :, None, None], shift)
+        params = plan.output.latest.double()
+        head = factor.head(params[:, :, None, None], shift)
         interval_of = intervals_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
         drawn = draw(head, rows, columns, interval_of).view(n, -1, channels)  # (n, count, C)
         x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
@@ -2952,6 +2820,162 @@ def intervals_at(psi, x, x_hat, rows, columns):
     return interval_of
 
 
+# --- Strips: the same sums in larger products --------------------------------------------------
+#
+# All that is for speed alone. When (r, c) is due, the row above has long been computed up to some
+# column right of c, as it is lag steps ahead. So a convolution can be split,
+#
+#     out = [bias + most of the kernel rows above] + the other kernel rows
+#
+# and the bracket computed for a *strip* of neighbours when the first of them is due: one large
+# product takes half the time of many small ones.
+#
+#     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
+#     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
+#
+# How long? It must divide the width, so that a row is a number of strips. And it must divide the
+# lag: then c % strip is the same at (r, c), (r + 1, c - lag), .., all along a diagonal, and its
+# strips begin at the same step, so that they are one product. So it is their greatest common
+# divisor: at lag 8, strips are of 8 positions if the width is 128, and of 4 if it is 12. A large
+# lag is a multiple of the width: then a strip is a row, and what depends on the rows above alone,
+# such as v, is computed a row at a time.
+#
+# Which kernel rows are in the bracket is asked of each by itself: is what the strip reads in it
+# there when the strip begins? In the light network at lag 8, for example, v's first convolution is
+# due at step 8 r + c - 6. In row r - 1 it reads up to column c + 1, and a strip of 8 up to c + 8:
+#
+#                                    one position              a strip of 8
+#     row r - 1, drawn at step       8 (r - 1) + c + 1         8 (r - 1) + c + 8
+#     and can be read at step        8 r + c - 6: in time      8 r + c + 1: too late
+#     row r - 2, 8 steps earlier     in time                   8 r + c - 7: in time
+#
+# So row -1 is multiplied position by position, and row -2 in strips. All kernel rows:
+#
+#                             in strips of 8        position by position
+#     v_first                 row -2                row -1
+#     h_above + h_left        row -1 of h_left      row -1 of h_above, row 0 of h_left
+#     within blocks           row -1                row 0 (and, in h, the product with v, which is
+#                                                   not there at the strip's later positions)
+#
+# (row -1 of h_left and of h_above: the one is read up to column c - 1, the other up to c + 1.)
+#
+# An example: h's second convolution in a block of the light network, at lag 8 and 16x16.
+#
+#     traced     a Node that is the sum of two Reads, rows -1 and 0 of its kernel, in which it reads
+#                columns -1 and 0
+#     offset     0, as h's readers read nothing to their right
+#     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
+#                Row 0 is not, as it reads the strip's own positions: node = early + row 0
+#     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
+#                column=8, lag=8, count=2), and before it `early` in the strips that begin there,
+#                the same with strip=8. Plan.compute comes to
+#                    early.latest = bias + window(row -1) W_-1^T     16 positions, in use till 15
+#                    node.latest = of early.latest positions 0 and 8 + window(row 0) W_0^T
+#     at step 9  (0, 9) and (1, 1) are due, and node: of early.latest positions 1 and 9, + ..
+
+
+def set_strips(plan):
+    """Which nodes of a Plan are computed in strips. When a strip begins, there may be
+
+        all that a node reads    then it is computed in strips
+        some of that             then, if it is a sum, it is split: this part goes to a new node, in
+                                 strips, which is the first that what is left of it reads
+        nothing                  then it is computed position by position
+
+    The output is not in strips, as it is wanted at the pixels of each step alone.
+    """
+    nodes, plan.nodes = plan.nodes, []
+    for node in nodes:
+        strip = math.gcd(plan.lag, plan.width(node))
+        early = [read for read in node.reads if in_time(plan, node, read, strip)]
+        late = [read for read in node.reads if read not in early]
+        multiplies = any(read.weight is not None for read in early)  # mere sums gain nothing
+        if not late and node is not plan.output:
+            node.strip = strip
+        elif multiplies and strip > 1:
+            early_node = dataclasses.replace(node, reads=early, strip=strip)
+            node.reads, node.bias = [Read(early_node), *late], None  # early_node has the bias
+            plan.nodes.append(early_node)
+        # else: position by position
+        plan.nodes.append(node)
+
+
+def in_time(plan, node, read, strip):
+    """Whether, for each strip in a row of node, all that it reads is there when it begins.
+
+    What is read is there when source's own strip that has the last column of it begins: then that
+    is computed as a whole. Beyond the last column of the image are zeros, always there. Without
+    halving, where all 2** below are 1, this is, for the strip that begins at `first`:
+
+        begins = first + node.offset                   its step, counted from that of (r, 0)
+        last = first + strip - 1 + read.right          the last column that it reads,
+        last = min(last, width - 1)                    in the image
+        last -= last % source.strip                    where source's strip with that begins
+        there_at = lag * dy + last + source.offset     the step of that
+    """
+    source = read.source
+    if source.known:
+        return True
+    m = min(node.halved, source.halved)
+    for first in range(0, plan.width(node), strip):
+        begins = 2**node.halved * first + node.offset
+        # In the finer of both: a convolution that goes down reads at 2 p + dx ..
+        last = 2 ** (node.halved - m) * (first + strip - 1) + read.right
+        # .. and in source's own columns: one that goes up reads at (p + dx) / 2.
+        last = min(last // 2 ** (source.halved - m), plan.width(source) - 1)
+        last -= last % source.strip
+        there_at = 2**source.halved * last + 2**m * plan.lag * read.dy + source.offset
+        if there_at > begins:
+            return False
+    return True
+
+
+def choose_products(plan):
+    """How each read is added; and plan.work[group], the multiplications of its largest product at
+    one position, by which run_step chooses the number of threads."""
+    plan.work = collections.Counter()
+    for node in plan.nodes:
+        per_diagonal = max(1, plan.width(node) // plan.lag)  # places, usually
+        for read in node.reads:
+            read.add = sum_with
+            if read.weight is not None:
+                read.add = product(read.weight, plan.n * per_diagonal * node.strip)
+                work = plan.n * read.weight.numel()
+                plan.work[node.group] = max(plan.work[node.group], work)
+
+
+def sum_with(total, value):
+    return value if total is None else total + value
+
+
+def worth_threads(work):
+    """Whether layers or products of at most so many multiplications are shared between threads.
+    Small ones gain little from that, and beside other load threads wait long for each other."""
+    return work > 60_000_000
+
+
+def product(weight, rows):
+    """The function (total, x) -> total + x weight^T. weight: (F, K); rows: of x, usually.
+
+    MKL packs the weight anew in each call. oneDNN keeps it packed, and takes half the time where
+    there is much to do. Its operators are private: where they are missing, addmm serves.
+    """
+    onednn, large = torch.ops.mkldnn, rows * weight.numel() >= 1_000_000
+    cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    there = hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight")
+    if not (large and cpu and there and torch.backends.mkldnn.is_available()):
+        transposed = weight.t().contiguous()
+        return lambda total, x: torch.addmm(total, x, transposed)
+    packed = onednn._reorder_linear_weight(weight, None)
+
+    def add_product(total, x):
+        if total.dim() == 1:
+            return onednn._linear_pointwise(x, packed, total, "none", [], "")
+        return onednn._linear_pointwise.binary(x, total.contiguous(), packed, None, "add")
+
+    return add_product
+
+
 # --- Command line: train, eval, sample ----------------------------------------------------------
 #
 # Nothing of the method comes any more. A command is a function of what argparse has found (FLAGS
@@ -2970,7 +2994,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     the folder      no flag        --resume             --factor K
 #     is new          a new run      refused              a new run, of which this is one factor
 #     has a run       refused        goes on, if flags    begins factor K of it, if that is missing
-#                                    do not contradict    and flags do not contradict
+#                                    do not contradict    and flags do not contradict (with --resume
+#                                                         as well: goes on with factor K alone)
 #
 # Then train_factor goes on from what there is: with a finished factor it makes no step, and one
 # without a checkpoint begins. Several machines may train factors of one run in one folder at the
@@ -3353,7 +3378,8 @@ PATH = checked(lambda text: pathlib.Path(text).expanduser(), "a path")
 DEVICE = checked(torch.device, "cpu or cuda, as available here",
                  lambda value: torch.ones(1, device=value).item())
 YES, YES_NO = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
-PROGRAM = pathlib.Path(sys.argv[0]).name  # which may be a file with views of one's own
+# What the user has called, for the hints that we print: it may be a file with views of one's own.
+PROGRAM = pathlib.Path(sys.argv[0]).name
 CALLED = "pixelaux" if PROGRAM == "pixelaux" else "python pixelaux.py"
 if PROGRAM.endswith(".py") and not PROGRAM.startswith("__"):
     CALLED = f"python {PROGRAM}"

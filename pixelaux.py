@@ -32,7 +32,8 @@ alone: X_2, .. are functions of X_1, and would add nothing.
     beyond      sampling in the time of a few passes         sample_fast
 
 Words: a *view* is one of the X_i; a *factor* one term of the formula, with its networks. Lists
-of both are coarsest first: code counts from the coarsest, formulas from X_0 = X.
+of both are coarsest first: code counts from the coarsest, formulas from X_0 = X, so that views[k]
+is X_{K-k}.
 
     views[0], views[1], .., views[-1]      factors[0], factors[1],        ..
     X_K,      X_{K-1},  .., X_0 = X        p(X_K),     p(X_{K-1} | X_K),  ..
@@ -122,10 +123,13 @@ def feasible(values, weights, low, high, top):
     possible, and high - low + 1 be no less than any weight. -> lists lo, hi.
 
     v is possible if w v lies in low - rest .. high and in 0 .. w top. Why there always is such a v
-    (to be skipped at first): low .. high keeps its length, of at least w numbers (4 for Half, 4096
-    for Gray, see there), among which there is a multiple of w. And what v must leave is what the
-    next one finds: high >= 0 and low <= rest + w top. So if low - rest is below 0, v = 0 will do;
-    if not, the first multiple of w in the range, which is no larger than w top.
+    (to be skipped at first): before each v we have high >= 0, low <= rest + w top, and in low ..
+    high at least w numbers (4 for Half, 4096 for Gray, see there).
+
+        there is one    if low - rest is below 0, v = 0 will do; if not, the first multiple of w in
+                        low - rest .., which is in there, and no larger than w top
+        and then        what v leaves are high >= 0 and low <= rest, which is the same before the
+                        next one, and as many numbers
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -225,8 +229,8 @@ MODELS = {
 
 # --- Heads: the distribution of one pixel ------------------------------------------------------
 #
-# A head makes a distribution of a pixel's parameters, which the network puts out: it has log_prob
-# and sample.
+# A head turns the numbers that the network puts out for a pixel, its parameters, into a
+# distribution over its levels: it has log_prob and sample.
 #
 # 256 probabilities, each a number of its own, would not know that level 100 is near level 101. So
 # PixelCNN++ takes a mixture of logistic distributions on the line and gives each level the mass of
@@ -345,17 +349,17 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. Given r,
-        green is a mixture of the m_k(g | r), whose means have moved with r, with weights in
-        proportion to w_k m_k(r). (Cut or not: r's cut divides all k alike.) This mixture, as a
-        whole, is cut to g's interval. So
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. r's mixture
+        is cut as a whole, which divides all k by the same number: so given r, component k has a
+        probability in proportion to w_k m_k(r), cut or not. Green is the mixture of m_k(g | r),
+        whose means have moved with r, with these weights, cut to g's interval as a whole. So
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
         and blue likewise, with the weights w_k m_k(r) m_k(g | r). Say there are two components, w =
-        1/2 each, and m(r) = 0.2, 0: then g has the first alone, p'(g | r) = m_1(g | r) / M_1(g's
-        interval | r).
+        1/2 each, m(r) = 0.2, 0.1, and M(g's interval | r) = 0.1, 0.8: r speaks for the first one,
+        but g comes from the second, as 0.2 * 0.1 is less than 0.1 * 0.8.
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -538,7 +542,7 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        # At least as far up and left as down and right, see convolve.
+        # At least as far up and left as down and right, and `up` at its own place, see convolve.
         for first, last in (rows, columns):
             if not first <= last <= -first or (up and last < 0):
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
@@ -557,8 +561,7 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # For Symbol, in Sampling fast, to which a call of this is one operation. Tensors notice
-    # nothing.
+    # To be skipped until Symbol, in Sampling fast. With ordinary tensors it does nothing.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
@@ -590,10 +593,9 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# If look_right is False, in place of VERTICAL: as many weights, a column further left. This brings
-# a blind spot back: v sees no more than one column to the upper right, by its first layer, which
-# takes little likelihood where X^ tells what is there. And sampling takes a third of the steps, as
-# less of the row above must be drawn before a pixel (see Sampling fast).
+# An option of light networks (look_right=False; to be skipped at first): v moves to the left in
+# place of the right. The price is a blind spot to the upper right, of which X^ tells most; the gain
+# is sampling in a third of the steps, see Sampling fast.
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s; v has seen row -1, too
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -640,20 +642,24 @@ def data_dependent_init(network, *inputs):
 #     H/4 x W/4                    \-> [ 6 blocks ] skips [ 6 blocks ] -/
 #
 #     the last stage's block    1  2  3  4  5  6
-#     reads the first's block   6  5  4  3  2  1      and the other pairs of stages likewise
+#     reads the first's block   6  5  4  3  2  1      likewise the fifth and the second, ..
 #
-# (The change of resolution does not let a later pixel in. Going down, (i, j) is made for the first
-# of its four pixels, (2 i, 2 j): h at (i, j) knows what comes before that, v the rows above it.
-# Going up, all four pixels read (i, j), and what comes before the first of them comes before all.
-# For (2 i, 2 j + 1) v reads (i, j + 1), too: no harm, as v there knows only rows above 2 i.)
+# The change of resolution does not let a later pixel in (to be skipped at first). Of h in one row:
 #
-# Which layout of Config a factor's networks have (the field `layout` is one of four):
+#     full    0   1   2   3   4   5
+#     half    [0]     [2]     [4]        each is made for the first of its pixels, and knows what
+#     full    0   1   2   3   4   5      comes before that; 0 and 1 read [0], 2 and 3 read [2], ..
 #
-#     factor                           causal network    f_w
-#     X or gray, given nothing         layout            there is none
-#     X given gray                     layout_cond       layout_cond
-#     a pyramid's smallest view        layout_light      there is none
-#     its other views                  layout_light      layout_embed
+# (So does v with the rows above. And 2 j + 1 reads v at [2 j + 2] as well: no harm, as that knows
+# rows above alone.)
+#
+# Which layout a factor's networks have (four fields of Config, of which one is called `layout`),
+# and the paper's value:
+#
+#     X or gray, given nothing    layout          six_stages(6): 6 stages of 6 blocks
+#     X given gray                layout_cond     six_stages(4); f_w has the same
+#     a pyramid's views           layout_light    ((0, 3),)
+#     their f_w                   layout_embed    the one above
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -665,7 +671,7 @@ def data_dependent_init(network, *inputs):
 # (Networks get a fourth channel of ones, see Factor.planes.)
 
 
-@wrap_torch_function(lambda x: (x,))  # as Conv.forward: one operation, for Symbol
+@wrap_torch_function(lambda x: (x,))  # as Conv.forward
 def concat_elu(x):
     """(N, C, ..) -> (N, 2 C, ..): elu of x and of -x, so that neither sign is lost (PixelCNN++)."""
     return F.elu(torch.cat([x, -x], 1), inplace=True)
@@ -722,10 +728,11 @@ class Stage(nn.Module):
         self.halved, nr_blocks = layout[i]
         halved_before = layout[i - 1][0] if i > 0 else self.halved
         # Skips are a stack: each block adds what it has made, and the blocks of the next stage at
-        # this resolution take one each, the last made first, until none is left. (CausalNet.forward
-        # does it; here they are counted.)
+        # this resolution take one each, the last made first; what is left is dropped. Of ((0, 2),
+        # (1, 1), (0, 3)) the third stage's blocks 1, 2 take what the first's 2, 1 have made, and
+        # block 3 nothing. (CausalNet.forward does it; here they are counted.)
         counts_here = [blocks for halved, blocks in layout[:i] if halved == self.halved]
-        nr_skips = counts_here[-1] if counts_here else 0  # only the last one's are left
+        nr_skips = counts_here[-1] if counts_here else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
         if self.halved != halved_before:
             change = dict(stride=2) if self.halved > halved_before else dict(up=True)
@@ -796,15 +803,16 @@ class EmbeddingNet(nn.Module):
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
 
-    Its layout counts from the resolution of X^, a causal network's from that of X. If X^ is half as
-    large as X, for example 16x16 | 8x8,
+    What it returns is in order, finest first, so that embeddings[i] has X's resolution, halved i
+    times. Its own layout counts from the resolution of X^, which may be half of X's. Say X is
+    16x16, and X^ 8x8:
 
-        resolution                           16x16    8x8    4x4
-        halved in f_w                          -1      0      1
-        halved in the causal network            0      1      2
-        handed over, in order, as number        0      1      2
+        resolution                          16x16    8x8    4x4
+        halved in f_w's layout                -1      0      1
+        embeddings[..], and halved in the
+        causal network's layout                0      1      2
 
-    (Light causal networks take number 0 alone.)
+    (Light causal networks take embeddings[0] alone.)
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -886,7 +894,8 @@ class Factor(nn.Module):
         layout = config.layout_light if light else full_layout
         strides = [2**halved for halved, _ in layout]
         if psi is not None:
-            # Gray is as large as X: each of PixelCNN++'s stages gets one of the same layout.
+            # Gray is as large as X: f_w has X's layout, so each stage finds an embedding of its
+            # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
             strides += [psi.cell * 2**halved for halved, _ in layout_embed]
@@ -945,9 +954,10 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). rows, columns: P pixels
-    in each of n images. sample_naive draws one (P = 1), sample_fast several at once. As heads know
-    images alone, head's are n P images of 1x1, (n P, .., 1, 1): first the P of image 0, then those
-    of image 1. (A decoder of compressed images can take the place of a Draw.)
+    in each of n images; sample_naive draws one (P = 1), sample_fast several at once. The head works
+    on images, which scattered pixels are not: so each is an image of 1x1, and the head of n P of
+    these, first the P of image 0, then those of image 1. (A decoder of compressed images can take
+    the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1089,8 +1099,8 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # In place of the b that has just centred the outputs. As their deviation is 0.03,
-                # by the gain of `last`, they are off from the new b by some hundredths.
+                # The b of means and log-scales: not the one that has just centred them. They are
+                # off from it by some hundredths, as their deviation is 0.03, the gain of `last`.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1172,8 +1182,8 @@ def six_stages(blocks):
 
 @dataclasses.dataclass
 class Config:
-    """A model and its training. The fields' defaults, the preset cifar10, are the paper's where it
-    gives them; what `build`, `make_config` and the command line take by default is the preset tiny.
+    """A model and its training. The values here are the paper's for CIFAR-10, where it gives them:
+    the preset cifar10. They are not what `train` and `build` begin with, which is the preset tiny.
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1508,7 +1518,7 @@ def split(images, seed=0):
     its side. Only where one side would be empty, the image of the lowest digest goes to the test,
     or the one of the highest to training. Raises Problem if all images are alike.
     """
-    values = digests(images, seed)
+    values = digests(images, seed)  # as good as uniform noise, but copies have the same
     if len(np.unique(values)) < 2:
         raise Problem("expected at least two different images, one of them for the test")
     test = values < np.uint64(0.05 * 2**64)
@@ -1827,6 +1837,9 @@ def progress_bar(iterable=None, **options):
 #                   (if some are held out, on these instead, after each twentieth)
 #                   if two minutes have passed (--save-every): checkpoint
 #
+# What it notes at a look: looked, the step; total, the sum of the losses since then; clock, when
+# the steps since then began; seconds, how long was trained in all, and in `ends` that of each look.
+#
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
 # function of the step.
@@ -1859,9 +1872,10 @@ def steps_in_time(minutes, step, before, ends):
     """How many steps fit into the minutes: the `step` that are done, and the time that is left by
     the mean time of a step; math.inf until 3% of the time tell that. before: how long was trained
     before this process, in seconds; ends: how long in all, at the end of each step of this process
-    (while the number is open, there is a look after each). Say before = 100, ends = 109, 110, 111:
-    the first step took 9 s, which does not count, as much happens only once; so 102 s are spent,
-    and a step takes 1 s."""
+    (while the number is open, there is a look after each). The first step counts neither as time
+    nor for the mean, as much happens only once. Say before = 100, ends = 109, 110, 111: it took 9
+    s, so 111 - 9 = 102 s are spent, and a step takes 1 s: of 3 minutes there are 78 s, or steps,
+    left."""
     if len(ends) < 3:
         return math.inf
     first_took = ends[0] - before
@@ -1896,9 +1910,10 @@ class Optimizer:
     convolutions within blocks, and Adam for all else.
 
     Adam sees numbers, each with a step of its own. Muon sees a matrix, a convolution's outputs by
-    what it reads: if the gradient's running mean is P S Q^T (singular values S), its step is P Q^T,
-    with all singular values 1. So what the gradient shows faintly is learnt as fast as what
-    dominates it, in a fraction of the steps (results/recipe.md).
+    what it reads: if P S Q^T is the singular value decomposition of the gradient's running mean,
+    its step is P Q^T, with all singular values 1. So what the gradient shows faintly is learnt as
+    fast as what dominates it, in a fraction of the steps (results/recipe.md). (That is torch's;
+    what is ours is step_of_muon.)
     """
 
     def __init__(self, factor, config):
@@ -2059,9 +2074,8 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     compile = compile and step < steps
     forward = wrapped(trained, batch_of(model, k, data, 0), config, compile, stop)
     log, save_at = Log(out, k, step), time.monotonic() + save_every
-    looked, total = step, torch.zeros((), device=device)  # the last look, the sum of losses since
-    clock = time.monotonic()  # when the steps since the last look began
-    seconds_before, ends = seconds, []  # `seconds` so far, and at each look: for steps_in_time
+    looked, total, clock = step, torch.zeros((), device=device), time.monotonic()
+    seconds_before, ends = seconds, []  # for steps_in_time
     while step < steps:
         torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
         batch = batch_of(model, k, data, step)
@@ -2214,6 +2228,7 @@ def report(model, bound, exact, data, images, kind="test image"):
         row = {}
         # the column's name, the first factor that is summed, the sub-pixels that divide
         for name, first, dims in (("of_x", k, model.dims), ("own", k, own), ("cumulative", 0, own)):
+            # (2, factors, N), summed over factors, the mean over images: (2,), bound and exact
             bits = bits_per_dim(both[:, first : k + 1].sum(1).mean(1), dims)
             row[f"bound_{name}"], row[f"exact_{name}"] = bits.tolist()
         numbers = ("{:8.4f}{:8.4f}  " * 3).format(*row.values())
@@ -2328,8 +2343,9 @@ def save_samples(model, views, path, given=0):
 #
 #     offset_source <= offset_reader - (lag dy + dx)
 #
-# Each value is computed as late as its readers allow, its offset is the deadline: then more pixels
-# are known, and a smaller lag will do. From the output back, in the light network:
+# Each value is computed as late as its readers allow, its offset is the deadline. (Earlier would be
+# worse, as its sources, and at last x, would have to come earlier, too: with v at the end at -3 all
+# of v is 3 earlier, and the lag 11.) From the output back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
@@ -2337,11 +2353,12 @@ def save_samples(model, views, path, given=0):
 #     ..
 #     v after its first convolution                                              -6
 #
-# Last comes x, the exception: its offset is fixed, 1, as a pixel is drawn in its step, and can be
-# read from the next one on. So its deadline is a test: a lag is good if that is 1 or later. v's
-# first convolution, at -6, reads (r - 1, c + 1): the deadline is -6 - (-lag + 1) = lag - 7, and the
-# lag is 8 again. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1,
-# c + 1): lag - 1.)
+# Last comes x. Its offset is not ours to choose: pixel (r, c) is drawn in its step, and can be read
+# from the next one on, so it is 1. Its readers set a deadline as well, the latest offset that would
+# do. If that is below 1, x comes too late for one of them: the lag is too small. v's first
+# convolution, at -6, reads (r - 1, c + 1): the deadline is -6 - (-lag + 1) = lag - 7, and the
+# smallest lag is 8 again. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads
+# (r - 1, c + 1): lag - 1.)
 #
 # **A large lag.** The lag may be the width or more: in the pyramid's 8x8 it is 8, and PixelCNN++ at
 # 32x32 looks further to the right than the image is wide. Then pixels are drawn one by one, in
@@ -2401,7 +2418,7 @@ class Read:
     left: int = 0
     columns: int = 1
     stride: int = 1
-    # Decided by Plan:
+    # Decided in Plan:
     at_hand: bool = False  # whether it is in source.latest
     add: object = None  # function (total, values) -> total + values weight^T, see choose_products
 
@@ -2426,7 +2443,7 @@ class Node:
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False
     spread: bool = False  # its buffer is one finer: value (r, c) at (2 r, 2 c), and zeros between
-    # Decided by Plan:
+    # Decided in Plan:
     offset: int = 0
     strip: int = 1  # how many neighbours in a row are computed together
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
@@ -2471,6 +2488,13 @@ class Node:
         return self.buffer.as_strided(size, strides, row * next_row + column * next_column)
 
 
+# What comes of tracing, for example:
+#
+#     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, columns=3),
+#                                  Read(x, W_-1, dy=-1, left=-1, columns=3)], bias=b)
+#     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
+
+
 class Symbol(torch.Tensor):
     """Stands for a node while a network is traced. A function of torch that gets a Symbol does not
     run: torch calls __torch_function__ in its place, and returns what that returns, here another
@@ -2500,11 +2524,12 @@ class Recorder:
         return symbol
 
     def record(self, function, args, kwargs):
+        # torch's functions hand options on by keyword, in whatever way they were called.
         if function is F.dropout and not kwargs["training"]:
             return args[0]
         expression = (function, *map(id, args), repr(kwargs))
         if expression not in self.recorded:
-            if function is Conv.forward:  # as it is called; what it wraps is its __wrapped__
+            if function is Conv.forward:  # torch hands over what is called; args: conv, Symbol
                 node = self.convolution(args[0], args[1].node)
             else:
                 node = self.call(function, args, kwargs)
@@ -2538,11 +2563,12 @@ class Recorder:
         halved = next(a.node.halved for a in args if isinstance(a, Symbol))
         args = [self.node_or_number(a, halved) for a in args]
         nodes = [a for a in args if isinstance(a, Node)]
-        plain = len(nodes) == len(args) and not kwargs
+        plain = len(nodes) == len(args) and not kwargs  # function can be called as it is
         if function in (torch.add, torch.Tensor.add) and plain:
             if any(node.is_sum for node in nodes):
                 return self.sum_of(nodes)  # x + y is this, too
-        function = getattr(function, "__wrapped__", function)  # not to look for Symbols every time
+        # What wrap_torch_function has wrapped, if it has: not to look for Symbols every time.
+        function = getattr(function, "__wrapped__", function)
 
         def of_values(*values):
             values = iter(values)
@@ -2578,7 +2604,7 @@ class Recorder:
                 total.reads.append(Read(node))
             else:
                 total.bias = total.bias + node.bias
-                total.reads += map(dataclasses.replace, node.reads)  # copies
+                total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
         return total
 
     def tried(self, function, nodes):
@@ -2624,8 +2650,9 @@ class Plan:
         self.output = output.node
         self.nodes = self.needed(recorder.nodes)
         self.lag = self.set_offsets(least_lag)
-        set_strips(self)  # for speed, as choose_products
+        set_strips(self)  # for speed alone, see Strips
         self.allocate(weight)
+        self.work = {}  # for speed alone, as all that choose_products decides
         choose_products(self)
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
@@ -2643,12 +2670,15 @@ class Plan:
         def good(lag):
             return self.deadlines(lag)[self.x] >= self.x.offset
 
+        # At so large a lag all rows above are there. What is missing then is no row above.
         if not good(2**20):
             raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
         lag, width = next(filter(good, itertools.count(least_lag))), self.size[1]
         if lag >= width:
-            # A larger one costs nothing: so large, and a multiple of the width, that strips are
-            # rows, and the rows above are there.
+            # A larger one costs nothing. A multiple of the width makes strips of whole rows. The
+            # last pixel of row r - 1 can be read at step lag (r - 1) + width, and that must not be
+            # after lag r + offset. No offset is below -lag, that is the smallest lag: so lag +
+            # width will do, rounded up.
             lag = width * (lag // width + 2)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
@@ -2737,13 +2767,7 @@ class Plan:
         if not read.at_hand:
             window = source.window(places, read.dy, read.left, read.columns, read.stride)
             return window.reshape(-1, window.shape[3])
-        if source.strip == places.strip:
-            return source.latest
-        # A position of each strip. Until the next strips begin the diagonal crosses the same rows,
-        # as it enters and leaves rows at multiples of `strip` alone: so strip i is place i's. And
-        # c % strip is the same in all of them.
-        strips = source.latest.view(-1, source.strip, source.channels)
-        return strips[:, places.column % source.strip]
+        return source.latest if source.strip == places.strip else of_strips(source, places)
 
 
 def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
@@ -2849,7 +2873,10 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     and can be read at step        8 r + c - 6: in time      8 r + c + 1: too late
 #     row r - 2, 8 steps earlier     in time                   8 r + c - 7: in time
 #
-# So row -1 is multiplied position by position, and row -2 in strips. All kernel rows:
+# So row -1 is multiplied position by position, and row -2 in strips. Within blocks row -1 is in
+# time: what it reads is no pixel, drawn after all of the network, but a value, computed one step
+# before its reader, and so in column c + 8 of row r - 1 at -8 + 8 - 1 = -1 from that. All kernel
+# rows:
 #
 #                             in strips of 8        position by position
 #     v_first                 row -2                row -1
@@ -2857,7 +2884,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     within blocks           row -1                row 0 (and, in h, the product with v, which is
 #                                                   not there at the strip's later positions)
 #
-# (row -1 of h_left and of h_above: the one is read up to column c - 1, the other up to c + 1.)
+# (Of row -1 h_left reads column c - 1, a strip up to c + 6; h_above reads up to c + 1, a strip up
+# to c + 8, which is drawn in the very step in which it would be read.)
 #
 # An example: h's second convolution in a block of the light network, at lag 8 and 16x16.
 #
@@ -2903,15 +2931,19 @@ def set_strips(plan):
 def in_time(plan, node, read, strip):
     """Whether, for each strip in a row of node, all that it reads is there when it begins.
 
-    What is read is there when source's own strip that has the last column of it begins: then that
-    is computed as a whole. Beyond the last column of the image are zeros, always there. Without
-    halving, where all 2** below are 1, this is, for the strip that begins at `first`:
+    The last column that is read is computed with source's whole strip that it lies in, when that
+    strip begins. So two steps are compared: that at which source's strip begins, and that at which
+    ours does. (Beyond the last column of the image are zeros, always there.) Without halving, where
+    all 2** below are 1, that is, for the strip that begins at `first`:
 
         begins = first + node.offset                   its step, counted from that of (r, 0)
         last = first + strip - 1 + read.right          the last column that it reads,
         last = min(last, width - 1)                    in the image
         last -= last % source.strip                    where source's strip with that begins
         there_at = lag * dy + last + source.offset     the step of that
+
+    For example row -1 of v_first, with lag 8, offset -6, and the strip of 8 from column 8: begins =
+    2, last = 16, in x, whose strips are 1, and there_at = -8 + 16 + 1 = 9: too late.
     """
     source = read.source
     if source.known:
@@ -2930,12 +2962,25 @@ def in_time(plan, node, read, strip):
     return True
 
 
+def of_strips(source, places):
+    """Of source.latest, strips, a position of each: those that are due at `places`.
+
+    At lag 8 and width 16, say, strips of 8 began at step 8, at (0, 8) and (1, 0). At step 9 the
+    places are (0, 9) and (1, 1): place i lies in strip i, at 9 % 8 = 1 % 8 = 1. (A diagonal enters
+    and leaves rows at multiples of `strip` alone, so that it crosses the same rows until the next
+    strips begin.)
+    """
+    strips = source.latest.view(-1, source.strip, source.channels)
+    return strips[:, places.column % source.strip]
+
+
 def choose_products(plan):
     """How each read is added; and plan.work[group], the multiplications of its largest product at
     one position, by which run_step chooses the number of threads."""
     plan.work = collections.Counter()
     for node in plan.nodes:
-        per_diagonal = max(1, plan.width(node) // plan.lag)  # places, usually
+        # Rows that a diagonal crosses, as it goes lag columns to the left in each.
+        per_diagonal = max(1, plan.width(node) // plan.lag)
         for read in node.reads:
             read.add = sum_with
             if read.weight is not None:
@@ -3116,20 +3161,23 @@ def command_train(args):
     dist.destroy_process_group()
 
 
+def plan_in_turn(args, out):
+    """plan_run in all processes. The first one of a machine plans, and fetches the data, while the
+    others wait; then they plan, with the data that are there. When all have, `begin` may write."""
+    fetches = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
+    planned = plan_run(args, out) if fetches else None
+    if world_size() > 1:
+        dist.barrier()
+    planned = planned or plan_run(args, out)
+    if world_size() > 1:
+        dist.barrier()
+    return planned
+
+
 def train(args, device):
     kind = pathlib.Path((args.data or "shapes").partition(":")[0]).stem
     out = args.out or pathlib.Path("runs", f"{args.model or 'pyramid'}-{kind}")
-    fetches = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
-    # The first process of a machine plans, and fetches the data, while the others wait; then they
-    # plan, with the data that are there.
-    if fetches:
-        config, data = plan_run(args, out)
-    if world_size() > 1:
-        dist.barrier()
-    if not fetches:
-        config, data = plan_run(args, out)
-    if world_size() > 1:
-        dist.barrier()  # now all have planned: begin may write
+    config, data = plan_in_turn(args, out)
     model = PixelAux(config).to(device, memory_format=torch.channels_last)
     factors = range(len(model.factors)) if args.factor is None else [args.factor]
     if factors[-1] not in range(len(model.factors)):
@@ -3190,9 +3238,8 @@ def begin(out, config, factors, data, args, device):
     with locked(out, "config", wait=True):
         if (out / "config.json").exists():
             there = read_config(out)
-            # Another process may have turned minutes into steps meanwhile.
-            if config.minutes == there.minutes != (0.0,):
-                config.steps = there.steps
+            if any(config.minutes) and config.minutes == there.minutes:
+                config.steps = there.steps  # another process may have turned minutes into these
             may_differ = dict(data=config.data, data_dir=config.data_dir)
             if dataclasses.replace(there, **may_differ) != config:
                 raise Problem(f"--out: {out} was begun meanwhile with other settings")

@@ -1134,7 +1134,8 @@ def positions_of(places):
 
 
 @pytest.mark.parametrize("layout, size, lag", [
-    (((0, 3),), (16, 32), 8), (((0, 3),), (8, 8), None), (((0, 5),), (6, 8), None), (STAGES, (8, 12), None),
+    (((0, 3),), (16, 32), 8), (((0, 3),), (8, 8), None), (((0, 5),), (6, 8), None),
+    (STAGES, (8, 12), None),
     (STAGES, (4, 48), 36), (((0, 1), (1, 2), (0, 1)), (8, 24), 16)])
 def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size, lag):
     """Each node at each position of its resolution in exactly one step; each pixel drawn in one

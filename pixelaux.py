@@ -357,9 +357,7 @@ class LogisticMixture:
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        and blue likewise, with the weights w_k m_k(r) m_k(g | r). Say there are two components, w =
-        1/2 each, m(r) = 0.2, 0.1, and M(g's interval | r) = 0.1, 0.8: r speaks for the first one,
-        but g comes from the second, as 0.2 * 0.1 is less than 0.1 * 0.8.
+        and blue likewise, with the weights w_k m_k(r) m_k(g | r).
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -408,11 +406,13 @@ class LogisticMixture:
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each: a
         function, as green's interval depends on the red that was drawn.
 
-        Here a component is drawn anew for each channel. Given r, the one that r was drawn from is k
-        with a probability in proportion to w_k m_k(r), but the cut mixture of g, see log_prob,
-        takes k in proportion to w_k m_k(r) M_k(g's interval | r). (Without cuts M_k is 1, the two
-        agree, and the component may be kept.) Then a value is drawn from it, within the interval.
-        "map" keeps the first component, so that a pixel's channels belong together.
+        Here a component is drawn anew for each channel, k in proportion to its term of log_prob's
+        denominator: then a value from it, within the interval. Why anew? Given r, the one that r
+        was drawn from is k in proportion to w_k m_k(r), but for g that is w_k m_k(r) M_k(g's
+        interval | r). Say w = 1/2 each, m(r) = 0.2, 0.1 and M(g's interval | r) = 0.1, 0.8: r most
+        likely came from the first component, and g will from the second, with 0.08 to 0.02.
+        (Without cuts M_k is 1, and the component may be kept.) "map" keeps the first one that was
+        drawn, so that a pixel's channels belong together.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -543,6 +543,8 @@ class Conv(nn.Module):
                  full_precision=False):
         super().__init__()
         # At least as far up and left as down and right, and `up` at its own place, see convolve.
+        if stride not in (1, 2) or (up and stride > 1):
+            raise Problem(f"Conv cannot have {stride=}, {up=}: expected stride 1 or 2, or up")
         for first, last in (rows, columns):
             if not first <= last <= -first or (up and last < 0):
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
@@ -593,9 +595,10 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# An option of light networks (look_right=False; to be skipped at first): v moves to the left in
-# place of the right. The price is a blind spot to the upper right, of which X^ tells most; the gain
-# is sampling in a third of the steps, see Sampling fast.
+# An option of light networks (look_right=False; to be skipped at first): v's kernel moves to the
+# left. The price is a blind spot: v sees no more than one column to the upper right, by its first
+# layer. (Of the rest X^ tells much, where there is one.) The gain is sampling in a third of the
+# steps.
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s; v has seen row -1, too
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -646,11 +649,11 @@ def data_dependent_init(network, *inputs):
 #
 # The change of resolution does not let a later pixel in (to be skipped at first). Of h in one row:
 #
-#     full    0   1   2   3   4   5
-#     half    [0]     [2]     [4]        each is made for the first of its pixels, and knows what
-#     full    0   1   2   3   4   5      comes before that; 0 and 1 read [0], 2 and 3 read [2], ..
+#     full    0   1   2   3   4   5      as a value knows what comes before its pixel:
+#     half    [0]     [2]     [4]        down: [2] reads h at 1 and 2, and knows 0 and 1
+#     full    0   1   2   3   4   5      up: 2 and 3 read [2], and so know 0 and 1 by it
 #
-# (So does v with the rows above. And 2 j + 1 reads v at [2 j + 2] as well: no harm, as that knows
+# (v likewise knows the rows above. And 2 j + 1 reads v at [2 j + 2] as well: no harm, as that knows
 # rows above alone.)
 #
 # Which layout a factor's networks have (four fields of Config, of which one is called `layout`),
@@ -659,7 +662,7 @@ def data_dependent_init(network, *inputs):
 #     X or gray, given nothing    layout          six_stages(6): 6 stages of 6 blocks
 #     X given gray                layout_cond     six_stages(4); f_w has the same
 #     a pyramid's views           layout_light    ((0, 3),)
-#     their f_w                   layout_embed    the one above
+#     their f_w                   layout_embed    the example at the top
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -694,7 +697,8 @@ class Block(nn.Module):
         |                           side inputs                                             |
         +-----------------------------------------------------------------------------------+
 
-    Side inputs, each by a conv_aux, in this order: v, in the blocks of h; a long skip, where there
+    Side inputs, each by a conv_aux (the name is PixelCNN++'s, and has nothing to do with auxiliary
+    variables), in this order: v, in the blocks of h; a long skip, where there
     is one; the embedding of X^.
     """
 
@@ -781,7 +785,6 @@ class CausalNet(nn.Module):
         for stage in self.stages:
             skips = made.pop(stage.halved, [])
             made[stage.halved] = []
-            # A list, finest first: number i is halved i times.
             embedding = [concat_elu(embeddings[stage.halved])] if self.conditional else []
             if stage.enter:
                 v_enter, h_enter = stage.enter
@@ -1030,7 +1033,9 @@ class PixelAux(nn.Module):
     @property
     def size_multiple(self):
         """Height and width of X must be multiples of this."""
-        multiple, cell = 1, 1  # cell: how many pixels of X, in height, one of the view stands for
+        # cell: how many pixels of X, in height, one of the view stands for. So a factor's own
+        # multiple, in pixels of X, is that often as much.
+        multiple, cell = 1, 1
         for factor in reversed(self.factors):
             multiple = math.lcm(multiple, cell * factor.multiple)
             cell *= factor.view.psi.cell if factor.view.psi else 1
@@ -1196,11 +1201,12 @@ class Config:
     halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
     nr_filters: int = 160
     nr_logistic_mix: int = 10  # components of a pixel's mixture
-    layout: tuple = six_stages(6)  # of X or gray, given nothing: PixelCNN++'s 36 blocks
-    layout_cond: tuple = six_stages(4)  # of X given gray, and of f_w(gray): 24 blocks (Sec. 4.1)
-    layout_light: tuple = ((0, 3),)  # of a pyramid's views (Sec. 4.2)
-    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))  # of a pyramid's f_w
-    look_right: bool = True  # False: light networks do in their first layers only (VERTICAL_LEFT)
+    # Which network has which layout: see Networks.
+    layout: tuple = six_stages(6)  # PixelCNN++'s 36 blocks
+    layout_cond: tuple = six_stages(4)  # 24 blocks (Sec. 4.1)
+    layout_light: tuple = ((0, 3),)  # (Sec. 4.2)
+    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))
+    look_right: bool = True  # False: in light networks only the first layers do (VERTICAL_LEFT)
     dropout: float = 0.5
 
     batch_size: int = 64
@@ -1309,8 +1315,9 @@ class Shapes:
         light    215 122 122      215 215 122      122 122 215
         dark     133  40  40      133 133  40       40  40 133
 
-    Any two of them are at least 82 levels apart in some channel, more than 2 * farthest, so that
-    only one configuration can have made an image: the sum over configurations has one term, and
+    40 more or less stay within 0..255. Any two of them are at least 82 levels apart in some
+    channel, more than 2 * farthest, so that only one configuration can have made an image: the sum
+    over configurations has one term, and
 
         log p(X) = -log_count + sum over the sub-pixels of log pmf(noise)
 
@@ -1476,7 +1483,7 @@ class Dataset:
             raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
         values = digests(self.train, seed=1)  # not split's seed, by which the test set was chosen
         lowest = np.argsort(values, kind="stable")[:n]
-        rest = np.flatnonzero(values > values[lowest[-1]])
+        rest = np.flatnonzero(values > values[lowest[-1]])  # not >=: a copy has the same value
         if len(rest) == 0:
             raise Problem(f"--hold-out {n}: all other images are copies of these")
         held_out = self.train[np.sort(lowest)]
@@ -1835,10 +1842,8 @@ def progress_bar(iterable=None, **options):
 #                   --minutes: how many steps are they?  log;  told to stop?
 #                   if a quarter of the steps has ended: checkpoint, pictures; loss on test images
 #                   (if some are held out, on these instead, after each twentieth)
-#                   if two minutes have passed (--save-every): checkpoint
-#
-# What it notes at a look: looked, the step; total, the sum of the losses since then; clock, when
-# the steps since then began; seconds, how long was trained in all, and in `ends` that of each look.
+#                   if two minutes have passed (--save-every), if told to stop, or if the minutes
+#                   have become steps: checkpoint
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -2067,15 +2072,16 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     trained = model.factors[k].train()
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
-    model.factors[k] = average.module  # `trained` is held here alone
+    model.factors[k] = average.module  # a copy; `trained` is held here alone
     optimizer = Optimizer(trained, config)
     begun, seconds = restore(saved, path, trained, average, optimizer)
     step, steps = begun, steps_of(config, k, data)
     compile = compile and step < steps
     forward = wrapped(trained, batch_of(model, k, data, 0), config, compile, stop)
     log, save_at = Log(out, k, step), time.monotonic() + save_every
-    looked, total, clock = step, torch.zeros((), device=device), time.monotonic()
-    seconds_before, ends = seconds, []  # for steps_in_time
+    looked, total = step, torch.zeros((), device=device)  # the last look, the sum of losses since
+    clock = time.monotonic()  # when the steps since then began
+    seconds_before, ends = seconds, []  # how long was trained; at each look: for steps_in_time
     while step < steps:
         torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
         batch = batch_of(model, k, data, step)
@@ -2334,12 +2340,13 @@ def save_samples(model, views, path, given=0):
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
 #
+# (<=, not <: within a step values are computed in the network's order, source before reader.)
+#
 # Say the reader is v's last convolution, at offset 0, and (r, c) has step 24. It reads its source
 # at (r, c + 1), whose step is 25 + offset_source; that must be 24 or less, so the source's offset
 # is -1. Of a chain of six such convolutions the first one's source has -6.
 #
-# (The same step will do: within a step values are computed in the network's order.) So each reader
-# sets a deadline for its source, and of several readers the earliest one counts:
+# So each reader sets a deadline for its source, and of several readers the earliest one counts:
 #
 #     offset_source <= offset_reader - (lag dy + dx)
 #
@@ -2386,8 +2393,16 @@ def save_samples(model, views, path, given=0):
 #                                              same step at the same positions: no copy
 #     buffer    an image of all positions      by all other readers
 #
-# (Some values are computed for a *strip* of neighbours in a row at once. That is for speed alone,
-# and explained in Strips, which comes next: read `strip` as 1 for now.)
+# Some values are computed for a *strip* of neighbours in a row at once. That is for speed alone,
+# and explained in Strips, which comes next: read `strip` as 1 for now. Words that are used from
+# here on:
+#
+#     position    one (r, c)
+#     place       where a strip begins; while strips are 1, a position
+#     wave        of a place: lag r + c
+#     step        at which a node is computed at a place: wave + offset (of halved ones 2^s wave +
+#                 offset)
+#     group       nodes that are due together: of the same halved, offset and strip
 
 
 class Places(typing.NamedTuple):
@@ -2396,9 +2411,9 @@ class Places(typing.NamedTuple):
 
     row: int
     column: int
-    lag: int = 0
-    count: int = 1
-    strip: int = 1
+    lag: int
+    count: int
+    strip: int
 
     def starts(self):
         """The rows and the columns of the places."""
@@ -2420,7 +2435,7 @@ class Read:
     stride: int = 1
     # Decided in Plan:
     at_hand: bool = False  # whether it is in source.latest
-    add: object = None  # function (total, values) -> total + values weight^T, see choose_products
+    add: object = None  # the function (total, values) -> total + values weight^T
 
     @property
     def right(self):
@@ -2480,7 +2495,8 @@ class Node:
         next_image, next_row, next_column, _ = self.buffer.stride()
         above, _, before, _ = self.margin
         row, column = stride * places.row + dy + above, stride * places.column + left + before
-        # Not used where there is one place only; but then it may be below 0, which torch refuses.
+        # From one place to the next. If there is one only, this is not used; but at a large lag it
+        # would be below 0, which torch refuses.
         next_place = max(0, stride * (next_row - places.lag * next_column))
         n = self.buffer.shape[0]
         size = (n, places.count, places.strip, columns * self.channels)
@@ -2500,7 +2516,8 @@ class Symbol(torch.Tensor):
     run: torch calls __torch_function__ in its place, and returns what that returns, here another
     Symbol. wrap_torch_function makes Conv.forward, concat_elu and gate do the same (their lambdas
     name the arguments to look at). What gets ordinary tensors runs as ever: so what does not depend
-    on x is computed at once."""
+    on x is computed at once. So a call of a conv on a Symbol comes to Conv.forward(conv, symbol),
+    to Symbol.__torch_function__(Conv.forward, .., (conv, symbol)), to Recorder.record."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -2524,10 +2541,10 @@ class Recorder:
         return symbol
 
     def record(self, function, args, kwargs):
-        # torch's functions hand options on by keyword, in whatever way they were called.
+        # (F.dropout hands its options on by keyword, in whatever way it was called.)
         if function is F.dropout and not kwargs["training"]:
             return args[0]
-        expression = (function, *map(id, args), repr(kwargs))
+        expression = (function, *map(id, args), *kwargs, *map(id, kwargs.values()))
         if expression not in self.recorded:
             if function is Conv.forward:  # torch hands over what is called; args: conv, Symbol
                 node = self.convolution(args[0], args[1].node)
@@ -2535,7 +2552,7 @@ class Recorder:
                 node = self.call(function, args, kwargs)
             self.nodes.append(node)
             # While args are kept here, nothing else can come to have their ids.
-            self.recorded[expression] = self.symbol(node), args
+            self.recorded[expression] = self.symbol(node), args, kwargs
         return self.recorded[expression][0]
 
     def convolution(self, conv, source):
@@ -2564,10 +2581,11 @@ class Recorder:
         args = [self.node_or_number(a, halved) for a in args]
         nodes = [a for a in args if isinstance(a, Node)]
         plain = len(nodes) == len(args) and not kwargs  # function can be called as it is
-        if function in (torch.add, torch.Tensor.add) and plain:
-            if any(node.is_sum for node in nodes):
-                return self.sum_of(nodes)  # x + y is this, too
-        # What wrap_torch_function has wrapped, if it has: not to look for Symbols every time.
+        if function in (torch.add, torch.Tensor.add) and plain:  # x + y is torch.Tensor.add
+            channels = {node.channels for node in nodes}
+            if any(node.is_sum for node in nodes) and channels <= {1, max(channels)}:
+                return self.sum_of(nodes)
+        # Undecorated: wrap_torch_function's version would look for Symbols in each step.
         function = getattr(function, "__wrapped__", function)
 
         def of_values(*values):
@@ -2605,21 +2623,24 @@ class Recorder:
             else:
                 total.bias = total.bias + node.bias
                 total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
+        total.reads.sort(key=lambda read: read.weight is not None)  # products come last
         return total
 
     def tried(self, function, nodes):
-        """How many channels it returns, or None if it will not do. The sampler will call it on
-        lists of positions, (N, C). So it is tried on images, (N, C, H, W), and on the list of all
-        their positions: a function of values at one position makes the same of both (elu does, a
-        mean over the image, or a softmax over columns, does not). It must leave
-        its arguments as they are, which others read, too: so the lists, which it gets, are compared
-        with the images, of which it gets copies."""
+        """How many channels it returns, or None if it will not do.
+
+        The sampler will call it on lists of positions, (N, C). So it is tried on two images, (2, C,
+        H, W), and on the list of all positions of the first one: a function of values at one
+        position makes the same of both (elu does; a mean over the image, or a softmax over columns,
+        does not). And it must leave the list as it is, as others read that, too.
+        """
         sizes = [(2, node.channels, 2, 3) for node in nodes]
         images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(self.weight) for s in sizes]
-        lists = list(map(as_list, images))
+        lists = [as_list(image[:1]) for image in images]
+        given = list(map(torch.clone, lists))
         try:
-            made, expected = function(*lists), as_list(function(*map(torch.clone, images)))
-            unchanged = all(map(torch.equal, lists, map(as_list, images)))
+            made, expected = function(*given), as_list(function(*map(torch.clone, images))[:1])
+            unchanged = all(map(torch.equal, given, lists))
             if made.dim() == 2 and torch.allclose(expected, made) and unchanged:
                 return made.shape[1]
         except Exception:  # it may raise any kind
@@ -2645,15 +2666,14 @@ class Plan:
         recorder = Recorder(n, size, weight)
         output = net(recorder.symbol(self.x), embeddings)
         recorder.recorded.clear()  # Symbols and recorder hold each other, and so all buffers
-        if not isinstance(output, Symbol):
-            raise Problem("sample_fast: the network's output does not depend on x")
+        if not isinstance(output, Symbol) or output.node.halved:
+            raise Problem("sample_fast: the network's output does not depend on x, or is smaller")
         self.output = output.node
         self.nodes = self.needed(recorder.nodes)
         self.lag = self.set_offsets(least_lag)
         set_strips(self)  # for speed alone, see Strips
         self.allocate(weight)
-        self.work = {}  # for speed alone, as all that choose_products decides
-        choose_products(self)
+        choose_products(self)  # gives each read its `add`; which one is for speed alone
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def needed(self, nodes):
@@ -2673,13 +2693,14 @@ class Plan:
         # At so large a lag all rows above are there. What is missing then is no row above.
         if not good(2**20):
             raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
-        lag, width = next(filter(good, itertools.count(least_lag))), self.size[1]
-        if lag >= width:
-            # A larger one costs nothing. A multiple of the width makes strips of whole rows. The
-            # last pixel of row r - 1 can be read at step lag (r - 1) + width, and that must not be
-            # after lag r + offset. No offset is below -lag, that is the smallest lag: so lag +
-            # width will do, rounded up.
-            lag = width * (lag // width + 2)
+        lag = smallest = next(filter(good, itertools.count(least_lag)))
+        width = self.size[1]
+        if smallest >= width:
+            # A multiple of the width makes strips of whole rows. Row r - 1 of x is complete at step
+            # lag (r - 1) + width, and wanted at lag r + offset: so lag >= width - offset. In
+            # CausalNet no offset is below -smallest; elsewhere some rows may be multiplied
+            # position by position, that is all.
+            lag = width * (smallest // width + 2)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
             node.offset = deadlines[node]
@@ -2742,7 +2763,7 @@ class Plan:
         """Compute what is due, {group: Places}."""
         groups = tuple(due)
         work = [self.work[group] * due[group].count * due[group].strip for group in groups]
-        torch.set_num_threads(self.threads if worth_threads(max(work, default=0)) else 1)
+        torch.set_num_threads(self.threads if worth_threads(max(work)) else 1)
         if groups not in self.nodes_of:
             self.nodes_of[groups] = [node for node in self.nodes if node.group in due]
         for node in self.nodes_of[groups]:
@@ -2864,6 +2885,21 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # lag is a multiple of the width: then a strip is a row, and what depends on the rows above alone,
 # such as v, is computed a row at a time.
 #
+# For example h's second convolution in a block of the light network, at lag 8 and 16x16.
+#
+#     traced     a Node that is the sum of two Reads, rows -1 and 0 of its kernel, in which it reads
+#                columns -1 and 0
+#     offset     0, as h's readers read nothing to their right
+#     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
+#                Row 0 is not, as it reads the strip's own positions: node = early + row 0
+#     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
+#                column=8, lag=8, count=2), and before it `early` in the strips that begin there,
+#                the same with strip=8. Its values are in use up to step 15, as the next strips begin
+#                at step 16. Plan.compute comes to
+#                    early.latest = bias + window(row -1) W_-1^T     16 positions
+#                    node.latest = of early.latest positions 0 and 8 + window(row 0) W_0^T
+#     at step 9  (0, 9) and (1, 1) are due, and node: of early.latest positions 1 and 9, + ..
+#
 # Which kernel rows are in the bracket is asked of each by itself: is what the strip reads in it
 # there when the strip begins? In the light network at lag 8, for example, v's first convolution is
 # due at step 8 r + c - 6. In row r - 1 it reads up to column c + 1, and a strip of 8 up to c + 8:
@@ -2874,9 +2910,13 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     row r - 2, 8 steps earlier     in time                   8 r + c - 7: in time
 #
 # So row -1 is multiplied position by position, and row -2 in strips. Within blocks row -1 is in
-# time: what it reads is no pixel, drawn after all of the network, but a value, computed one step
-# before its reader, and so in column c + 8 of row r - 1 at -8 + 8 - 1 = -1 from that. All kernel
-# rows:
+# time, as what it reads is no pixel, drawn after all of the network, but a value. Say the reader is
+# due at 8 r + c + o:
+#
+#     of v    reads up to c + 8, of offset o - 1:    8 (r - 1) + c + 8 + o - 1, one step before
+#     of h    reads up to c + 7, of offset o:        8 (r - 1) + c + 7 + o, one step before
+#
+# All kernel rows:
 #
 #                             in strips of 8        position by position
 #     v_first                 row -2                row -1
@@ -2886,20 +2926,6 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #
 # (Of row -1 h_left reads column c - 1, a strip up to c + 6; h_above reads up to c + 1, a strip up
 # to c + 8, which is drawn in the very step in which it would be read.)
-#
-# An example: h's second convolution in a block of the light network, at lag 8 and 16x16.
-#
-#     traced     a Node that is the sum of two Reads, rows -1 and 0 of its kernel, in which it reads
-#                columns -1 and 0
-#     offset     0, as h's readers read nothing to their right
-#     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
-#                Row 0 is not, as it reads the strip's own positions: node = early + row 0
-#     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
-#                column=8, lag=8, count=2), and before it `early` in the strips that begin there,
-#                the same with strip=8. Plan.compute comes to
-#                    early.latest = bias + window(row -1) W_-1^T     16 positions, in use till 15
-#                    node.latest = of early.latest positions 0 and 8 + window(row 0) W_0^T
-#     at step 9  (0, 9) and (1, 1) are due, and node: of early.latest positions 1 and 9, + ..
 
 
 def set_strips(plan):
@@ -2924,7 +2950,6 @@ def set_strips(plan):
             early_node = dataclasses.replace(node, reads=early, strip=strip)
             node.reads, node.bias = [Read(early_node), *late], None  # early_node has the bias
             plan.nodes.append(early_node)
-        # else: position by position
         plan.nodes.append(node)
 
 
@@ -2941,9 +2966,6 @@ def in_time(plan, node, read, strip):
         last = min(last, width - 1)                    in the image
         last -= last % source.strip                    where source's strip with that begins
         there_at = lag * dy + last + source.offset     the step of that
-
-    For example row -1 of v_first, with lag 8, offset -6, and the strip of 8 from column 8: begins =
-    2, last = 16, in x, whose strips are 1, and there_at = -8 + 16 + 1 = 9: too late.
     """
     source = read.source
     if source.known:
@@ -2965,10 +2987,9 @@ def in_time(plan, node, read, strip):
 def of_strips(source, places):
     """Of source.latest, strips, a position of each: those that are due at `places`.
 
-    At lag 8 and width 16, say, strips of 8 began at step 8, at (0, 8) and (1, 0). At step 9 the
-    places are (0, 9) and (1, 1): place i lies in strip i, at 9 % 8 = 1 % 8 = 1. (A diagonal enters
-    and leaves rows at multiples of `strip` alone, so that it crosses the same rows until the next
-    strips begin.)
+    Place i lies in strip i, and c % strip is the same for all: as lag and width are multiples of
+    strip, a diagonal enters and leaves rows when strips begin, and crosses the same ones until
+    then.
     """
     strips = source.latest.view(-1, source.strip, source.channels)
     return strips[:, places.column % source.strip]
@@ -3307,9 +3328,10 @@ def signals_noted():
 
 
 def show_samples(model, k, first, data, out, stop):
-    """Pictures during training: samples of the views up to k, of which those before `first` are of
-    test images, and curves. If they cannot be made, training goes on without; a signal ends them at
-    once, as all is saved by now."""
+    """Pictures during training: samples of the views up to k, and curves. first: the first factor
+    that is trained by this call; the views before it, whose factors may not be there, are of test
+    images. If they cannot be made, training goes on without; a signal ends them at once, as all is
+    saved by now."""
     try:
         stop.immediately = True
         if stop():

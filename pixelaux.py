@@ -349,10 +349,10 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. r's mixture
-        is cut as a whole, which divides all k by the same number: so given r, component k has a
-        probability in proportion to w_k m_k(r), cut or not. Green is the mixture of m_k(g | r),
-        whose means have moved with r, with these weights, cut to g's interval as a whole. So
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. p(k | r)
+        is w_k m_k(r) over their sum, with or without r's cut, whose divisor has no k in it. Green
+        is the mixture of the m_k(g | r), whose means have moved with r, with these weights; it is
+        cut as a whole to g's interval. So
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
@@ -407,10 +407,14 @@ class LogisticMixture:
         function, as green's interval depends on the red that was drawn.
 
         Here a component is drawn anew for each channel, k in proportion to its term of log_prob's
-        denominator: then a value from it, within the interval. Why anew? Given r, the one that r
-        was drawn from is k in proportion to w_k m_k(r), but for g that is w_k m_k(r) M_k(g's
-        interval | r). Say w = 1/2 each, m(r) = 0.2, 0.1 and M(g's interval | r) = 0.1, 0.8: r most
-        likely came from the first component, and g will from the second, with 0.08 to 0.02.
+        denominator, then a value from it, within the interval. Why anew? Given r, component k drew
+        it with a probability in proportion to w_k m_k(r); but g must come from k in proportion to
+        w_k m_k(r) M_k(g's interval | r). Say
+
+                                      w      m(r)    w m(r)    M(g's interval | r)    product
+            the first component      1/2     0.2      0.10            0.1               0.01
+            the second               1/2     0.1      0.05            0.8               0.04
+
         (Without cuts M_k is 1, and the component may be kept.) "map" keeps the first one that was
         drawn, so that a pixel's channels belong together.
         """
@@ -542,7 +546,8 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        # At least as far up and left as down and right, and `up` at its own place, see convolve.
+        # At least as far up and left as down and right, as torch pads both sides alike, and we only
+        # cut; and `up` at its own place, see convolve.
         if stride not in (1, 2) or (up and stride > 1):
             raise Problem(f"Conv cannot have {stride=}, {up=}: expected stride 1 or 2, or up")
         for first, last in (rows, columns):
@@ -583,8 +588,8 @@ class Conv(nn.Module):
             #     out(-1)    out(0)    out(1)            out(2)    out(3)
             #     w_1 a      w_0 a     w_-1 a + w_1 b    w_0 b     w_-1 b
             #
-            # What lies before out(0) is cut off: as many rows, and columns, as the last dy and dx
-            # are large. And the kernel's order is w_1, w_0, w_-1, in self.v as well. (With d = 0
+            # out(-1) is cut off, in general as many rows, and columns, as the last dy and dx are
+            # large. And the kernel's order is w_1, w_0, w_-1, in self.v as well. (With d = 0
             # alone the last row and column would be missing: output_padding=1 adds them.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
@@ -647,14 +652,16 @@ def data_dependent_init(network, *inputs):
 #     the last stage's block    1  2  3  4  5  6
 #     reads the first's block   6  5  4  3  2  1      likewise the fifth and the second, ..
 #
-# The change of resolution does not let a later pixel in (to be skipped at first). Of h in one row:
+# The change of resolution does not let a later pixel in (to be skipped at first). What h knows, at
+# a pixel, comes before that pixel. In one row, [2] being the second value of the half one, which
+# stands for pixels 2 and 3:
 #
-#     full    0   1   2   3   4   5      as a value knows what comes before its pixel:
-#     half    [0]     [2]     [4]        down: [2] reads h at 1 and 2, and knows 0 and 1
-#     full    0   1   2   3   4   5      up: 2 and 3 read [2], and so know 0 and 1 by it
+#     full    0   1   2   3   4   5
+#     half    [0]     [2]     [4]        down: [2] reads h at 1 and 2, and so knows 0 and 1
+#     full    0   1   2   3   4   5      up: h at 2 and at 3 reads [2], and so knows 0 and 1 by it
 #
-# (v likewise knows the rows above. And 2 j + 1 reads v at [2 j + 2] as well: no harm, as that knows
-# rows above alone.)
+# (v likewise knows the rows above. And 1 reads v at [2] as well, 3 at [4], ..: no harm, as that
+# knows rows above alone.)
 #
 # Which layout a factor's networks have (four fields of Config, of which one is called `layout`),
 # and the paper's value:
@@ -731,10 +738,8 @@ class Stage(nn.Module):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         halved_before = layout[i - 1][0] if i > 0 else self.halved
-        # Skips are a stack: each block adds what it has made, and the blocks of the next stage at
-        # this resolution take one each, the last made first; what is left is dropped. Of ((0, 2),
-        # (1, 1), (0, 3)) the third stage's blocks 1, 2 take what the first's 2, 1 have made, and
-        # block 3 nothing. (CausalNet.forward does it; here they are counted.)
+        # Skips: one input more for each that CausalNet.forward will hand over, of the blocks of the
+        # last stage before at this resolution.
         counts_here = [blocks for halved, blocks in layout[:i] if halved == self.halved]
         nr_skips = counts_here[-1] if counts_here else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
@@ -783,6 +788,8 @@ class CausalNet(nn.Module):
         h = self.h_above(x) + self.h_left(x)
         made = {}  # resolution -> the outputs of the last stage there
         for stage in self.stages:
+            # A stack: each block takes the last one that is left. Of ((0, 2), (1, 1), (0, 3)) the
+            # third stage's blocks 1, 2 take what the first's 2, 1 have made, and block 3 nothing.
             skips = made.pop(stage.halved, [])
             made[stage.halved] = []
             embedding = [concat_elu(embeddings[stage.halved])] if self.conditional else []
@@ -1033,12 +1040,10 @@ class PixelAux(nn.Module):
     @property
     def size_multiple(self):
         """Height and width of X must be multiples of this."""
-        # cell: how many pixels of X, in height, one of the view stands for. So a factor's own
-        # multiple, in pixels of X, is that often as much.
-        multiple, cell = 1, 1
+        multiple, pixels_of_x = 1, 1  # in height, that one pixel of the view stands for
         for factor in reversed(self.factors):
-            multiple = math.lcm(multiple, cell * factor.multiple)
-            cell *= factor.view.psi.cell if factor.view.psi else 1
+            multiple = math.lcm(multiple, pixels_of_x * factor.multiple)
+            pixels_of_x *= factor.view.psi.cell if factor.view.psi else 1
         return multiple
 
     def resized(self, size):
@@ -1104,8 +1109,8 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # The b of means and log-scales: not the one that has just centred them. They are
-                # off from it by some hundredths, as their deviation is 0.03, the gain of `last`.
+                # In place of the b that data_dependent_init has set. What the network adds to it
+                # has a deviation of 0.03, the gain of `last`.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1132,6 +1137,7 @@ class PixelAux(nn.Module):
                 for some in torch.arange(n).split(factor.at_once):
                     x_hat = views[-1][some] if views else None
                     noise = noise_for(seed, k, some, self.views[k].shape).to(self.device)
+                    # The coarsest view has no x_hat to be cut by.
                     draw, tight_here = Draw(noise, mode), tight and k > 0
                     images.append(
                         sampler(factor, len(some), x_hat, draw, tight_here, shift, progress))
@@ -1698,7 +1704,8 @@ def read_checkpoint(path):
 
 
 def load(run, device="cpu"):
-    """The model of a run, with averaged weights, of which the model's `files` tell. Raises Problem.
+    """The model of a run, with averaged weights; model.files are the files that they are from.
+    Raises Problem.
 
     run: a folder                      its factor-k.pt; if there is none, weights.pt (see export)
          a file that has all factors   that
@@ -1844,6 +1851,8 @@ def progress_bar(iterable=None, **options):
 #                   (if some are held out, on these instead, after each twentieth)
 #                   if two minutes have passed (--save-every), if told to stop, or if the minutes
 #                   have become steps: checkpoint
+#
+# (It goes on from factor-k.pt, wherever there is one; --resume allows that, see plan_run.)
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -2360,17 +2369,18 @@ def save_samples(model, views, path, given=0):
 #     ..
 #     v after its first convolution                                              -6
 #
-# Last comes x. Its offset is not ours to choose: pixel (r, c) is drawn in its step, and can be read
-# from the next one on, so it is 1. Its readers set a deadline as well, the latest offset that would
-# do. If that is below 1, x comes too late for one of them: the lag is too small. v's first
+# Last comes x, for which the inequality is a test. Its offset is not ours to choose: pixel (r, c)
+# is drawn in its step, and can be read from the next one on, so it is 1. If the deadline that x's
+# readers set is less, x comes too late for one of them: the lag is too small. v's first
 # convolution, at -6, reads (r - 1, c + 1): the deadline is -6 - (-lag + 1) = lag - 7, and the
-# smallest lag is 8 again. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads
-# (r - 1, c + 1): lag - 1.)
+# smallest lag is 8 again. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r
+# - 1, c + 1): lag - 1.)
 #
-# **A large lag.** The lag may be the width or more: in the pyramid's 8x8 it is 8, and PixelCNN++ at
-# 32x32 looks further to the right than the image is wide. Then pixels are drawn one by one, in
-# raster order. Nothing else changes, but that there are steps in which nothing is due, which are
-# left out: so from here on a still larger lag costs nothing.
+# **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
+# will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
+# pixels are drawn one by one, in raster order. Nothing else changes, but that there are steps in
+# which nothing is due, which are left out: so a still larger lag costs nothing, and one is taken
+# (24 for 8x8; set_offsets says why).
 #
 # **Half the resolution** (PixelCNN++'s stages; to be skipped at first, with all that has 2^, m or
 # `spread` in it). What is halved s times stands, at (R, C), for the pixels from (2^s R, 2^s C) on,
@@ -2393,6 +2403,28 @@ def save_samples(model, views, path, given=0):
 #                                              same step at the same positions: no copy
 #     buffer    an image of all positions      by all other readers
 #
+# (What was computed in strips, see below, is read from `latest` until the next strips begin.)
+#
+# For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
+# which they are computed within a step:
+#
+#     node                                 offset    buffer, and for whom
+#     x                                       1      for all that read it
+#     v_first(x)                             -2      for v's gate, two steps later
+#     concat_elu of that                     -2      for conv_in, which reads (r, c + 1), too
+#     v's conv_in                            -1      none: concat_elu, at -1 as well, takes `latest`
+#     concat_elu of that                     -1      for conv_out
+#     v's conv_out; gate; concat_elu          0      none: h reads it at its own position
+#     h_above(x) + h_left(x): one sum         0      none
+#     concat_elu of that                      0      for conv_in, which reads (r - 1, c), too
+#     h's conv_in, and v by a conv_aux        0      none: this is one sum, too
+#     concat_elu of that                      0      for conv_out
+#     h's conv_out; gate; elu; last           0      none
+#
+# At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at
+# (5, 5), all that has offset 0 at (5, 4), and pixel (5, 4) is drawn; and the same in row 4, four
+# columns further to the right, ..
+#
 # Some values are computed for a *strip* of neighbours in a row at once. That is for speed alone,
 # and explained in Strips, which comes next: read `strip` as 1 for now. Words that are used from
 # here on:
@@ -2400,8 +2432,7 @@ def save_samples(model, views, path, given=0):
 #     position    one (r, c)
 #     place       where a strip begins; while strips are 1, a position
 #     wave        of a place: lag r + c
-#     step        at which a node is computed at a place: wave + offset (of halved ones 2^s wave +
-#                 offset)
+#     step        at which a node is computed at a place: wave + offset (2^s wave + offset)
 #     group       nodes that are due together: of the same halved, offset and strip
 
 
@@ -2488,8 +2519,8 @@ class Node:
             p = 2                 |---------------|      4..9
 
         Neighbouring vectors overlap, and begin at equal distances, 2 elements. So do those of the
-        places of a diagonal: from one to the next it is a row down, + 10 elements, and lag = 2
-        columns to the left, - 4, so + 6. So a view with these strides is all that is needed: no
+        places of a diagonal: from one to the next it is a row down, + 10 elements, and lag, say 3,
+        columns to the left, - 6, so + 4. So a view with these strides is all that is needed: no
         copy, and no table of indices.
         """
         next_image, next_row, next_column, _ = self.buffer.stride()
@@ -2513,11 +2544,14 @@ class Node:
 
 class Symbol(torch.Tensor):
     """Stands for a node while a network is traced. A function of torch that gets a Symbol does not
-    run: torch calls __torch_function__ in its place, and returns what that returns, here another
-    Symbol. wrap_torch_function makes Conv.forward, concat_elu and gate do the same (their lambdas
-    name the arguments to look at). What gets ordinary tensors runs as ever: so what does not depend
-    on x is computed at once. So a call of a conv on a Symbol comes to Conv.forward(conv, symbol),
-    to Symbol.__torch_function__(Conv.forward, .., (conv, symbol)), to Recorder.record."""
+    run: torch calls __torch_function__ in its place, and returns what that returns. For
+    Conv.forward, concat_elu and gate wrap_torch_function sees to the same; its lambda names the
+    arguments to look at. So
+
+        conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
+                     -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
+        conv(tensor) -> a tensor, as ever: what does not depend on x is computed at once
+    """
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -2578,19 +2612,21 @@ class Recorder:
     def call(self, function, args, kwargs):
         """A Node that calls any other function, or is a sum."""
         halved = next(a.node.halved for a in args if isinstance(a, Symbol))
-        args = [self.node_or_number(a, halved) for a in args]
-        nodes = [a for a in args if isinstance(a, Node)]
-        plain = len(nodes) == len(args) and not kwargs  # function can be called as it is
+        operands = [self.node_or_number(a, halved) for a in args]
+        nodes = [a for a in operands if isinstance(a, Node)]
+        plain = len(nodes) == len(operands) and not kwargs  # function can be called as it is
         if function in (torch.add, torch.Tensor.add) and plain:  # x + y is torch.Tensor.add
-            channels = {node.channels for node in nodes}
-            if any(node.is_sum for node in nodes) and channels <= {1, max(channels)}:
+            channels = max(node.channels for node in nodes)
+            fit = all(node.channels in (1, channels) for node in nodes)
+            if fit and any(node.is_sum for node in nodes):
                 return self.sum_of(nodes)
         # Undecorated: wrap_torch_function's version would look for Symbols in each step.
         function = getattr(function, "__wrapped__", function)
 
         def of_values(*values):
-            values = iter(values)
-            return function(*[next(values) if isinstance(a, Node) else a for a in args], **kwargs)
+            left = iter(values)
+            full = [next(left) if isinstance(a, Node) else a for a in operands]
+            return function(*full, **kwargs)
 
         channels = self.tried(of_values, nodes)
         if channels is None:
@@ -2623,7 +2659,7 @@ class Recorder:
             else:
                 total.bias = total.bias + node.bias
                 total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
-        total.reads.sort(key=lambda read: read.weight is not None)  # products come last
+        total.reads.sort(key=lambda read: read.weight is not None)  # products add to the others
         return total
 
     def tried(self, function, nodes):
@@ -2673,7 +2709,7 @@ class Plan:
         self.lag = self.set_offsets(least_lag)
         set_strips(self)  # for speed alone, see Strips
         self.allocate(weight)
-        choose_products(self)  # gives each read its `add`; which one is for speed alone
+        self.work = choose_products(self)  # gives each read its `add`; how is for speed alone
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def needed(self, nodes):
@@ -2700,7 +2736,7 @@ class Plan:
             # lag (r - 1) + width, and wanted at lag r + offset: so lag >= width - offset. In
             # CausalNet no offset is below -smallest; elsewhere some rows may be multiplied
             # position by position, that is all.
-            lag = width * (smallest // width + 2)
+            lag = width * (smallest // width + 2)  # more than smallest + width
         deadlines = self.deadlines(lag)
         for node in self.nodes:
             node.offset = deadlines[node]
@@ -2711,7 +2747,7 @@ class Plan:
         deadlines = collections.defaultdict(lambda: math.inf, {self.output: 0})
         for node in reversed(self.nodes):
             for read in node.reads:
-                m = min(node.halved, read.source.halved)
+                m = min(node.halved, read.source.halved)  # 0 where nothing is halved
                 deadline = deadlines[node] - 2**m * (lag * read.dy + read.right)
                 deadlines[read.source] = min(deadlines[read.source], deadline)
         return deadlines
@@ -2725,6 +2761,7 @@ class Plan:
         for node in self.nodes:
             for read in node.reads:
                 source = read.source
+                # (Strips may differ: `value` then takes a position of each.)
                 same_step = (source.halved, source.offset) == (node.halved, node.offset)
                 elsewhere = (read.dy, read.left, read.columns) != (0, 0, 1)
                 computed = len(source.reads) > 0  # x, and what is known, never are
@@ -2885,47 +2922,36 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # lag is a multiple of the width: then a strip is a row, and what depends on the rows above alone,
 # such as v, is computed a row at a time.
 #
-# For example h's second convolution in a block of the light network, at lag 8 and 16x16.
+# Which kernel rows are in the bracket? Those whose reads are there when the strip begins. At lag 8
+# a strip of 8 at (r, c) begins at step 8 r + c + offset. Of row r - 1 it reads up to column c + 7 +
+# dx of the source, dx being the kernel's last one, which is there at step 8 (r - 1) + c + 7 + dx +
+# offset_source. So row -1 is in time if
+#
+#     dx - 1 + offset_source <= offset
+#
+#                              dx    offset_source    offset
+#     v_first                   1          1            -6         1 > -6      late
+#     v's within blocks         1      offset - 1     -5 .. 0    one less      in time
+#     h's within blocks         0          0             0        -1 <= 0      in time
+#     h_above                   1          1             0         1 > 0       late
+#     h_left                   -1          1             0        -1 <= 0      in time
+#
+# Row -2, of v_first, is there 8 steps earlier, -7 <= -6: in time. Row 0 is there 8 steps later, and
+# always late, as is what h reads of v: these are multiplied position by position.
+#
+# For example h's second convolution in a block, at lag 8 and 16x16.
 #
 #     traced     a Node that is the sum of two Reads, rows -1 and 0 of its kernel, in which it reads
 #                columns -1 and 0
 #     offset     0, as h's readers read nothing to their right
-#     strips     of 8. Row -1 is in time for a strip, and goes to a new Node: early = bias + row -1.
-#                Row 0 is not, as it reads the strip's own positions: node = early + row 0
+#     strips     of 8. Row -1 goes to a new Node: early = bias + row -1; and node = early + row 0
 #     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
-#                column=8, lag=8, count=2), and before it `early` in the strips that begin there,
-#                the same with strip=8. Its values are in use up to step 15, as the next strips begin
-#                at step 16. Plan.compute comes to
-#                    early.latest = bias + window(row -1) W_-1^T     16 positions
-#                    node.latest = of early.latest positions 0 and 8 + window(row 0) W_0^T
-#     at step 9  (0, 9) and (1, 1) are due, and node: of early.latest positions 1 and 9, + ..
-#
-# Which kernel rows are in the bracket is asked of each by itself: is what the strip reads in it
-# there when the strip begins? In the light network at lag 8, for example, v's first convolution is
-# due at step 8 r + c - 6. In row r - 1 it reads up to column c + 1, and a strip of 8 up to c + 8:
-#
-#                                    one position              a strip of 8
-#     row r - 1, drawn at step       8 (r - 1) + c + 1         8 (r - 1) + c + 8
-#     and can be read at step        8 r + c - 6: in time      8 r + c + 1: too late
-#     row r - 2, 8 steps earlier     in time                   8 r + c - 7: in time
-#
-# So row -1 is multiplied position by position, and row -2 in strips. Within blocks row -1 is in
-# time, as what it reads is no pixel, drawn after all of the network, but a value. Say the reader is
-# due at 8 r + c + o:
-#
-#     of v    reads up to c + 8, of offset o - 1:    8 (r - 1) + c + 8 + o - 1, one step before
-#     of h    reads up to c + 7, of offset o:        8 (r - 1) + c + 7 + o, one step before
-#
-# All kernel rows:
-#
-#                             in strips of 8        position by position
-#     v_first                 row -2                row -1
-#     h_above + h_left        row -1 of h_left      row -1 of h_above, row 0 of h_left
-#     within blocks           row -1                row 0 (and, in h, the product with v, which is
-#                                                   not there at the strip's later positions)
-#
-# (Of row -1 h_left reads column c - 1, a strip up to c + 6; h_above reads up to c + 1, a strip up
-# to c + 8, which is drawn in the very step in which it would be read.)
+#                column=8, lag=8, count=2, strip=1), and before it `early` in the strips that begin
+#                there, the same with strip=8: in its `latest` 0..7 are (0, 8..15), and 8..15 are
+#                (1, 0..7). They are in use up to step 15. Plan.compute comes to
+#                    early.latest = bias + window(row -1) W_-1^T
+#                    node.latest = numbers 0 and 8 of early.latest + window(row 0) W_0^T
+#     at step 9  (0, 9) and (1, 1) are due, and node: numbers 1 and 9 of early.latest + ..
 
 
 def set_strips(plan):
@@ -2996,9 +3022,9 @@ def of_strips(source, places):
 
 
 def choose_products(plan):
-    """How each read is added; and plan.work[group], the multiplications of its largest product at
-    one position, by which run_step chooses the number of threads."""
-    plan.work = collections.Counter()
+    """Decides how each read is added -> {group: multiplications of its largest product at one
+    position}, by which run_step chooses the number of threads."""
+    work = collections.Counter()
     for node in plan.nodes:
         # Rows that a diagonal crosses, as it goes lag columns to the left in each.
         per_diagonal = max(1, plan.width(node) // plan.lag)
@@ -3006,8 +3032,8 @@ def choose_products(plan):
             read.add = sum_with
             if read.weight is not None:
                 read.add = product(read.weight, plan.n * per_diagonal * node.strip)
-                work = plan.n * read.weight.numel()
-                plan.work[node.group] = max(plan.work[node.group], work)
+                work[node.group] = max(work[node.group], plan.n * read.weight.numel())
+    return work
 
 
 def sum_with(total, value):

@@ -5,7 +5,7 @@
 
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
-pixel). The shape of things, which is all that a person sees, is some hundredth of a bit of these: a
+pixel). The shape of things, which is all that a person sees, is about 0.01 of these three bits: a
 model that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the
 coat. (On the built-in data one can count, and there it is not borne out: `python pixelaux.py
 claim`.)
@@ -128,8 +128,8 @@ def feasible(values, weights, low, high, top):
 
         there is one    if low - rest is below 0, v = 0 will do; if not, the first multiple of w in
                         low - rest .., which is in there, and no larger than w top
-        and then        what v leaves are high >= 0 and low <= rest, which is the same before the
-                        next one, and as many numbers
+        and then        v leaves high >= 0, low <= rest, which is the next one's rest + w top, and
+                        as many numbers
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -349,10 +349,10 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. p(k | r)
-        is w_k m_k(r) over their sum, with or without r's cut, whose divisor has no k in it. Green
-        is the mixture of the m_k(g | r), whose means have moved with r, with these weights; it is
-        cut as a whole to g's interval. So
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. Cutting r
+        divides all w_k m_k(r) by the same number, so given r component k has the weight w_k m_k(r)
+        / sum_j w_j m_j(r), as without a cut. Green is the mixture of the m_k(g | r), whose means
+        have moved with r, with these weights; it is cut as a whole to g's interval. So
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
@@ -518,8 +518,9 @@ class Categorical:
 #     x x x x o                        o
 #
 # v's first layer reads the rows above alone: v at row r, in whatever column, knows nothing of row
-# r. So v's other layers may read v in o's row, and to the right of o. h reads v. v must not read h:
-# h knows pixels of its own row, and v would carry that to the left as well.
+# r. So v's other layers may read v in o's row, and to the right of o. h reads v. v must not read
+# h: v at c reads v at c + 1; if that had read h at c + 1, it would know pixel c, which is to be
+# predicted.
 
 
 class Conv(nn.Module):
@@ -589,8 +590,8 @@ class Conv(nn.Module):
             #     w_1 a      w_0 a     w_-1 a + w_1 b    w_0 b     w_-1 b
             #
             # out(-1) is cut off, in general as many rows, and columns, as the last dy and dx are
-            # large. And the kernel's order is w_1, w_0, w_-1, in self.v as well. (With d = 0
-            # alone the last row and column would be missing: output_padding=1 adds them.)
+            # large. And the kernel's order is w_1, w_0, w_-1: so self.v is reversed where up. (With
+            # d = 0 alone the last row and column would be missing: output_padding=1 adds them.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -633,7 +634,8 @@ def data_dependent_init(network, *inputs):
 # --- Networks ----------------------------------------------------------------------------------
 #
 # A network is a row of stages of residual blocks; in a causal one each block is a vertical and a
-# horizontal one side by side. Its *layout* lists the stages, each (times halved, blocks):
+# horizontal one side by side. Its *layout* lists the stages, each (times halved, blocks), where
+# -1 times is doubled:
 #
 #     ((0, 3),          3 blocks at the resolution of what the network reads,
 #      (1, 6),          6 at half of it,
@@ -653,23 +655,22 @@ def data_dependent_init(network, *inputs):
 #     reads the first's block   6  5  4  3  2  1      likewise the fifth and the second, ..
 #
 # The change of resolution does not let a later pixel in (to be skipped at first). What h knows, at
-# a pixel, comes before that pixel. In one row, [2] being the second value of the half one, which
-# stands for pixels 2 and 3:
+# a pixel, comes before that pixel. In one row, [1] being number 1 of the half one, which stands for
+# pixels 2 and 3:
 #
 #     full    0   1   2   3   4   5
-#     half    [0]     [2]     [4]        down: [2] reads h at 1 and 2, and so knows 0 and 1
-#     full    0   1   2   3   4   5      up: h at 2 and at 3 reads [2], and so knows 0 and 1 by it
+#     half    [0]     [1]     [2]        down: [1] reads h at 1 and 2, and so knows 0 and 1
+#     full    0   1   2   3   4   5      up: h at 2 and at 3 reads [1], and so knows 0 and 1 by it
 #
-# (v likewise knows the rows above. And 1 reads v at [2] as well, 3 at [4], ..: no harm, as that
+# (v likewise knows the rows above. And 1 reads v at [1] as well, 3 at [2], ..: no harm, as that
 # knows rows above alone.)
 #
-# Which layout a factor's networks have (four fields of Config, of which one is called `layout`),
-# and the paper's value:
+# Config has four layouts, here with the paper's values, which presets change:
 #
 #     X or gray, given nothing    layout          six_stages(6): 6 stages of 6 blocks
 #     X given gray                layout_cond     six_stages(4); f_w has the same
 #     a pyramid's views           layout_light    ((0, 3),)
-#     their f_w                   layout_embed    the example at the top
+#     their f_w                   layout_embed    the example above
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -738,8 +739,9 @@ class Stage(nn.Module):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         halved_before = layout[i - 1][0] if i > 0 else self.halved
-        # Skips: one input more for each that CausalNet.forward will hand over, of the blocks of the
-        # last stage before at this resolution.
+        # If an earlier stage had this resolution, our first blocks each read what one of the blocks
+        # of the last such stage has made, the last made first, as long as there are any: a side
+        # input.
         counts_here = [blocks for halved, blocks in layout[:i] if halved == self.halved]
         nr_skips = counts_here[-1] if counts_here else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
@@ -964,9 +966,9 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). rows, columns: P pixels
-    in each of n images; sample_naive draws one (P = 1), sample_fast several at once. The head works
-    on images, which scattered pixels are not: so each is an image of 1x1, and the head of n P of
-    these, first the P of image 0, then those of image 1. (A decoder of compressed images can take
+    in each of n images; sample_naive draws one (P = 1), sample_fast several at once. A head
+    expects images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in
+    all, first the P of image 0, then those of image 1. (A decoder of compressed images can take
     the place of a Draw.)
     """
 
@@ -1075,8 +1077,8 @@ class PixelAux(nn.Module):
         return x.to(self.device)
 
     def views_of(self, x, k=-1):
-        """[X_K, .., x] of images x of view k, -1 being X: coarsest first, uint8 (N, C, H, W)
-        each."""
+        """[X_K, .., x] of images x of view k, -1 being X: coarsest first, uint8 (N, C, H, W) each.
+        (views[k].psi makes those of views[k - 1].)"""
         k = k % len(self.views)
         views = [self.check(x, k)]
         for view in self.views[k:0:-1]:
@@ -1628,7 +1630,7 @@ def to_array(images):
 #
 #     config.json        the Config                      commands.jsonl   each `train`, its hardware
 #     factor-k.pt        the checkpoint of factor k      metrics.jsonl    the loss, now and then
-#     digests.npy        a digest of each image
+#     digests.npy        a digest of each image          weights.pt       what `export` writes
 #
 # (factor-0.pt is that of p(X_K), the coarsest.) A checkpoint has
 #
@@ -2204,7 +2206,8 @@ def bits_of(model, k, images):
 
 def evaluate(model, images, batch_size=None):
     """Log-probabilities of images, uint8 (N, H, W, 3), from the same passes: (the paper's bound,
-    exact), each float64 (factors, N), nats per image, coarsest factor first."""
+    exact), each float64 (factors, N), nats per image, coarsest factor first. (The bound of a model
+    that was trained tight is far off, as nothing has taught it to keep to the intervals.)"""
     at_once = min(factor.at_once for factor in model.factors)
     batches = to_tensor(images[:]).split(batch_size or at_once)
     bound = [[] for _ in model.factors]  # of each factor, batch by batch
@@ -2369,12 +2372,11 @@ def save_samples(model, views, path, given=0):
 #     ..
 #     v after its first convolution                                              -6
 #
-# Last comes x, for which the inequality is a test. Its offset is not ours to choose: pixel (r, c)
-# is drawn in its step, and can be read from the next one on, so it is 1. If the deadline that x's
-# readers set is less, x comes too late for one of them: the lag is too small. v's first
-# convolution, at -6, reads (r - 1, c + 1): the deadline is -6 - (-lag + 1) = lag - 7, and the
-# smallest lag is 8 again. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r
-# - 1, c + 1): lag - 1.)
+# Last comes x. Its offset is not ours to choose: pixel (r, c) is drawn in its step, and can be read
+# from the next one on, so it is 1, and every deadline that a reader sets for x must be 1 or more.
+# v's first convolution, at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so
+# the lag must be 8 or more. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads
+# (r - 1, c + 1): lag - 1.)
 #
 # **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
 # will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
@@ -2394,16 +2396,23 @@ def save_samples(model, views, path, given=0):
 #     down to s = 1, m = 0:    (R, C) reads (2 R, 2 C + 1), one pixel further         1 earlier
 #     up from s = 1, m = 0:    (r, c) reads C = (c + 1) / 2, where that is whole      1 earlier
 #
-# **How it is done.** Of CausalNet nothing is known here: the network is *traced*, what it computes
-# is noted in the course of its own forward pass, as a list of Nodes. Any network will do that is
-# made of Conv and of functions of values at one position. Plan decides all that can be decided
-# beforehand, and sample_by is the loop over the steps. A node's values are read from
+# **How it is done.** Some values are computed for a *strip* of neighbours in a row at once. That is
+# for speed alone, and explained in Strips, which comes next: read `strip` as 1 for now. Words:
+#
+#     position    one (r, c)
+#     place       where a strip begins; while strips are 1, a position
+#     wave        of a place: lag r + c
+#     step        at which a node is computed at a place: wave + offset (2^s wave + offset)
+#     group       nodes that are due together: of the same halved, offset and strip
+#
+# Of CausalNet nothing is known here: the network is *traced*, what it computes is noted in the
+# course of its own forward pass, as a list of Nodes. Any network will do that is made of Conv and
+# of functions of values at one position. Plan decides all that can be decided beforehand, and
+# sample_by is the loop over the steps. A node's values are read from
 #
 #     latest    what it computed last          by readers of the same offset, which are due in the
 #                                              same step at the same positions: no copy
 #     buffer    an image of all positions      by all other readers
-#
-# (What was computed in strips, see below, is read from `latest` until the next strips begin.)
 #
 # For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
 # which they are computed within a step:
@@ -2424,16 +2433,6 @@ def save_samples(model, views, path, given=0):
 # At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at
 # (5, 5), all that has offset 0 at (5, 4), and pixel (5, 4) is drawn; and the same in row 4, four
 # columns further to the right, ..
-#
-# Some values are computed for a *strip* of neighbours in a row at once. That is for speed alone,
-# and explained in Strips, which comes next: read `strip` as 1 for now. Words that are used from
-# here on:
-#
-#     position    one (r, c)
-#     place       where a strip begins; while strips are 1, a position
-#     wave        of a place: lag r + c
-#     step        at which a node is computed at a place: wave + offset (2^s wave + offset)
-#     group       nodes that are due together: of the same halved, offset and strip
 
 
 class Places(typing.NamedTuple):
@@ -2506,8 +2505,8 @@ class Node:
         return self.halved, self.offset, self.strip
 
     def window(self, places, dy=0, left=0, columns=1, stride=1):
-        """A view (n, count, strip, columns * C) of `buffer`: for each position p of `places` the
-        `columns` values from stride p + (dy, left) on.
+        """A torch view (no copy), (n, count, strip, columns * C), of `buffer`: for each position p
+        of `places` the `columns` values from stride p + (dy, left) on.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
         reads at a position is a vector. With 2 channels, in a row that begins at element 0 of the
@@ -2585,7 +2584,8 @@ class Recorder:
             else:
                 node = self.call(function, args, kwargs)
             self.nodes.append(node)
-            # While args are kept here, nothing else can come to have their ids.
+            # (concat_elu(v) is called for h and by v's next block, and should be one node. Ids are
+            # given again when an object is gone: so args are kept here.)
             self.recorded[expression] = self.symbol(node), args, kwargs
         return self.recorded[expression][0]
 
@@ -2610,7 +2610,9 @@ class Recorder:
         return Node(halved, len(conv.b), reads, bias=conv.b)
 
     def call(self, function, args, kwargs):
-        """A Node that calls any other function, or is a sum."""
+        """A Node that calls any other function, or is a sum. (In CausalNet these are +, concat_elu,
+        gate and F.elu. The rest is for networks of others, as in the next three methods: to be
+        skipped at first.)"""
         halved = next(a.node.halved for a in args if isinstance(a, Symbol))
         operands = [self.node_or_number(a, halved) for a in args]
         nodes = [a for a in operands if isinstance(a, Node)]
@@ -2691,8 +2693,9 @@ def as_list(images):
 class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
-    nodes: in the order of computation within a step, without x. least_lag: if pixels are not to be
-    drawn together though the network would allow it.
+    nodes: in the order of computation within a step, without x. least_lag: 2 where pixels of a cell
+    depend on each other by way of x_hat, which the network does not show. (In a light network all
+    that is `halved` is 0: 2**halved is 1, and >> halved nothing.)
     """
 
     def __init__(self, net, channels, n, size, embeddings=(), least_lag=1):
@@ -2726,7 +2729,8 @@ class Plan:
         def good(lag):
             return self.deadlines(lag)[self.x] >= self.x.offset
 
-        # At so large a lag all rows above are there. What is missing then is no row above.
+        # At so large a lag every row above is complete. If the test still fails, something reads
+        # its own pixel, to the right of it, or below.
         if not good(2**20):
             raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
         lag = smallest = next(filter(good, itertools.count(least_lag)))
@@ -2734,9 +2738,9 @@ class Plan:
         if smallest >= width:
             # A multiple of the width makes strips of whole rows. Row r - 1 of x is complete at step
             # lag (r - 1) + width, and wanted at lag r + offset: so lag >= width - offset. In
-            # CausalNet no offset is below -smallest; elsewhere some rows may be multiplied
-            # position by position, that is all.
-            lag = width * (smallest // width + 2)  # more than smallest + width
+            # CausalNet no offset is below -smallest, so smallest + width will do: in 8x8 that is
+            # 16, and 24 is taken. (Elsewhere some rows may be multiplied position by position.)
+            lag = width * (smallest // width + 2)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
             node.offset = deadlines[node]
@@ -2756,7 +2760,8 @@ class Plan:
         return self.size[1] >> node.halved
 
     def allocate(self, weight):
-        """What is at hand where it is read; buffers for all else, as wide as they are read."""
+        """Decides which reads are of source.latest. All other sources get a buffer, with margins of
+        zeros as wide as the kernels that read it."""
         kept = {self.x}
         for node in self.nodes:
             for read in node.reads:
@@ -2778,17 +2783,17 @@ class Plan:
 
     def steps(self):
         """Of each step in which something is due, in order: {group: Places to compute}."""
-        due, places = collections.defaultdict(dict), {}
+        due, known = collections.defaultdict(dict), {}  # known: what places_by_wave returned
         for group in {node.group for node in self.nodes}:
             halved, offset, strip = group
-            if (halved, strip) not in places:
-                places[halved, strip] = self.places(halved, strip)
-            for wave, here in places[halved, strip].items():
-                due[2**halved * wave + offset][group] = here
+            if (halved, strip) not in known:
+                known[halved, strip] = self.places_by_wave(halved, strip)
+            for wave, places in known[halved, strip].items():
+                due[2**halved * wave + offset][group] = places
         for step in sorted(due):
             yield due[step]
 
-    def places(self, halved, strip):
+    def places_by_wave(self, halved, strip):
         """{wave: Places}: where strips begin at lag r + c = wave."""
         height, width = (side >> halved for side in self.size)
         starts = collections.defaultdict(list)
@@ -2925,13 +2930,14 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # Which kernel rows are in the bracket? Those whose reads are there when the strip begins. At lag 8
 # a strip of 8 at (r, c) begins at step 8 r + c + offset. Of row r - 1 it reads up to column c + 7 +
 # dx of the source, dx being the kernel's last one, which is there at step 8 (r - 1) + c + 7 + dx +
-# offset_source. So row -1 is in time if
+# offset_source. (If source is in strips itself, earlier, with its strip: see in_time.) So row -1 is
+# in time if
 #
 #     dx - 1 + offset_source <= offset
 #
 #                              dx    offset_source    offset
 #     v_first                   1          1            -6         1 > -6      late
-#     v's within blocks         1      offset - 1     -5 .. 0    one less      in time
+#     v's within blocks         1      offset - 1     -5 .. 0    offset - 1 <= offset    in time
 #     h's within blocks         0          0             0        -1 <= 0      in time
 #     h_above                   1          1             0         1 > 0       late
 #     h_left                   -1          1             0        -1 <= 0      in time
@@ -2965,7 +2971,7 @@ def set_strips(plan):
     The output is not in strips, as it is wanted at the pixels of each step alone.
     """
     nodes, plan.nodes = plan.nodes, []
-    for node in nodes:
+    for node in nodes:  # sources before readers: in_time asks for source.strip
         strip = math.gcd(plan.lag, plan.width(node))
         early = [read for read in node.reads if in_time(plan, node, read, strip)]
         late = [read for read in node.reads if read not in early]
@@ -3013,9 +3019,9 @@ def in_time(plan, node, read, strip):
 def of_strips(source, places):
     """Of source.latest, strips, a position of each: those that are due at `places`.
 
-    Place i lies in strip i, and c % strip is the same for all: as lag and width are multiples of
-    strip, a diagonal enters and leaves rows when strips begin, and crosses the same ones until
-    then.
+    Between two beginnings of strips a diagonal crosses the same rows, and in each the same strip,
+    as lag and width are multiples of `strip`. So strip i of `latest` is place i's, and c % strip is
+    the same for all. (At lag 8 and width 16 steps 8 to 15 have places in rows 0 and 1.)
     """
     strips = source.latest.view(-1, source.strip, source.channels)
     return strips[:, places.column % source.strip]
@@ -3070,8 +3076,10 @@ def product(weight, rows):
 
 # --- Command line: train, eval, sample ----------------------------------------------------------
 #
-# Nothing of the method comes any more. A command is a function of what argparse has found (FLAGS
-# tells it what there is), called by main, which makes one line of what the user can mend:
+# Nothing of the method comes any more. To understand a run read plan_run, resumed_run and train;
+# the rest is for several processes, signals and messages. A command is a function of what argparse
+# has found (FLAGS tells it what there is), called by main, which makes one line of what the user
+# can mend:
 #
 #     main -> command_train -> train -> plan_run       what is to be trained, and on what
 #                                    -> begin          write that down
@@ -3355,9 +3363,9 @@ def signals_noted():
 
 def show_samples(model, k, first, data, out, stop):
     """Pictures during training: samples of the views up to k, and curves. first: the first factor
-    that is trained by this call; the views before it, whose factors may not be there, are of test
-    images. If they cannot be made, training goes on without; a signal ends them at once, as all is
-    saved by now."""
+    that is trained by this call, above 0 with --factor alone; the views before it, whose factors
+    may not be there, are of test images. If they cannot be made, training goes on without; a signal
+    ends them at once, as all is saved by now."""
     try:
         stop.immediately = True
         if stop():

@@ -5,7 +5,7 @@
 
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
-pixel). The shape of things, which is all that a person sees, is about 0.01 of these three bits: a
+pixel). The shape of things, which is all that a person sees, is about 0.01 bit of these three: a
 model that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the
 coat. (On the built-in data one can count, and there it is not borne out: `python pixelaux.py
 claim`.)
@@ -37,6 +37,8 @@ is X_{K-k}.
 
     views[0], views[1], .., views[-1]      factors[0], factors[1],        ..
     X_K,      X_{K-1},  .., X_0 = X        p(X_K),     p(X_{K-1} | X_K),  ..
+
+views[k].psi makes views[k - 1].
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -127,7 +129,8 @@ def feasible(values, weights, low, high, top):
     high at least w numbers (4 for Half, 4096 for Gray, see there).
 
         there is one    if low - rest is below 0, v = 0 will do; if not, the first multiple of w in
-                        low - rest .., which is in there, and no larger than w top
+                        low - rest .., which is in there, as w numbers in a row have one,
+                        and no larger than w top
         and then        v leaves high >= 0, low <= rest, which is the next one's rest + w top, and
                         as many numbers
     """
@@ -406,15 +409,16 @@ class LogisticMixture:
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each: a
         function, as green's interval depends on the red that was drawn.
 
-        Here a component is drawn anew for each channel, k in proportion to its term of log_prob's
-        denominator, then a value from it, within the interval. Why anew? Given r, component k drew
-        it with a probability in proportion to w_k m_k(r); but g must come from k in proportion to
-        w_k m_k(r) M_k(g's interval | r). Say
+        Here a component is drawn anew for each channel, k in proportion to its term of the
+        denominator of p' in log_prob, then a value from it, within the interval. Why anew? Given r,
+        component k drew it with a probability in proportion to w_k m_k(r); but g must come from k
+        in proportion to w_k m_k(r) M_k(g's interval | r). Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
             the second               1/2     0.1      0.05            0.8               0.04
 
+        Then r came from the first with probability 2/3, but g must with 1/5 only.
         (Without cuts M_k is 1, and the component may be kept.) "map" keeps the first one that was
         drawn, so that a pixel's channels belong together.
         """
@@ -662,7 +666,7 @@ def data_dependent_init(network, *inputs):
 #     half    [0]     [1]     [2]        down: [1] reads h at 1 and 2, and so knows 0 and 1
 #     full    0   1   2   3   4   5      up: h at 2 and at 3 reads [1], and so knows 0 and 1 by it
 #
-# (v likewise knows the rows above. And 1 reads v at [1] as well, 3 at [2], ..: no harm, as that
+# (v likewise knows the rows above. And pixel 1 reads v at [1] as well, 3 at [2]: no harm, as that
 # knows rows above alone.)
 #
 # Config has four layouts, here with the paper's values, which presets change:
@@ -671,6 +675,8 @@ def data_dependent_init(network, *inputs):
 #     X given gray                layout_cond     six_stages(4); f_w has the same
 #     a pyramid's views           layout_light    ((0, 3),)
 #     their f_w                   layout_embed    the example above
+#
+# (So in a grayscale-pyramid all gray views have light networks, and X given gray has layout_cond.)
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -739,9 +745,9 @@ class Stage(nn.Module):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         halved_before = layout[i - 1][0] if i > 0 else self.halved
-        # If an earlier stage had this resolution, our first blocks each read what one of the blocks
-        # of the last such stage has made, the last made first, as long as there are any: a side
-        # input.
+        # Our first blocks each have a skip, as many as the last stage before at this resolution had
+        # blocks. Of ((0, 2), (1, 1), (0, 3)) the third stage's blocks 1 and 2 have one side input
+        # more, block 3 has not. (Which reads which: see CausalNet.forward.)
         counts_here = [blocks for halved, blocks in layout[:i] if halved == self.halved]
         nr_skips = counts_here[-1] if counts_here else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
@@ -1196,7 +1202,7 @@ def six_stages(blocks):
 @dataclasses.dataclass
 class Config:
     """A model and its training. The values here are the paper's for CIFAR-10, where it gives them:
-    the preset cifar10. They are not what `train` and `build` begin with, which is the preset tiny.
+    Config() is the preset cifar10. What `train`, `build` and make_config() begin with is tiny.
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1323,7 +1329,7 @@ class Shapes:
         light    215 122 122      215 215 122      122 122 215
         dark     133  40  40      133 133  40       40  40 133
 
-    40 more or less stay within 0..255. Any two of them are at least 82 levels apart in some
+    With noise of -40..40 these stay within 0..255. Any two are at least 82 levels apart in some
     channel, more than 2 * farthest, so that only one configuration can have made an image: the sum
     over configurations has one term, and
 
@@ -1854,7 +1860,7 @@ def progress_bar(iterable=None, **options):
 #                   if two minutes have passed (--save-every), if told to stop, or if the minutes
 #                   have become steps: checkpoint
 #
-# (It goes on from factor-k.pt, wherever there is one; --resume allows that, see plan_run.)
+# (It goes on from factor-k.pt, wherever there is one: without --resume plan_run has refused that.)
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -1995,7 +2001,8 @@ def share_of_rate(config, step, steps):
 
 
 def bfloat16(config, device):
-    """Whether networks compute in bfloat16 in training. Weights, heads and the loss never do."""
+    """Whether networks compute in bfloat16 in training. Weights, heads, which cast what they get to
+    float32, and the loss never do."""
     if config.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bfloat16"
@@ -2347,7 +2354,8 @@ def save_samples(model, views, path, given=0):
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
 # **Offsets.** Each value inside the network has its step, too: at (r, c) it is lag r + c + offset.
-# With offset 0 that is the pixel's own step, with -1 it is one step before. What a reader at (r, c)
+# With offset 0 that is the pixel's own step, with -1 it is one step before; or, of one step: when
+# pixel (r, c) is drawn, a value of offset -k is computed at (r, c + k). What a reader at (r, c)
 # reads, at (r + dy, c + dx), must have been computed by the reader's step:
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
@@ -2362,15 +2370,17 @@ def save_samples(model, views, path, given=0):
 #
 #     offset_source <= offset_reader - (lag dy + dx)
 #
-# Each value is computed as late as its readers allow, its offset is the deadline. (Earlier would be
-# worse, as its sources, and at last x, would have to come earlier, too: with v at the end at -3 all
-# of v is 3 earlier, and the lag 11.) From the output back, in the light network:
+# Each value is computed as late as its readers allow, its offset is the deadline. From the output
+# back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
 #     v after block 2, read at (r, c + 1) by the first one of block 3            -2
 #     ..
 #     v after its first convolution                                              -6
+#
+# (If v's end were computed 3 steps earlier than needed, all of v, and at last x, would have to come
+# 3 earlier, and the lag would be 11.)
 #
 # Last comes x. Its offset is not ours to choose: pixel (r, c) is drawn in its step, and can be read
 # from the next one on, so it is 1, and every deadline that a reader sets for x must be 1 or more.
@@ -2401,7 +2411,7 @@ def save_samples(model, views, path, given=0):
 #
 #     position    one (r, c)
 #     place       where a strip begins; while strips are 1, a position
-#     wave        of a place: lag r + c
+#     wave        of a place: lag r + c (a pixel's step, above, is its wave)
 #     step        at which a node is computed at a place: wave + offset (2^s wave + offset)
 #     group       nodes that are due together: of the same halved, offset and strip
 #
@@ -2410,8 +2420,9 @@ def save_samples(model, views, path, given=0):
 # of functions of values at one position. Plan decides all that can be decided beforehand, and
 # sample_by is the loop over the steps. A node's values are read from
 #
-#     latest    what it computed last          by readers of the same offset, which are due in the
-#                                              same step at the same positions: no copy
+#     latest    what it computed last          by readers of the same offset at the same position:
+#                                              they are due in the same step (or, where these are
+#                                              strips, up to when the next strips begin). No copy
 #     buffer    an image of all positions      by all other readers
 #
 # For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
@@ -2534,7 +2545,8 @@ class Node:
         return self.buffer.as_strided(size, strides, row * next_row + column * next_column)
 
 
-# What comes of tracing, for example:
+# From here to Plan: how the list of nodes is got from `forward`. Who takes it for granted may go on
+# at Plan. What comes of it, for example:
 #
 #     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, columns=3),
 #                                  Read(x, W_-1, dy=-1, left=-1, columns=3)], bias=b)
@@ -2543,9 +2555,10 @@ class Node:
 
 class Symbol(torch.Tensor):
     """Stands for a node while a network is traced. A function of torch that gets a Symbol does not
-    run: torch calls __torch_function__ in its place, and returns what that returns. For
-    Conv.forward, concat_elu and gate wrap_torch_function sees to the same; its lambda names the
-    arguments to look at. So
+    run: torch calls __torch_function__ in its place, and returns what that returns. Functions in
+    Python do not ask for Symbols, and would be recorded as their many small operations:
+    wrap_torch_function makes Conv.forward, concat_elu and gate ask (its lambda names the arguments
+    to look at). So
 
         conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
                      -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
@@ -2611,7 +2624,7 @@ class Recorder:
 
     def call(self, function, args, kwargs):
         """A Node that calls any other function, or is a sum. (In CausalNet these are +, concat_elu,
-        gate and F.elu. The rest is for networks of others, as in the next three methods: to be
+        gate and F.elu. The rest is for networks of others, as are node_or_number and tried: to be
         skipped at first.)"""
         halved = next(a.node.halved for a in args if isinstance(a, Symbol))
         operands = [self.node_or_number(a, halved) for a in args]
@@ -2738,8 +2751,9 @@ class Plan:
         if smallest >= width:
             # A multiple of the width makes strips of whole rows. Row r - 1 of x is complete at step
             # lag (r - 1) + width, and wanted at lag r + offset: so lag >= width - offset. In
-            # CausalNet no offset is below -smallest, so smallest + width will do: in 8x8 that is
-            # 16, and 24 is taken. (Elsewhere some rows may be multiplied position by position.)
+            # CausalNet no offset is below -smallest, so any multiple from smallest + width on will
+            # do, and the next one above that is taken: in 8x8 24 (16 would do). (In networks of
+            # others some rows may then be multiplied position by position.)
             lag = width * (smallest // width + 2)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
@@ -2783,12 +2797,12 @@ class Plan:
 
     def steps(self):
         """Of each step in which something is due, in order: {group: Places to compute}."""
-        due, known = collections.defaultdict(dict), {}  # known: what places_by_wave returned
+        due, waves_of = collections.defaultdict(dict), {}  # of (halved, strip)
         for group in {node.group for node in self.nodes}:
             halved, offset, strip = group
-            if (halved, strip) not in known:
-                known[halved, strip] = self.places_by_wave(halved, strip)
-            for wave, places in known[halved, strip].items():
+            if (halved, strip) not in waves_of:
+                waves_of[halved, strip] = self.places_by_wave(halved, strip)
+            for wave, places in waves_of[halved, strip].items():
                 due[2**halved * wave + offset][group] = places
         for step in sorted(due):
             yield due[step]
@@ -2912,7 +2926,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # All that is for speed alone. When (r, c) is due, the row above has long been computed up to some
 # column right of c, as it is lag steps ahead. So a convolution can be split,
 #
-#     out = [bias + most of the kernel rows above] + the other kernel rows
+#     out = [bias + what is known of X^ + most of the kernel rows above] + the other kernel rows
 #
 # and the bracket computed for a *strip* of neighbours when the first of them is due: one large
 # product takes half the time of many small ones.
@@ -2929,11 +2943,11 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #
 # Which kernel rows are in the bracket? Those whose reads are there when the strip begins. At lag 8
 # a strip of 8 at (r, c) begins at step 8 r + c + offset. Of row r - 1 it reads up to column c + 7 +
-# dx of the source, dx being the kernel's last one, which is there at step 8 (r - 1) + c + 7 + dx +
-# offset_source. (If source is in strips itself, earlier, with its strip: see in_time.) So row -1 is
-# in time if
+# dx of the source, dx being the kernel's last one. If the source goes position by position (in
+# strips it is there earlier, with its strip: see in_time), row -1 is in time if
 #
-#     dx - 1 + offset_source <= offset
+#     8 (r - 1) + c + 7 + dx + offset_source <= 8 r + c + offset,
+#                         dx - 1 + offset_source <= offset
 #
 #                              dx    offset_source    offset
 #     v_first                   1          1            -6         1 > -6      late
@@ -2943,7 +2957,9 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     h_left                   -1          1             0        -1 <= 0      in time
 #
 # Row -2, of v_first, is there 8 steps earlier, -7 <= -6: in time. Row 0 is there 8 steps later, and
-# always late, as is what h reads of v: these are multiplied position by position.
+# always late, as is what h reads of v: these are multiplied position by position. (At a large lag
+# v_first is in time as a whole, so it is in strips, rows, and then v's next layer is, in row 0 as
+# well, as its source's row is there at once, and so on through v. h still waits for x of its row.)
 #
 # For example h's second convolution in a block, at lag 8 and 16x16.
 #
@@ -2998,6 +3014,9 @@ def in_time(plan, node, read, strip):
         last = min(last, width - 1)                    in the image
         last -= last % source.strip                    where source's strip with that begins
         there_at = lag * dy + last + source.offset     the step of that
+
+    and it is in time if there_at <= begins. Of h's row -1 in blocks, at lag 8 and width 16, with
+    first = 0: begins = 0, last = 7, there_at = -8 + 7 + 0 = -1.
     """
     source = read.source
     if source.known:
@@ -3019,9 +3038,13 @@ def in_time(plan, node, read, strip):
 def of_strips(source, places):
     """Of source.latest, strips, a position of each: those that are due at `places`.
 
-    Between two beginnings of strips a diagonal crosses the same rows, and in each the same strip,
-    as lag and width are multiples of `strip`. So strip i of `latest` is place i's, and c % strip is
-    the same for all. (At lag 8 and width 16 steps 8 to 15 have places in rows 0 and 1.)
+    At lag 8 and width 16, step by step,
+
+        step 8     (0, 8)  (1, 0)      always the second strip of row 0 and the first of row 1:
+        step 9     (0, 9)  (1, 1)      strip i of `latest` is place i's, and c % strip is the same
+        ..                             for all
+        step 15    (0, 15) (1, 7)
+        step 16    (1, 8)  (2, 0)      new strips begin
     """
     strips = source.latest.view(-1, source.strip, source.channels)
     return strips[:, places.column % source.strip]

@@ -129,7 +129,7 @@ def feasible(values, weights, low, high, top):
     high at least w numbers (4 for Half, 4096 for Gray, see there).
 
         there is one    if low - rest is below 0, v = 0 will do; if not, the first multiple of w in
-                        low - rest .., which is in there, as w numbers in a row have one,
+                        low - rest .., which is in there, as one of w integers in a row is,
                         and no larger than w top
         and then        v leaves high >= 0, low <= rest, which is the next one's rest + w top, and
                         as many numbers
@@ -418,7 +418,7 @@ class LogisticMixture:
             the first component      1/2     0.2      0.10            0.1               0.01
             the second               1/2     0.1      0.05            0.8               0.04
 
-        Then r came from the first with probability 2/3, but g must with 1/5 only.
+        Then r came from the first with probability 0.10 / 0.15, but g must with 0.01 / 0.05 only.
         (Without cuts M_k is 1, and the component may be kept.) "map" keeps the first one that was
         drawn, so that a pixel's channels belong together.
         """
@@ -521,10 +521,10 @@ class Categorical:
 #     x x x x x x ? ?          x x x x x x x x            has seen all the rows above
 #     x x x x o                        o
 #
-# v's first layer reads the rows above alone: v at row r, in whatever column, knows nothing of row
-# r. So v's other layers may read v in o's row, and to the right of o. h reads v. v must not read
-# h: v at c reads v at c + 1; if that had read h at c + 1, it would know pixel c, which is to be
-# predicted.
+# v's first layer reads the rows above alone: a value of v that stands at row r, in whatever column,
+# is made of rows above r. So v's other layers may read v in o's row, and to the right of o: no
+# pixel of that row comes in. h reads v. v must not read h: v at c reads v at c + 1; if that had
+# read h at c + 1, it would know pixel c, which is to be predicted.
 
 
 class Conv(nn.Module):
@@ -660,7 +660,7 @@ def data_dependent_init(network, *inputs):
 #
 # The change of resolution does not let a later pixel in (to be skipped at first). What h knows, at
 # a pixel, comes before that pixel. In one row, [1] being number 1 of the half one, which stands for
-# pixels 2 and 3:
+# pixels 2 and 3, and so may know what comes before both, 0 and 1:
 #
 #     full    0   1   2   3   4   5
 #     half    [0]     [1]     [2]        down: [1] reads h at 1 and 2, and so knows 0 and 1
@@ -745,9 +745,10 @@ class Stage(nn.Module):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         halved_before = layout[i - 1][0] if i > 0 else self.halved
-        # Our first blocks each have a skip, as many as the last stage before at this resolution had
-        # blocks. Of ((0, 2), (1, 1), (0, 3)) the third stage's blocks 1 and 2 have one side input
-        # more, block 3 has not. (Which reads which: see CausalNet.forward.)
+        # If an earlier stage had this resolution, and the last such one b blocks, our first b
+        # blocks each have a skip, a side input more: of ((0, 2), (1, 1), (0, 3)) the third stage's
+        # blocks 1 and 2, but not block 3. (The stacks in `forward` hand them out, and must agree
+        # with this.)
         counts_here = [blocks for halved, blocks in layout[:i] if halved == self.halved]
         nr_skips = counts_here[-1] if counts_here else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
@@ -1202,7 +1203,7 @@ def six_stages(blocks):
 @dataclasses.dataclass
 class Config:
     """A model and its training. The values here are the paper's for CIFAR-10, where it gives them:
-    Config() is the preset cifar10. What `train`, `build` and make_config() begin with is tiny.
+    Config() is the preset cifar10. The default of `train`, `build` and make_config() is tiny.
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1853,14 +1854,15 @@ def progress_bar(iterable=None, **options):
 # and its loop is
 #
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
-#     at a look     every 20 steps, or more often in a short run: is the loss finite?  with
-#                   --minutes: how many steps are they?  log;  told to stop?
+#     at a look     every 20 steps, or more often in a short run, as reading the loss means to wait
+#                   for the device: is the loss finite?  with --minutes: how many steps are they?
+#                   log;  told to stop?
 #                   if a quarter of the steps has ended: checkpoint, pictures; loss on test images
 #                   (if some are held out, on these instead, after each twentieth)
 #                   if two minutes have passed (--save-every), if told to stop, or if the minutes
 #                   have become steps: checkpoint
 #
-# (It goes on from factor-k.pt, wherever there is one: without --resume plan_run has refused that.)
+# (It goes on from any factor-k.pt that it finds. plan_run lets it find one only with --resume.)
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -2354,9 +2356,9 @@ def save_samples(model, views, path, given=0):
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
 # **Offsets.** Each value inside the network has its step, too: at (r, c) it is lag r + c + offset.
-# With offset 0 that is the pixel's own step, with -1 it is one step before; or, of one step: when
-# pixel (r, c) is drawn, a value of offset -k is computed at (r, c + k). What a reader at (r, c)
-# reads, at (r + dy, c + dx), must have been computed by the reader's step:
+# A value of offset -2 exists two steps before its pixel is drawn; in other words, in the step that
+# draws (r, c) it is computed at (r, c + 2). What a reader at (r, c) reads, at (r + dy, c + dx),
+# must have been computed by the reader's step:
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
 #
@@ -2382,17 +2384,17 @@ def save_samples(model, views, path, given=0):
 # (If v's end were computed 3 steps earlier than needed, all of v, and at last x, would have to come
 # 3 earlier, and the lag would be 11.)
 #
-# Last comes x. Its offset is not ours to choose: pixel (r, c) is drawn in its step, and can be read
-# from the next one on, so it is 1, and every deadline that a reader sets for x must be 1 or more.
-# v's first convolution, at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so
-# the lag must be 8 or more. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads
-# (r - 1, c + 1): lag - 1.)
+# Last comes x. Of x the offset is the step from which it may be read: a pixel is drawn last in its
+# step, after all of the network, so that is 1, and every deadline that a reader sets for x must be
+# 1 or more. v's first convolution, at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) =
+# lag - 7, so the lag must be 8 or more. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag.
+# h_above reads (r - 1, c + 1): lag - 1.)
 #
 # **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
 # will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
 # pixels are drawn one by one, in raster order. Nothing else changes, but that there are steps in
 # which nothing is due, which are left out: so a still larger lag costs nothing, and one is taken
-# (24 for 8x8; set_offsets says why).
+# (16 for 8x8) that is good for strips, see there.
 #
 # **Half the resolution** (PixelCNN++'s stages; to be skipped at first, with all that has 2^, m or
 # `spread` in it). What is halved s times stands, at (R, C), for the pixels from (2^s R, 2^s C) on,
@@ -2415,7 +2417,8 @@ def save_samples(model, views, path, given=0):
 #     step        at which a node is computed at a place: wave + offset (2^s wave + offset)
 #     group       nodes that are due together: of the same halved, offset and strip
 #
-# Of CausalNet nothing is known here: the network is *traced*, what it computes is noted in the
+# Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: the
+# network is *traced*, what it computes is noted in the
 # course of its own forward pass, as a list of Nodes. Any network will do that is made of Conv and
 # of functions of values at one position. Plan decides all that can be decided beforehand, and
 # sample_by is the loop over the steps. A node's values are read from
@@ -2546,7 +2549,7 @@ class Node:
 
 
 # From here to Plan: how the list of nodes is got from `forward`. Who takes it for granted may go on
-# at Plan. What comes of it, for example:
+# at Plan, whose first lines call it. What comes of it, for example:
 #
 #     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, columns=3),
 #                                  Read(x, W_-1, dy=-1, left=-1, columns=3)], bias=b)
@@ -2751,10 +2754,9 @@ class Plan:
         if smallest >= width:
             # A multiple of the width makes strips of whole rows. Row r - 1 of x is complete at step
             # lag (r - 1) + width, and wanted at lag r + offset: so lag >= width - offset. In
-            # CausalNet no offset is below -smallest, so any multiple from smallest + width on will
-            # do, and the next one above that is taken: in 8x8 24 (16 would do). (In networks of
-            # others some rows may then be multiplied position by position.)
-            lag = width * (smallest // width + 2)
+            # CausalNet no offset is below -smallest, so smallest + width will do, rounded up. (In
+            # networks of others some rows may then be multiplied position by position.)
+            lag = width * math.ceil((smallest + width) / width)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
             node.offset = deadlines[node]
@@ -2943,23 +2945,27 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #
 # Which kernel rows are in the bracket? Those whose reads are there when the strip begins. At lag 8
 # a strip of 8 at (r, c) begins at step 8 r + c + offset. Of row r - 1 it reads up to column c + 7 +
-# dx of the source, dx being the kernel's last one. If the source goes position by position (in
-# strips it is there earlier, with its strip: see in_time), row -1 is in time if
+# dx of the source (its last position is c + 7), dx being the kernel's last one. If the source goes
+# position by position (in strips it is there earlier, with its strip: see in_time), row -1 is in
+# time if
 #
 #     8 (r - 1) + c + 7 + dx + offset_source <= 8 r + c + offset,
 #                         dx - 1 + offset_source <= offset
 #
-#                              dx    offset_source    offset
-#     v_first                   1          1            -6         1 > -6      late
-#     v's within blocks         1      offset - 1     -5 .. 0    offset - 1 <= offset    in time
-#     h's within blocks         0          0             0        -1 <= 0      in time
-#     h_above                   1          1             0         1 > 0       late
-#     h_left                   -1          1             0        -1 <= 0      in time
+#                          dx    offset_source    dx - 1 + offset_source    offset
+#     v_first               1          1                    1                 -6      late
+#     v's within blocks     1      offset - 1          offset - 1           offset    in time
+#     h's within blocks     0          0                   -1                  0      in time
+#     h_above               1          1                    1                  0      late
+#     h_left               -1          1                   -1                  0      in time
 #
 # Row -2, of v_first, is there 8 steps earlier, -7 <= -6: in time. Row 0 is there 8 steps later, and
-# always late, as is what h reads of v: these are multiplied position by position. (At a large lag
-# v_first is in time as a whole, so it is in strips, rows, and then v's next layer is, in row 0 as
-# well, as its source's row is there at once, and so on through v. h still waits for x of its row.)
+# always late, as is what h reads of v: these are multiplied position by position.
+#
+# At a large lag row r - 1 of x is complete when row r of v begins. So v_first finds all that it
+# reads for a row, and is computed in strips, which are rows; so v's next layer finds all, too, in
+# row 0 as well, as its source's row is there at once; and so on through v. h waits for x of its own
+# row.
 #
 # For example h's second convolution in a block, at lag 8 and 16x16.
 #
@@ -3090,7 +3096,7 @@ def product(weight, rows):
     packed = onednn._reorder_linear_weight(weight, None)
 
     def add_product(total, x):
-        if total.dim() == 1:
+        if total.dim() == 1:  # the bias alone
             return onednn._linear_pointwise(x, packed, total, "none", [], "")
         return onednn._linear_pointwise.binary(x, total.contiguous(), packed, None, "add")
 

@@ -2637,7 +2637,7 @@ class Recorder:
             channels = max(node.channels for node in nodes)
             fit = all(node.channels in (1, channels) for node in nodes)
             if fit and any(node.is_sum for node in nodes):
-                return self.sum_of(nodes)
+                return self.sum_of(nodes, channels)
         # Undecorated: wrap_torch_function's version would look for Symbols in each step.
         function = getattr(function, "__wrapped__", function)
 
@@ -2666,10 +2666,9 @@ class Recorder:
         values = values.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         return Node(halved, channels, known=True, buffer=values)
 
-    def sum_of(self, nodes):
+    def sum_of(self, nodes, channels):
         """Convolutions are taken into the sum: h_above(x) + h_left(x) is one running total in place
         of two results and an addition. (What was taken in is left out by Plan.needed.)"""
-        channels = max(node.channels for node in nodes)
         total = Node(nodes[0].halved, channels, bias=0)
         for node in nodes:
             if not node.is_sum or node.channels < channels:  # fewer: they are broadcast
@@ -2677,7 +2676,8 @@ class Recorder:
             else:
                 total.bias = total.bias + node.bias
                 total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
-        total.reads.sort(key=lambda read: read.weight is not None)  # products add to the others
+        # Products come last. (The order decides how sums are rounded: .pxa files depend on it.)
+        total.reads.sort(key=lambda read: read.weight is not None)
         return total
 
     def tried(self, function, nodes):

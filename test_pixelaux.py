@@ -1134,6 +1134,19 @@ def positions_of(places):
         yield places.row + i, places.column - i * places.lag + j
 
 
+def test_a_sum_adds_products_last():
+    """Its order decides how float32 rounds, and so whether files compressed before are read."""
+    embeddings, orders = (torch.randn(1, 2, 16, 32),), []
+    with torch.no_grad():
+        net = CausalNet(4, 20, ((0, 2),), 2, 0.0, True)
+        plan = Plan(net, 4, 1, (16, 32), embeddings)
+    for node in plan.nodes:
+        if node.is_sum:
+            orders.append([read.weight is not None for read in node.reads])
+            assert orders[-1] == sorted(orders[-1])
+    assert any(set(order) == {False, True} for order in orders)  # control: there are both
+
+
 @pytest.mark.parametrize("layout, size, lag", [
     (((0, 3),), (16, 32), 8), (((0, 3),), (8, 8), None), (((0, 5),), (6, 8), None),
     (STAGES, (8, 12), None),

@@ -2396,31 +2396,21 @@ def save_samples(model, views, path, given=0):
 # which nothing is due, which are left out: so a still larger lag costs nothing, and one is taken
 # (16 for 8x8) that is good for strips, see there.
 #
-# **Half the resolution** (PixelCNN++'s stages; to be skipped at first, with all that has 2^, m or
-# `spread` in it). What is halved s times stands, at (R, C), for the pixels from (2^s R, 2^s C) on,
-# and goes by the step of the first of them: 2^s (lag R + C) + offset. A kernel counts dy and dx in
-# pixels of the finer of what it reads and what it makes; each of these is 2^m pixels of X, m being
-# the smaller s of both. So
-#
-#     offset_source <= offset_reader - 2^m (lag dy + dx)       for dy = 0, dx = 1 that is
-#
-#     within s = 1, m = 1:     (R, C + 1) is two pixels of X further                  2 earlier
-#     down to s = 1, m = 0:    (R, C) reads (2 R, 2 C + 1), one pixel further         1 earlier
-#     up from s = 1, m = 0:    (r, c) reads C = (c + 1) / 2, where that is whole      1 earlier
+# **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
+# fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
+# have step lag r + c + offset. All distances are counted in pixels of X: a kernel of 3 columns
+# reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands.
 #
 # **How it is done.** Some values are computed for a *strip* of neighbours in a row at once. That is
 # for speed alone, and explained in Strips, which comes next: read `strip` as 1 for now. Words:
 #
 #     position    one (r, c)
 #     place       where a strip begins; while strips are 1, a position
-#     wave        of a place: lag r + c (a pixel's step, above, is its wave)
-#     step        at which a node is computed at a place: wave + offset (2^s wave + offset)
-#     group       nodes that are due together: of the same halved, offset and strip
+#     group       nodes that are due together: of the same spacing, offset and strip
 #
-# Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: the
-# network is *traced*, what it computes is noted in the
-# course of its own forward pass, as a list of Nodes. Any network will do that is made of Conv and
-# of functions of values at one position. Plan decides all that can be decided beforehand, and
+# Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
+# network will do that consists of Conv and of functions of values at one position. `traced`, of the
+# next section, makes a list of Nodes of it. Plan decides all that can be decided beforehand, and
 # sample_by is the loop over the steps. A node's values are read from
 #
 #     latest    what it computed last          by readers of the same offset at the same position:
@@ -2450,58 +2440,60 @@ def save_samples(model, views, path, given=0):
 
 
 class Places(typing.NamedTuple):
-    """The `count` places along a diagonal that are due in one step, (row + i, column - i * lag) for
-    i < count. At each a strip begins: positions (row + i, column - i * lag + j) for j < strip."""
+    """What of a group is due in one step: `count` places along a diagonal, (row, column), then
+    (row + spacing, column - lag * spacing), .. At each a strip begins, of `strip` positions in a
+    row, `spacing` columns apart."""
 
     row: int
     column: int
-    lag: int
     count: int
+    spacing: int
     strip: int
+    lag: int
 
     def starts(self):
         """The rows and the columns of the places."""
-        rows = [self.row + i for i in range(self.count)]
-        return rows, [self.column - i * self.lag for i in range(self.count)]
+        steps = range(0, self.count * self.spacing, self.spacing)
+        return [self.row + i for i in steps], [self.column - i * self.lag for i in steps]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Read:
-    """What a node reads of `source` for its position p. Without a weight that is source at p; with
-    one, which is a row of a convolution's kernel, the product of the weight and source at the
-    `columns` positions stride p + (dy, left), .., stride p + (dy, right)."""
+    """What a node reads of `source` for its position (r, c). Without a weight that is source at
+    (r, c); with one, which is a row of a convolution's kernel, the product of the weight and source
+    at so many `columns` from (r + dy, c + left) on."""
 
     source: "Node"
     weight: torch.Tensor | None = None  # (F, columns * C)
     dy: int = 0
     left: int = 0
     columns: int = 1
-    stride: int = 1
     # Decided in Plan:
     at_hand: bool = False  # whether it is in source.latest
     add: object = None  # the function (total, values) -> total + values weight^T
 
     @property
     def right(self):
-        return self.left + self.columns - 1
+        """The dx of the last column."""
+        return self.left + (self.columns - 1) * self.source.grid
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Node:
-    """A value inside the network, at every position of an image of 2^-halved of the resolution.
+    """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
     itself alone.)
     """
 
-    halved: int
+    spacing: int
     channels: int
     reads: list = dataclasses.field(default_factory=list)
     function: object = None
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False
-    spread: bool = False  # its buffer is one finer: value (r, c) at (2 r, 2 c), and zeros between
+    spread: bool = False  # zeros stand between its values, see Tracing
     # Decided in Plan:
     offset: int = 0
     strip: int = 1  # how many neighbours in a row are computed together
@@ -2516,11 +2508,20 @@ class Node:
     @property
     def group(self):
         """Nodes of one group are computed in the same steps at the same positions."""
-        return self.halved, self.offset, self.strip
+        return self.spacing, self.offset, self.strip
 
-    def window(self, places, dy=0, left=0, columns=1, stride=1):
-        """A torch view (no copy), (n, count, strip, columns * C), of `buffer`: for each position p
-        of `places` the `columns` values from stride p + (dy, left) on.
+    @property
+    def grid(self):
+        """How many pixels apart neighbours in its buffer are."""
+        return self.spacing // 2 if self.spread else self.spacing
+
+    def size(self, size):
+        """(H, W) of its buffer without margins, for images X of `size`."""
+        return tuple(side // self.grid for side in size)
+
+    def window(self, places, dy=0, left=0, columns=1):
+        """A torch view (no copy), (n, count, strip, columns * C), of `buffer`: for each position
+        (r, c) of `places` so many columns from (r + dy, c + left) on.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
         reads at a position is a vector. With 2 channels, in a row that begins at element 0 of the
@@ -2528,8 +2529,8 @@ class Node:
 
             column      0     1     2     3     4
             element    0 1   2 3   4 5   6 7   8 9
-            p = 1           |---------------|            2..7
-            p = 2                 |---------------|      4..9
+            c = 1           |---------------|            2..7
+            c = 2                 |---------------|      4..9
 
         Neighbouring vectors overlap, and begin at equal distances, 2 elements. So do those of the
         places of a diagonal: from one to the next it is a row down, + 10 elements, and lag, say 3,
@@ -2538,206 +2539,36 @@ class Node:
         """
         next_image, next_row, next_column, _ = self.buffer.stride()
         above, _, before, _ = self.margin
-        row, column = stride * places.row + dy + above, stride * places.column + left + before
-        # From one place to the next. If there is one only, this is not used; but at a large lag it
-        # would be below 0, which torch refuses.
-        next_place = max(0, stride * (next_row - places.lag * next_column))
+        row = (places.row + dy) // self.grid + above
+        column = (places.column + left) // self.grid + before
+        apart = places.spacing // self.grid  # rows from a place to the next, and likewise columns
+        # If there is one place only, this is not used; but it would be below 0 at a large lag,
+        # which torch refuses.
+        next_place = max(0, apart * (next_row - places.lag * next_column))
         n = self.buffer.shape[0]
         size = (n, places.count, places.strip, columns * self.channels)
-        strides = (next_image, next_place, stride * next_column, 1)
+        strides = (next_image, next_place, apart * next_column, 1)
         return self.buffer.as_strided(size, strides, row * next_row + column * next_column)
-
-
-# From here to Plan: how the list of nodes is got from `forward`. Who takes it for granted may go on
-# at Plan, whose first lines call it. What comes of it, for example:
-#
-#     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, columns=3),
-#                                  Read(x, W_-1, dy=-1, left=-1, columns=3)], bias=b)
-#     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
-
-
-class Symbol(torch.Tensor):
-    """Stands for a node while a network is traced. A function of torch that gets a Symbol does not
-    run: torch calls __torch_function__ in its place, and returns what that returns. Functions in
-    Python do not ask for Symbols, and would be recorded as their many small operations:
-    wrap_torch_function makes Conv.forward, concat_elu and gate ask (its lambda names the arguments
-    to look at). So
-
-        conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
-                     -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
-        conv(tensor) -> a tensor, as ever: what does not depend on x is computed at once
-    """
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        symbols = [a for a in args if isinstance(a, Symbol)]
-        if not symbols:
-            raise Problem(f"sample_fast: {function} takes values in a list or by keyword")
-        return symbols[0].recorder.record(function, args, kwargs or {})
-
-
-class Recorder:
-    """Lists in `nodes` what a network computes, by a forward pass on Symbols. Equal expressions are
-    one node. Raises Problem for what cannot be computed position by position."""
-
-    def __init__(self, n, size, weight):
-        """weight: one of the network's, for its dtype and device."""
-        self.nodes, self.recorded, self.n, self.size, self.weight = [], {}, n, size, weight
-
-    def symbol(self, node):
-        symbol = torch.empty(0).as_subclass(Symbol)
-        symbol.recorder, symbol.node = self, node
-        return symbol
-
-    def record(self, function, args, kwargs):
-        # (F.dropout hands its options on by keyword, in whatever way it was called.)
-        if function is F.dropout and not kwargs["training"]:
-            return args[0]
-        expression = (function, *map(id, args), *kwargs, *map(id, kwargs.values()))
-        if expression not in self.recorded:
-            if function is Conv.forward:  # torch hands over what is called; args: conv, Symbol
-                node = self.convolution(args[0], args[1].node)
-            else:
-                node = self.call(function, args, kwargs)
-            self.nodes.append(node)
-            # (concat_elu(v) is called for h and by v's next block, and should be one node. Ids are
-            # given again when an object is gone: so args are kept here.)
-            self.recorded[expression] = self.symbol(node), args, kwargs
-        return self.recorded[expression][0]
-
-    def convolution(self, conv, source):
-        """A Node that reads a row for each row of the kernel."""
-        halved = source.halved + (conv.stride == 2) - conv.up
-        kernel = conv.weight()
-        if conv.up:
-            # Where (p + d) / 2 is not whole it reads nothing: so it is an ordinary Conv, with the
-            # kernel in its order, see convolve, on
-            #
-            #     source    a b c      spread    a 0 b 0 c 0      (and rows of zeros)
-            #
-            # `spread` is a Node with the positions and steps of source; its buffer alone is finer.
-            kernel = kernel.flip(2, 3)
-            source = Node(source.halved, source.channels, [Read(source)], lambda x: x, spread=True)
-            self.nodes.append(source)
-        rows = kernel.permute(2, 0, 3, 1).flatten(2)  # (rows, F, columns * C)
-        (top, _), (left, right) = conv.rows, conv.columns
-        reads = [Read(source, weight, top + i, left, right - left + 1, conv.stride)
-                 for i, weight in enumerate(rows)]
-        return Node(halved, len(conv.b), reads, bias=conv.b)
-
-    def call(self, function, args, kwargs):
-        """A Node that calls any other function, or is a sum. (In CausalNet these are +, concat_elu,
-        gate and F.elu. The rest is for networks of others, as are node_or_number and tried: to be
-        skipped at first.)"""
-        halved = next(a.node.halved for a in args if isinstance(a, Symbol))
-        operands = [self.node_or_number(a, halved) for a in args]
-        nodes = [a for a in operands if isinstance(a, Node)]
-        plain = len(nodes) == len(operands) and not kwargs  # function can be called as it is
-        if function in (torch.add, torch.Tensor.add) and plain:  # x + y is torch.Tensor.add
-            channels = max(node.channels for node in nodes)
-            fit = all(node.channels in (1, channels) for node in nodes)
-            if fit and any(node.is_sum for node in nodes):
-                return self.sum_of(nodes, channels)
-        # Undecorated: wrap_torch_function's version would look for Symbols in each step.
-        function = getattr(function, "__wrapped__", function)
-
-        def of_values(*values):
-            left = iter(values)
-            full = [next(left) if isinstance(a, Node) else a for a in operands]
-            return function(*full, **kwargs)
-
-        channels = self.tried(of_values, nodes)
-        if channels is None:
-            raise Problem(f"sample_fast: {function} is no function of values at one position")
-        return Node(halved, channels, list(map(Read, nodes)), function if plain else of_values)
-
-    def node_or_number(self, value, halved):
-        """The Node of a Symbol; one for known values (n, C, H, W), or what can be broadcast to
-        that; numbers as they are."""
-        if isinstance(value, Symbol):
-            return value.node
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            return value
-        channels = value.shape[-3] if value.dim() > 2 else 1
-        try:
-            values = value.expand(self.n, channels, *(side >> halved for side in self.size))
-        except RuntimeError:
-            raise Problem(f"sample_fast: a tensor {tuple(value.shape)} is no image") from None
-        values = values.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        return Node(halved, channels, known=True, buffer=values)
-
-    def sum_of(self, nodes, channels):
-        """Convolutions are taken into the sum: h_above(x) + h_left(x) is one running total in place
-        of two results and an addition. (What was taken in is left out by Plan.needed.)"""
-        total = Node(nodes[0].halved, channels, bias=0)
-        for node in nodes:
-            if not node.is_sum or node.channels < channels:  # fewer: they are broadcast
-                total.reads.append(Read(node))
-            else:
-                total.bias = total.bias + node.bias
-                total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
-        # Products come last. (The order decides how sums are rounded: .pxa files depend on it.)
-        total.reads.sort(key=lambda read: read.weight is not None)
-        return total
-
-    def tried(self, function, nodes):
-        """How many channels it returns, or None if it will not do.
-
-        The sampler will call it on lists of positions, (N, C). So it is tried on two images, (2, C,
-        H, W), and on the list of all positions of the first one: a function of values at one
-        position makes the same of both (elu does; a mean over the image, or a softmax over columns,
-        does not). And it must leave the list as it is, as others read that, too.
-        """
-        sizes = [(2, node.channels, 2, 3) for node in nodes]
-        images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(self.weight) for s in sizes]
-        lists = [as_list(image[:1]) for image in images]
-        given = list(map(torch.clone, lists))
-        try:
-            made, expected = function(*given), as_list(function(*map(torch.clone, images))[:1])
-            unchanged = all(map(torch.equal, given, lists))
-            if made.dim() == 2 and torch.allclose(expected, made) and unchanged:
-                return made.shape[1]
-        except Exception:  # it may raise any kind
-            return None
-
-
-def as_list(images):
-    """(N, C, H, W) as the list of all positions, (N H W, C)."""
-    return images.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
-    nodes: in the order of computation within a step, without x. least_lag: 2 where pixels of a cell
-    depend on each other by way of x_hat, which the network does not show. (In a light network all
-    that is `halved` is 0: 2**halved is 1, and >> halved nothing.)
+    nodes: in the order of computation within a step, without x; the last one is the output.
+    least_lag: 2 where pixels of a cell depend on each other by way of x_hat, which the network does
+    not show.
     """
 
     def __init__(self, net, channels, n, size, embeddings=(), least_lag=1):
         self.n, self.size, self.threads = n, size, torch.get_num_threads()
-        self.x = Node(0, channels, offset=1)  # a pixel is known only after its step
-        weight = next(net.parameters())
-        recorder = Recorder(n, size, weight)
-        output = net(recorder.symbol(self.x), embeddings)
-        recorder.recorded.clear()  # Symbols and recorder hold each other, and so all buffers
-        if not isinstance(output, Symbol) or output.node.halved:
-            raise Problem("sample_fast: the network's output does not depend on x, or is smaller")
-        self.output = output.node
-        self.nodes = self.needed(recorder.nodes)
+        self.x = Node(1, channels, offset=1)  # a pixel is known only after its step
+        self.nodes = traced(net, self.x, n, size, embeddings)
+        self.output = self.nodes[-1]
         self.lag = self.set_offsets(least_lag)
         set_strips(self)  # for speed alone, see Strips
-        self.allocate(weight)
+        self.allocate(next(net.parameters()))
         self.work = choose_products(self)  # gives each read its `add`; how is for speed alone
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
-
-    def needed(self, nodes):
-        """Those that the output needs."""
-        needed = {self.output}
-        for node in reversed(nodes):
-            if node in needed:
-                needed.update(read.source for read in node.reads)
-        return [node for node in nodes if node in needed]
 
     def set_offsets(self, least_lag):
         """Gives every node its offset -> the lag: the smallest that will do, if it is below the
@@ -2767,13 +2598,9 @@ class Plan:
         deadlines = collections.defaultdict(lambda: math.inf, {self.output: 0})
         for node in reversed(self.nodes):
             for read in node.reads:
-                m = min(node.halved, read.source.halved)  # 0 where nothing is halved
-                deadline = deadlines[node] - 2**m * (lag * read.dy + read.right)
+                deadline = deadlines[node] - (lag * read.dy + read.right)
                 deadlines[read.source] = min(deadlines[read.source], deadline)
         return deadlines
-
-    def width(self, node):
-        return self.size[1] >> node.halved
 
     def allocate(self, weight):
         """Decides which reads are of source.latest. All other sources get a buffer, with margins of
@@ -2783,39 +2610,41 @@ class Plan:
             for read in node.reads:
                 source = read.source
                 # (Strips may differ: `value` then takes a position of each.)
-                same_step = (source.halved, source.offset) == (node.halved, node.offset)
+                same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
                 elsewhere = (read.dy, read.left, read.columns) != (0, 0, 1)
                 computed = len(source.reads) > 0  # x, and what is known, never are
                 read.at_hand = same_step and not elsewhere and computed
                 if not read.at_hand and not source.known:
                     kept.add(source)
                 reach = (-read.dy, read.dy, -read.left, read.right)
-                source.margin = tuple(map(max, source.margin, reach))
+                in_buffer = [pixels // source.grid for pixels in reach]
+                source.margin = tuple(map(max, source.margin, in_buffer))
         for node in kept:
             above, below, left, right = node.margin
-            height, width = (side >> node.halved << node.spread for side in self.size)
+            height, width = node.size(self.size)
             size = (self.n, above + height + below, left + width + right, node.channels)
             node.buffer = weight.new_zeros(size)
 
     def steps(self):
         """Of each step in which something is due, in order: {group: Places to compute}."""
-        due, waves_of = collections.defaultdict(dict), {}  # of (halved, strip)
+        due, waves_of = collections.defaultdict(dict), {}
         for group in {node.group for node in self.nodes}:
-            halved, offset, strip = group
-            if (halved, strip) not in waves_of:
-                waves_of[halved, strip] = self.places_by_wave(halved, strip)
-            for wave, places in waves_of[halved, strip].items():
-                due[2**halved * wave + offset][group] = places
+            spacing, offset, strip = group
+            if (spacing, strip) not in waves_of:
+                waves_of[spacing, strip] = self.places_by_wave(spacing, strip)
+            for wave, places in waves_of[spacing, strip].items():
+                due[wave + offset][group] = places
         for step in sorted(due):
             yield due[step]
 
-    def places_by_wave(self, halved, strip):
+    def places_by_wave(self, spacing, strip):
         """{wave: Places}: where strips begin at lag r + c = wave."""
-        height, width = (side >> halved for side in self.size)
+        height, width = self.size
         starts = collections.defaultdict(list)
-        for r, c in itertools.product(range(height), range(0, width, strip)):
+        for r, c in itertools.product(range(0, height, spacing), range(0, width, spacing * strip)):
             starts[self.lag * r + c].append((r, c))
-        return {wave: Places(*rc[0], self.lag, len(rc), strip) for wave, rc in starts.items()}
+        return {wave: Places(*rc[0], len(rc), spacing, strip, self.lag)
+                for wave, rc in starts.items()}
 
     def run_step(self, due):
         """Compute what is due, {group: Places}."""
@@ -2828,7 +2657,7 @@ class Plan:
             places = due[node.group]
             node.latest = self.compute(node, places)
             if node.buffer is not None:
-                kept = node.window(places, stride=2 if node.spread else 1)
+                kept = node.window(places)
                 kept.copy_(node.latest.view(kept.shape))
 
     def compute(self, node, places):
@@ -2844,7 +2673,7 @@ class Plan:
         """What is read at places, (n * positions, columns * C)."""
         source = read.source
         if not read.at_hand:
-            window = source.window(places, read.dy, read.left, read.columns, read.stride)
+            window = source.window(places, read.dy, read.left, read.columns)
             return window.reshape(-1, window.shape[3])
         return source.latest if source.strip == places.strip else of_strips(source, places)
 
@@ -2923,6 +2752,183 @@ def intervals_at(psi, x, x_hat, rows, columns):
     return interval_of
 
 
+# --- Tracing: what a network computes, as a list of nodes -----------------------------------------
+#
+# The network's own forward pass is run on an x that is no image but a Symbol: it computes nothing,
+# and each function that it is handed to is noted as a Node. For example
+#
+#     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, columns=3),
+#                                  Read(x, W_-1, dy=-1, left=-1, columns=3)], bias=b)
+#     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
+
+
+def traced(net, x, n, size, embeddings):
+    """The Nodes of net(x, embeddings), x being a Node, for n images of size (H, W): in the order of
+    computation, the output last. Raises Problem."""
+    recorder = Recorder(n, size, next(net.parameters()))
+    output = net(recorder.symbol(x), embeddings)
+    recorder.recorded.clear()  # Symbols and recorder hold each other, and so all buffers
+    if not isinstance(output, Symbol) or output.node.spacing > 1:
+        raise Problem("sample_fast: the network's output does not depend on x, or is smaller")
+    needed = {output.node}
+    for node in reversed(recorder.nodes):
+        if node in needed:
+            needed.update(read.source for read in node.reads)
+    return [node for node in recorder.nodes if node in needed]
+
+
+class Symbol(torch.Tensor):
+    """Stands for a node while a network is traced. A function of torch that gets a Symbol does not
+    run: torch calls __torch_function__ in its place, and returns what that returns. Functions in
+    Python do not ask for Symbols, and would be recorded as their many small operations:
+    wrap_torch_function makes Conv.forward, concat_elu and gate ask (its lambda names the arguments
+    to look at). So
+
+        conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
+                     -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
+        conv(tensor) -> a tensor, as ever: what does not depend on x is computed at once
+    """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        symbols = [a for a in args if isinstance(a, Symbol)]
+        if not symbols:
+            raise Problem(f"sample_fast: {function} takes values in a list or by keyword")
+        return symbols[0].recorder.record(function, args, kwargs or {})
+
+
+class Recorder:
+    """Lists in `nodes` what a network computes, by a forward pass on Symbols. Equal expressions are
+    one node. Raises Problem for what cannot be computed position by position."""
+
+    def __init__(self, n, size, weight):
+        """weight: one of the network's, for its dtype and device."""
+        self.nodes, self.recorded, self.n, self.size, self.weight = [], {}, n, size, weight
+
+    def symbol(self, node):
+        symbol = torch.empty(0).as_subclass(Symbol)
+        symbol.recorder, symbol.node = self, node
+        return symbol
+
+    def record(self, function, args, kwargs):
+        # (F.dropout hands its options on by keyword, in whatever way it was called.)
+        if function is F.dropout and not kwargs["training"]:
+            return args[0]
+        expression = (function, *map(id, args), *kwargs, *map(id, kwargs.values()))
+        if expression not in self.recorded:
+            if function is Conv.forward:  # torch hands over what is called; args: conv, Symbol
+                node = self.convolution(args[0], args[1].node)
+            else:
+                node = self.call(function, args, kwargs)
+            self.nodes.append(node)
+            # (concat_elu(v) is called for h and by v's next block, and should be one node. Ids are
+            # given again when an object is gone: so args are kept here.)
+            self.recorded[expression] = self.symbol(node), args, kwargs
+        return self.recorded[expression][0]
+
+    def convolution(self, conv, source):
+        """A Node that reads a row for each row of the kernel."""
+        spacing, kernel = source.spacing * conv.stride, conv.weight()
+        if conv.up:
+            # Where (p + d) / 2 is not whole it reads nothing: so it is an ordinary Conv, with the
+            # kernel in its order, see convolve, on
+            #
+            #     source    a b c      spread    a 0 b 0 c 0      (and rows of zeros)
+            #
+            # `spread` is a Node with the positions and steps of source; its buffer alone is finer.
+            kernel = kernel.flip(2, 3)
+            source = Node(spacing, source.channels, [Read(source)], lambda x: x, spread=True)
+            self.nodes.append(source)
+            spacing = source.grid
+        rows = kernel.permute(2, 0, 3, 1).flatten(2)  # (rows, F, columns * C)
+        (top, _), (left, right) = conv.rows, conv.columns
+        reads = []
+        for i, weight in enumerate(rows):
+            dy, dx = (top + i) * source.grid, left * source.grid  # in pixels of X
+            reads.append(Read(source, weight, dy, dx, right - left + 1))
+        return Node(spacing, len(conv.b), reads, bias=conv.b)
+
+    def call(self, function, args, kwargs):
+        """A Node that calls any other function, or is a sum. (In CausalNet these are +, concat_elu,
+        gate and F.elu. The rest is for networks of others, as are node_or_number and tried: to be
+        skipped at first.)"""
+        spacing = next(a.node.spacing for a in args if isinstance(a, Symbol))
+        operands = [self.node_or_number(a, spacing) for a in args]
+        nodes = [a for a in operands if isinstance(a, Node)]
+        plain = len(nodes) == len(operands) and not kwargs  # function can be called as it is
+        if function in (torch.add, torch.Tensor.add) and plain:  # x + y is torch.Tensor.add
+            channels = max(node.channels for node in nodes)
+            fit = all(node.channels in (1, channels) for node in nodes)
+            if fit and any(node.is_sum for node in nodes):
+                return self.sum_of(nodes, channels)
+        # Undecorated: wrap_torch_function's version would look for Symbols in each step.
+        function = getattr(function, "__wrapped__", function)
+
+        def of_values(*values):
+            left = iter(values)
+            full = [next(left) if isinstance(a, Node) else a for a in operands]
+            return function(*full, **kwargs)
+
+        channels = self.tried(of_values, nodes)
+        if channels is None:
+            raise Problem(f"sample_fast: {function} is no function of values at one position")
+        return Node(spacing, channels, list(map(Read, nodes)), function if plain else of_values)
+
+    def node_or_number(self, value, spacing):
+        """The Node of a Symbol; one for known values (n, C, H, W), or what can be broadcast to
+        that; numbers as they are."""
+        if isinstance(value, Symbol):
+            return value.node
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        channels = value.shape[-3] if value.dim() > 2 else 1
+        try:
+            values = value.expand(self.n, channels, *(side // spacing for side in self.size))
+        except RuntimeError:
+            raise Problem(f"sample_fast: a tensor {tuple(value.shape)} is no image") from None
+        values = values.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+        return Node(spacing, channels, known=True, buffer=values)
+
+    def sum_of(self, nodes, channels):
+        """Convolutions are taken into the sum: h_above(x) + h_left(x) is one running total in place
+        of two results and an addition. (What was taken in is left out by `traced`.)"""
+        total = Node(nodes[0].spacing, channels, bias=0)
+        for node in nodes:
+            if not node.is_sum or node.channels < channels:  # fewer: they are broadcast
+                total.reads.append(Read(node))
+            else:
+                total.bias = total.bias + node.bias
+                total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
+        # Products come last. (The order decides how sums are rounded: .pxa files depend on it.)
+        total.reads.sort(key=lambda read: read.weight is not None)
+        return total
+
+    def tried(self, function, nodes):
+        """How many channels it returns, or None if it will not do.
+
+        The sampler will call it on lists of positions, (N, C). So it is tried on two images, (2, C,
+        H, W), and on the list of all positions of the first one: a function of values at one
+        position makes the same of both (elu does; a mean over the image, or a softmax over columns,
+        does not). And it must leave the list as it is, as others read that, too.
+        """
+        sizes = [(2, node.channels, 2, 3) for node in nodes]
+        images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(self.weight) for s in sizes]
+        lists = [as_list(image[:1]) for image in images]
+        given = list(map(torch.clone, lists))
+        try:
+            made, expected = function(*given), as_list(function(*map(torch.clone, images))[:1])
+            unchanged = all(map(torch.equal, given, lists))
+            if made.dim() == 2 and torch.allclose(expected, made) and unchanged:
+                return made.shape[1]
+        except Exception:  # it may raise any kind
+            return None
+
+
+def as_list(images):
+    """(N, C, H, W) as the list of all positions, (N H W, C)."""
+    return images.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 # --- Strips: the same sums in larger products --------------------------------------------------
 #
 # All that is for speed alone. When (r, c) is due, the row above has long been computed up to some
@@ -2994,7 +3000,7 @@ def set_strips(plan):
     """
     nodes, plan.nodes = plan.nodes, []
     for node in nodes:  # sources before readers: in_time asks for source.strip
-        strip = math.gcd(plan.lag, plan.width(node))
+        strip = math.gcd(plan.lag, plan.size[1] // node.spacing)
         early = [read for read in node.reads if in_time(plan, node, read, strip)]
         late = [read for read in node.reads if read not in early]
         multiplies = any(read.weight is not None for read in early)  # mere sums gain nothing
@@ -3012,31 +3018,18 @@ def in_time(plan, node, read, strip):
 
     The last column that is read is computed with source's whole strip that it lies in, when that
     strip begins. So two steps are compared: that at which source's strip begins, and that at which
-    ours does. (Beyond the last column of the image are zeros, always there.) Without halving, where
-    all 2** below are 1, that is, for the strip that begins at `first`:
-
-        begins = first + node.offset                   its step, counted from that of (r, 0)
-        last = first + strip - 1 + read.right          the last column that it reads,
-        last = min(last, width - 1)                    in the image
-        last -= last % source.strip                    where source's strip with that begins
-        there_at = lag * dy + last + source.offset     the step of that
-
-    and it is in time if there_at <= begins. Of h's row -1 in blocks, at lag 8 and width 16, with
-    first = 0: begins = 0, last = 7, there_at = -8 + 7 + 0 = -1.
+    ours does. (Beyond the last column of the image are zeros, always there.) Of h's row -1 in
+    blocks, at lag 8 and width 16: for the strip that begins at 0 the last column is 7, which is
+    there at step -8 + 7 + 0 = -1, counted from that of (r, 0).
     """
-    source = read.source
+    source, width = read.source, plan.size[1]
     if source.known:
         return True
-    m = min(node.halved, source.halved)
-    for first in range(0, plan.width(node), strip):
-        begins = 2**node.halved * first + node.offset
-        # In the finer of both: a convolution that goes down reads at 2 p + dx ..
-        last = 2 ** (node.halved - m) * (first + strip - 1) + read.right
-        # .. and in source's own columns: one that goes up reads at (p + dx) / 2.
-        last = min(last // 2 ** (source.halved - m), plan.width(source) - 1)
-        last -= last % source.strip
-        there_at = 2**source.halved * last + 2**m * plan.lag * read.dy + source.offset
-        if there_at > begins:
+    for first in range(0, width, node.spacing * strip):
+        last = min(first + (strip - 1) * node.spacing + read.right, width - 1)
+        last -= last % (source.spacing * source.strip)  # where source's strip with that begins
+        there_at = plan.lag * read.dy + last + source.offset
+        if there_at > first + node.offset:
             return False
     return True
 
@@ -3053,7 +3046,7 @@ def of_strips(source, places):
         step 16    (1, 8)  (2, 0)      new strips begin
     """
     strips = source.latest.view(-1, source.strip, source.channels)
-    return strips[:, places.column % source.strip]
+    return strips[:, places.column // source.spacing % source.strip]
 
 
 def choose_products(plan):
@@ -3062,7 +3055,7 @@ def choose_products(plan):
     work = collections.Counter()
     for node in plan.nodes:
         # Rows that a diagonal crosses, as it goes lag columns to the left in each.
-        per_diagonal = max(1, plan.width(node) // plan.lag)
+        per_diagonal = max(1, plan.size[1] // node.spacing // plan.lag)
         for read in node.reads:
             read.add = sum_with
             if read.weight is not None:

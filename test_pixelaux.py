@@ -1123,15 +1123,17 @@ def test_the_light_networks_wavefront(look_right, lag, steps):
 def reads_of(node):
     """(source, dy, dx) of all values that a node of a Plan is made of."""
     for read in node.reads:
-        for dx in range(read.left, read.right + 1):
+        for column in range(read.columns):
             if not read.source.known:
-                yield read.source, read.dy, dx
+                between = read.source.spacing // (2 if read.source.spread else 1)
+                yield read.source, read.dy, read.left + column * between
 
 
 def positions_of(places):
-    """(r, c) of all positions of a Plan's Places."""
+    """(r, c) of all positions of a Plan's Places, in pixels of X."""
     for i, j in itertools.product(range(places.count), range(places.strip)):
-        yield places.row + i, places.column - i * places.lag + j
+        row, column = i, j - i * places.lag
+        yield places.row + places.spacing * row, places.column + places.spacing * column
 
 
 def test_a_sum_adds_products_last():
@@ -1174,24 +1176,22 @@ def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size
     order = {node: i for i, node in enumerate(plan.nodes)}
     assert plan.output in order
     for node in plan.nodes:
-        shape = [side >> node.halved for side in size]
-        for r, c in itertools.product(*map(range, shape)):
+        positions = list(itertools.product(*(range(0, side, node.spacing) for side in size)))
+        for r, c in positions:
             step = done[node.group, (r, c)]
             for source, dy, dx in reads_of(node):
-                finer = 2.0 ** (node.halved - source.halved)  # the source's pixels on a side of one
-                at = (r + dy) * finer, (c + dx) * finer
-                if finer > 1:
-                    at = r * finer + dy, c * finer + dx
-                height, width = (side >> source.halved for side in size)
-                if not (0 <= at[0] < height and 0 <= at[1] < width):
+                at = r + dy, c + dx
+                if not (0 <= at[0] < size[0] and 0 <= at[1] < size[1]):
                     continue  # a zero
-                if source is plan.x:
-                    assert at != (int(at[0]), int(at[1])) or drawn[at] < step
+                if at[0] % source.spacing or at[1] % source.spacing:
+                    assert source.spread  # a zero between
+                elif source is plan.x:
+                    assert drawn[at] < step
                 else:
-                    assert (done.get((source.group, at), -1), order[source]) < (step, order[node])
-        assert sum(when == node.group for when, _ in done) == math.prod(shape)
+                    assert (done[source.group, at], order[source]) < (step, order[node])
+        assert sum(when == node.group for when, _ in done) == len(positions)
     assert all(done[plan.output.group, position] == step for position, step in drawn.items())
-    widths = {when[2] for when, _ in done if when[0] == 0}
+    widths = {when[2] for when, _ in done if when[0] == 1}
     assert widths == {1, math.gcd(plan.lag, size[1])}
     if lag is None:  # and these are rows: pixels are drawn one by one
         assert len(drawn) == sum(plan.output.group in due for due in steps)

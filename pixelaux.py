@@ -587,15 +587,9 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # To be skipped at first. torch goes from the input: in(q), times w_d, is added to
-            # out(2 q - d). Of in = a, b, with d = -1, 0, 1, it makes
-            #
-            #     out(-1)    out(0)    out(1)            out(2)    out(3)
-            #     w_1 a      w_0 a     w_-1 a + w_1 b    w_0 b     w_-1 b
-            #
-            # out(-1) is cut off, in general as many rows, and columns, as the last dy and dx are
-            # large. And the kernel's order is w_1, w_0, w_-1: so self.v is reversed where up. (With
-            # d = 0 alone the last row and column would be missing: output_padding=1 adds them.)
+            # This is an ordinary convolution of x with zeros between its rows and columns, except
+            # that torch takes the kernel in reverse order (so self.v has it so) and begins as many
+            # rows and columns too early as the last dy and dx are large.
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -637,55 +631,63 @@ def data_dependent_init(network, *inputs):
 
 # --- Networks ----------------------------------------------------------------------------------
 #
-# A network is a row of stages of residual blocks; in a causal one each block is a vertical and a
-# horizontal one side by side. Its *layout* lists the stages, each (times halved, blocks), where
-# -1 times is doubled:
+# A network is a row of residual blocks, in stages; in a causal one each block is two side by side,
+# a vertical and a horizontal one. Its *layout* lists the stages, each (times halved, blocks):
+# PixelCNN++ goes down to a quarter of the resolution, and comes back. There each block also reads,
+# by a *skip*, what its counterpart on the way down has made. With 2 blocks a stage, six_stages(2),
 #
-#     ((0, 3),          3 blocks at the resolution of what the network reads,
-#      (1, 6),          6 at half of it,
-#      (0, 3),          3 at its own again,
-#      (-1, 3))         3 at double: only if it embeds X^, and X is twice as large
+#     ((0, 2), (1, 2), (2, 2), (2, 2), (1, 2), (0, 2))
 #
-# The pyramid's causal networks are *light*: a few blocks at one resolution, ((0, 3),). They see
-# only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near. PixelCNN++
-# goes down to a quarter of the resolution and comes back (six_stages). Then each block also reads
-# what its counterpart on the way down has made, which is a long skip:
+# the blocks are, in order, a1, a2, b1, .., f2, and their skips those in parentheses:
 #
-#     H x W        [ 6 blocks ] ------------------- skips ------------------> [ 6 blocks ]
-#     H/2 x W/2          \-> [ 6 blocks ] --------- skips ------> [ 6 blocks ] -/
-#     H/4 x W/4                    \-> [ 6 blocks ] skips [ 6 blocks ] -/
+#     H x W        a1 a2                                                f1(a2) f2(a1)
+#     H/2 x W/2           b1 b2                           e1(b2) e2(b1)
+#     H/4 x W/4                  c1 c2   d1(c2) d2(c1)
 #
-#     the last stage's block    1  2  3  4  5  6
-#     reads the first's block   6  5  4  3  2  1      likewise the fifth and the second, ..
+# The pyramid's causal networks are *light*, ((0, 3),): three blocks at one resolution. They see
+# only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near. The
+# embedding of X^ knows X^ whole, and has one stream; -1 times halved is doubled, as X may be twice
+# as large:
 #
-# The change of resolution does not let a later pixel in (to be skipped at first). What h knows, at
-# a pixel, comes before that pixel. In one row, [1] being number 1 of the half one, which stands for
-# pixels 2 and 3, and so may know what comes before both, 0 and 1:
+#     ((0, 3), (1, 6), (0, 3), (-1, 3))
 #
-#     full    0   1   2   3   4   5
-#     half    [0]     [1]     [2]        down: [1] reads h at 1 and 2, and so knows 0 and 1
-#     full    0   1   2   3   4   5      up: h at 2 and at 3 reads [1], and so knows 0 and 1 by it
-#
-# (v likewise knows the rows above. And pixel 1 reads v at [1] as well, 3 at [2]: no harm, as that
-# knows rows above alone.)
-#
-# Config has four layouts, here with the paper's values, which presets change:
+# Config, further down, has four layouts, here with the paper's values, which presets change:
 #
 #     X or gray, given nothing    layout          six_stages(6): 6 stages of 6 blocks
 #     X given gray                layout_cond     six_stages(4); f_w has the same
 #     a pyramid's views           layout_light    ((0, 3),)
-#     their f_w                   layout_embed    the example above
+#     their f_w                   layout_embed    ((0, 3), (1, 6), (0, 3), (-1, 3))
 #
 # (So in a grayscale-pyramid all gray views have light networks, and X given gray has layout_cond.)
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
-#     factor           x              f_w(x_hat), paper's layout_embed   causal network
+#     factor           x              f_w(x_hat)                         causal network
 #     8x8              N 3 8 8        none                               N F 8 8   -> N 10K 8 8
 #     16x16 | 8x8      N 3 16 16      N 3 8 8 -> 4x4 -> 8x8 -> 16x16     N F 16 16 -> N 10K 16 16
 #     32x32 | 16x16    N 3 32 32      N 3 16 16 -> 8x8 .. -> 32x32       N F 32 32 -> N 10K 32 32
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
+#
+# A change of resolution lets no later pixel in, as what h knows at a pixel comes before it. In one
+# row, [1] being number 1 of the half one, which stands for pixels 2 and 3, and so may know what
+# comes before both, 0 and 1:
+#
+#     full    0   1   2   3   4   5
+#     half    [0]     [1]     [2]        down: [1] reads h at 1 and 2, and so knows 0 and 1
+#     full    0   1   2   3   4   5      up: h at 2 and at 3 reads [1], and so knows 0 and 1 by it
+#
+# (v knows the rows above, wherever it is read.)
+
+
+def skip_source(layout, i, j):
+    """(stage, block) whose output block j of stage i reads by a skip: of the last stage before it
+    at its resolution, from the last block back. None if there is none."""
+    halved = layout[i][0]
+    earlier = [k for k in range(i) if layout[k][0] == halved]
+    if not earlier or j >= layout[earlier[-1]][1]:
+        return None
+    return earlier[-1], layout[earlier[-1]][1] - 1 - j
 
 
 @wrap_torch_function(lambda x: (x,))  # as Conv.forward
@@ -745,21 +747,15 @@ class Stage(nn.Module):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         halved_before = layout[i - 1][0] if i > 0 else self.halved
-        # If an earlier stage had this resolution, and the last such one b blocks, our first b
-        # blocks each have a skip, a side input more: of ((0, 2), (1, 1), (0, 3)) the third stage's
-        # blocks 1 and 2, but not block 3. (The stacks in `forward` hand them out, and must agree
-        # with this.)
-        counts_here = [blocks for halved, blocks in layout[:i] if halved == self.halved]
-        nr_skips = counts_here[-1] if counts_here else 0
         self.enter, self.blocks = nn.ModuleList(), nn.ModuleList()
         if self.halved != halved_before:
             change = dict(stride=2) if self.halved > halved_before else dict(up=True)
             self.enter.extend(Conv(filters, filters, **reach, **change) for reach in reaches)
         for j in range(nr_blocks):
             streams = nn.ModuleList()
+            nr_skips = 0 if skip_source(layout, i, j) is None else 1
             for reach, nr in zip(reaches, nr_aux):
-                nr_inputs = nr + 1 if j < nr_skips else nr
-                streams.append(Block(filters, nr_inputs, reach, dropout))
+                streams.append(Block(filters, nr + nr_skips, reach, dropout))
             self.blocks.append(streams)
 
 
@@ -776,7 +772,7 @@ class CausalNet(nn.Module):
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
-        self.conditional = conditional
+        self.layout, self.conditional = layout, conditional
         # h's first layer reads no rectangle, so it is two. look_right: see VERTICAL_LEFT.
         self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), full_precision=True)
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
@@ -795,24 +791,20 @@ class CausalNet(nn.Module):
         """
         v = self.v_first(x)
         h = self.h_above(x) + self.h_left(x)
-        made = {}  # resolution -> the outputs of the last stage there
-        for stage in self.stages:
-            # A stack: each block takes the last one that is left. Of ((0, 2), (1, 1), (0, 3)) the
-            # third stage's blocks 1, 2 take what the first's 2, 1 have made, and block 3 nothing.
-            skips = made.pop(stage.halved, [])
-            made[stage.halved] = []
+        made = {}  # (stage, block) -> its outputs
+        for i, stage in enumerate(self.stages):
             embedding = [concat_elu(embeddings[stage.halved])] if self.conditional else []
             if stage.enter:
                 v_enter, h_enter = stage.enter
                 v, h = v_enter(v), h_enter(h)
-            for vertical, horizontal in stage.blocks:
+            for j, (vertical, horizontal) in enumerate(stage.blocks):
                 v_skip, h_skip = [], []
-                if skips:
-                    v_before, h_before = skips.pop()
+                if source := skip_source(self.layout, i, j):
+                    v_before, h_before = made[source]
                     v_skip, h_skip = [concat_elu(v_before)], [concat_elu(h_before)]
                 v = vertical(v, *v_skip, *embedding)
                 h = horizontal(h, concat_elu(v), *h_skip, *embedding)
-                made[stage.halved].append((v, h))
+                made[i, j] = v, h
         return self.last(F.elu(h))
 
 
@@ -836,6 +828,7 @@ class EmbeddingNet(nn.Module):
 
     def __init__(self, c_in, layout, filters, dropout):
         super().__init__()
+        self.layout = layout
         self.first = Conv(c_in, filters, **ORDINARY, full_precision=True)
         self.stages = nn.ModuleList(
             Stage(layout, i, filters, dropout, [ORDINARY], [0]) for i in range(len(layout)))
@@ -845,15 +838,13 @@ class EmbeddingNet(nn.Module):
         .."""
         y = self.first(x_hat)
         made, last = {}, {}
-        for stage in self.stages:
-            skips = made.pop(stage.halved, [])
-            made[stage.halved] = []
+        for i, stage in enumerate(self.stages):
             for enter in stage.enter:
                 y = enter(y)
-            for (block,) in stage.blocks:
-                skip = [concat_elu(skips.pop())] if skips else []
-                y = block(y, *skip)
-                made[stage.halved].append(y)
+            for j, (block,) in enumerate(stage.blocks):
+                source = skip_source(self.layout, i, j)
+                y = block(y, *([concat_elu(made[source])] if source else []))
+                made[i, j] = y
             last[stage.halved] = y
         return [last[halved] for halved in sorted(last)]
 
@@ -2402,7 +2393,7 @@ def save_samples(model, views, path, given=0):
 # reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands.
 #
 # **How it is done.** Some values are computed for a *strip* of neighbours in a row at once. That is
-# for speed alone, and explained in Strips, which comes next: read `strip` as 1 for now. Words:
+# for speed alone, and explained in Strips, further down: read `strip` as 1 for now. Words:
 #
 #     position    one (r, c)
 #     place       where a strip begins; while strips are 1, a position

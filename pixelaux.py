@@ -38,7 +38,7 @@ is X_{K-k}.
     views[0], views[1], .., views[-1]      factors[0], factors[1],        ..
     X_K,      X_{K-1},  .., X_0 = X        p(X_K),     p(X_{K-1} | X_K),  ..
 
-views[k].psi makes views[k - 1].
+views[k].psi makes views[k - 1]: views[-1].psi is psi_0, and makes X_1 of X.
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -116,23 +116,20 @@ class Failure(Exception):
 def feasible(values, weights, low, high, top):
     """Intervals of v1, v2, .., each given those before, that can still make low <= sum w v <= high.
 
-    It is a budget: low and high are what is still to be spent, and each v takes w v from both. v
-    must leave high at 0 or more, and low no higher than `rest`, what those after it can add with at
-    most `top` each.
+    It is a budget: low and high are what is still to be spent, and each v takes w v from both.
+    After it high - w v must be 0 or more, and low - w v no more than `rest`, what those after v can
+    add with at most `top` each. So w v lies in low - rest .. high, and in 0 .. w top.
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors, which must leave a sum
     possible, and high - low + 1 be no less than any weight. -> lists lo, hi.
 
-    v is possible if w v lies in low - rest .. high and in 0 .. w top. Why there always is such a v
-    (to be skipped at first): before each v we have high >= 0, low <= rest + w top, and in low ..
-    high at least w numbers (4 for Half, 4096 for Gray, see there).
-
-        there is one    if low - rest is below 0, v = 0 will do; if not, the first multiple of w in
-                        low - rest .., which is in there, as one of w integers in a row is,
-                        and no larger than w top
-        and then        v leaves high >= 0, low <= rest, which is the next one's rest + w top, and
-                        as many numbers
+    There always is such a v, a proof by induction. Before each v we have high >= 0, low <= rest +
+    w top, and in low .. high at least w numbers (4 for Half, 4096 for Gray, see there). If low -
+    rest is below 0, v = 0 will do. If not, the first multiple of w from low - rest on is below
+    low - rest + w, so no larger than high; and no larger than w top, itself a multiple of w. And
+    such a v leaves high >= 0, low <= rest, which is the next one's rest + w top, and as many
+    numbers.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -197,7 +194,8 @@ class Gray(Psi):
     """4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, one channel of 16 levels.
 
     The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. A
-    level of the view leaves 4096 sums, more than the largest weight (see feasible).
+    level of the view leaves 4096 sums; no weight may be larger (see feasible), which takes 16
+    levels or more.
     """
 
     label = "gray"
@@ -352,15 +350,15 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. Cutting r
-        divides all w_k m_k(r) by the same number, so given r component k has the weight w_k m_k(r)
-        / sum_j w_j m_j(r), as without a cut. Green is the mixture of the m_k(g | r), whose means
-        have moved with r, with these weights; it is cut as a whole to g's interval. So
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. A channel's
+        probability is the mass of its value over the mass of its interval, both in the mixture
+        whose weights are w_k times the masses of the channels before:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        and blue likewise, with the weights w_k m_k(r) m_k(g | r).
+        and blue likewise, with the weights w_k m_k(r) m_k(g | r). (m_k(g | r), as its mean has
+        moved with r. Cutting r has divided all w_k m_k(r) by the same number, which cancels.)
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -409,10 +407,10 @@ class LogisticMixture:
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each: a
         function, as green's interval depends on the red that was drawn.
 
-        Here a component is drawn anew for each channel, k in proportion to its term of the
-        denominator of p' in log_prob, then a value from it, within the interval. Why anew? Given r,
-        component k drew it with a probability in proportion to w_k m_k(r); but g must come from k
-        in proportion to w_k m_k(r) M_k(g's interval | r). Say
+        Here a component is drawn anew for each channel, then a value from it, within the interval.
+        Why anew? Given r, component k drew it with a probability in proportion to w_k m_k(r); but g
+        must come from k in proportion to w_k m_k(r) M_k(g's interval | r), its term of the
+        denominator in log_prob. Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -467,7 +465,7 @@ def logistic_between(a, b, u):
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
     u = torch.where(flip, 1 - u, u)
-    # sigma(z) = sigma(high) (ratio + u (1 - ratio)); z is its logit.
+    # Divided by sigma(high): sigma(z) = sigma(high) (ratio + u (1 - ratio)). z is its logit.
     ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
@@ -573,7 +571,7 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # To be skipped until Symbol, in Sampling fast. With ordinary tensors it does nothing.
+    # Lets sample_fast note this call in place of running it: see Symbol, in Tracing.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
@@ -587,9 +585,9 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # This is an ordinary convolution of x with zeros between its rows and columns, except
-            # that torch takes the kernel in reverse order (so self.v has it so) and begins as many
-            # rows and columns too early as the last dy and dx are large.
+            # torch adds w[k] in(q) to its output 2 q + k. We want w_d in(q) at 2 q - d. So self.v
+            # has the kernel from its last d to its first, k = last - d, and what torch makes is
+            # ours, `last` rows and columns further on.
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -669,15 +667,15 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in, as what h knows at a pixel comes before it. In one
-# row, [1] being number 1 of the half one, which stands for pixels 2 and 3, and so may know what
-# comes before both, 0 and 1:
+# A change of resolution lets no later pixel in. In one row, h at c knows pixels before c. Number q
+# of the half one stands for pixels 2 q and 2 q + 1, and must know no more than what comes before
+# both:
 #
-#     full    0   1   2   3   4   5
-#     half    [0]     [1]     [2]        down: [1] reads h at 1 and 2, and so knows 0 and 1
-#     full    0   1   2   3   4   5      up: h at 2 and at 3 reads [1], and so knows 0 and 1 by it
+#     down    it reads h at 2 q - 1 and 2 q, and so knows pixels before 2 q
+#     up      2 q and 2 q + 1 both read number q, and so know pixels before 2 q by it
+#             (2 q + 1 knows 2 q by its skip)
 #
-# (v knows the rows above, wherever it is read.)
+# (v knows the rows above: row R of the half one, which reads 2 R - 1 and 2 R, those before 2 R.)
 
 
 def skip_source(layout, i, j):
@@ -778,7 +776,8 @@ class CausalNet(nn.Module):
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
         reaches = (VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL)
-        nr_aux = (int(conditional), 1 + int(conditional))  # the embedding; h also reads v
+        # Without skips: v's blocks read the embedding, h's also v.
+        nr_aux = (int(conditional), 1 + int(conditional))
         self.stages = nn.ModuleList(
             Stage(layout, i, filters, dropout, reaches, nr_aux) for i in range(len(layout)))
         # Its outputs begin near the bias, which the head sets (set_bias).
@@ -1009,9 +1008,13 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
 
 
 def is_light(config, view):
-    """Whether a view has a light network. That is so for each view that is given a smaller one, and
-    for a pyramid's coarsest view. The others, X and gray by themselves or X given gray, have
-    PixelCNN++."""
+    """Whether a view has a light network:
+
+        pixelcnn             X: no
+        grayscale            gray: no; X given gray: no
+        pyramid              all, the coarsest one too
+        grayscale-pyramid    all gray ones; X given gray: no
+    """
     if view.psi is not None:
         return view.psi.cell > 1
     kinds = MODELS[config.model]  # view is the coarsest, which the last kind has made
@@ -1109,8 +1112,8 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # In place of the b that data_dependent_init has set. What the network adds to it
-                # has a deviation of 0.03, the gain of `last`.
+                # Means and log-scales, in place of what data_dependent_init has made of their b.
+                # What the network adds to it is small: its deviation is 0.03, the gain of `last`.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1398,7 +1401,7 @@ class Shapes:
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
         # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
-        inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)
+        inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)  # by (pixels, M)
         outside = has.sum(2, keepdims=True) - inside
         # pixels that agree = those of the ground's colour outside + of the shape's inside the mask.
         # agree[i, p, m]: on how many pixels image i agrees with pair p and mask m.
@@ -1847,11 +1850,11 @@ def progress_bar(iterable=None, **options):
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
 #     at a look     every 20 steps, or more often in a short run, as reading the loss means to wait
 #                   for the device: is the loss finite?  with --minutes: how many steps are they?
-#                   log;  told to stop?
-#                   if a quarter of the steps has ended: checkpoint, pictures; loss on test images
-#                   (if some are held out, on these instead, after each twentieth)
-#                   if two minutes have passed (--save-every), if told to stop, or if the minutes
-#                   have become steps: checkpoint
+#                   loss on test images, if a quarter of the steps has ended (or on those held out,
+#                   if there are any, after each twentieth);  log
+#                   checkpoint, if a quarter has ended, two minutes have passed (--save-every), the
+#                   minutes have become steps, or a signal tells to stop
+#                   stop, if told to;  pictures, if a quarter has ended
 #
 # (It goes on from any factor-k.pt that it finds. plan_run lets it find one only with --resume.)
 #
@@ -1874,7 +1877,7 @@ def mean_of_processes(values, device):
 
 
 def steps_of(config, k, data):
-    """How many steps factor k is trained; math.inf: not known yet, see steps_in_time."""
+    """How many steps factor k is trained; math.inf: not known yet, see Stopwatch."""
     if of_factor(config.steps, k):
         return of_factor(config.steps, k)
     if of_factor(config.minutes, k):
@@ -1883,22 +1886,38 @@ def steps_of(config, k, data):
     return math.ceil(of_factor(config.epochs, k) * images / config.batch_size)
 
 
-def steps_in_time(minutes, step, before, ends):
-    """How many steps fit into the minutes: the `step` that are done, and the time that is left by
-    the mean time of a step; math.inf until 3% of the time tell that. before: how long was trained
-    before this process, in seconds; ends: how long in all, at the end of each step of this process
-    (while the number is open, there is a look after each). The first step counts neither as time
-    nor for the mean, as much happens only once. Say before = 100, ends = 109, 110, 111: it took 9
-    s, so 111 - 9 = 102 s are spent, and a step takes 1 s: of 3 minutes there are 78 s, or steps,
-    left."""
-    if len(ends) < 3:
-        return math.inf
-    first_took = ends[0] - before
-    spent = ends[-1] - first_took
-    if spent < 0.03 * 60 * minutes:
-        return math.inf
-    pace = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return step + max(1, round((60 * minutes - spent) / pace))
+class Stopwatch:
+    """How long a factor has been trained, in seconds: of steps alone, without what is done at
+    looks."""
+
+    def __init__(self, before):
+        """before: by earlier processes."""
+        self.looks = [before]  # the seconds at each look
+        self.go_on()
+
+    def go_on(self):
+        self.begun = time.monotonic()
+
+    def seconds(self):
+        return self.looks[-1] + time.monotonic() - self.begun
+
+    def steps_in(self, minutes, step):
+        """How many steps fit into the minutes, of which `step` are done: step + the time that is
+        left / the time that a step takes. math.inf until 3% of the minutes tell that. (Until then
+        there is a look after each step.)
+
+        A process's first step does not count, as much happens only once. Say its looks are at 109,
+        110 and 111 s, and 100 s were before: 111 - 9 = 102 s count, and a step takes 1 s. Of 3
+        minutes there are 78 s, or steps, left.
+        """
+        before, *ends = self.looks
+        if len(ends) < 3:
+            return math.inf
+        spent = ends[-1] - (ends[0] - before)
+        if spent < 0.03 * 60 * minutes:
+            return math.inf
+        pace = (ends[-1] - ends[0]) / (len(ends) - 1)
+        return step + max(1, round((60 * minutes - spent) / pace))
 
 
 def record_steps(out, config, k, steps):
@@ -1960,8 +1979,8 @@ class Optimizer:
     @torch.no_grad()
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step. As weight() divides by |v|,
-        its length changes nothing, and the gradient is at right angles to v. A step at right angles
-        makes v longer (Pythagoras), and the longer v is, the less the next step turns it: so the
+        its length changes nothing but how far the next step turns it. Steps, roughly at right
+        angles to v, make it longer and longer, and would come to turn it less and less: so the
         length is set back."""
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2080,6 +2099,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     path = out / f"factor-{k}.pt"
     saved = read_checkpoint(path) if path.exists() else None  # complete, perhaps: then no step
     if not saved and not config.start:  # with --start the model has weights already
+        # By 32 images or more: statistics of few are rough.
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     trained = model.factors[k].train()
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
@@ -2089,10 +2109,8 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     step, steps = begun, steps_of(config, k, data)
     compile = compile and step < steps
     forward = wrapped(trained, batch_of(model, k, data, 0), config, compile, stop)
-    log, save_at = Log(out, k, step), time.monotonic() + save_every
+    log, watch, save_at = Log(out, k, step), Stopwatch(seconds), time.monotonic() + save_every
     looked, total = step, torch.zeros((), device=device)  # the last look, the sum of losses since
-    clock = time.monotonic()  # when the steps since then began
-    seconds_before, ends = seconds, []  # how long was trained; at each look: for steps_in_time
     while step < steps:
         torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
         batch = batch_of(model, k, data, step)
@@ -2104,14 +2122,13 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
         bits = float(total) / (step - looked)  # waits until the device has done it all
-        seconds += time.monotonic() - clock  # of steps alone, without what is done at looks
-        means = mean_of_processes([bits, seconds, stop()], device)
+        means = mean_of_processes([bits, watch.seconds(), stop()], device)
         bits, seconds, stopping = means  # stopping > 0: one is to stop
         check_finite(bits, k, step, path)
-        ends.append(seconds)
+        watch.looks.append(seconds)
         decided = False  # at this look: how many steps the minutes are
         if steps == math.inf:
-            steps = steps_in_time(of_factor(config.minutes, k), step, seconds_before, ends)
+            steps = watch.steps_in(of_factor(config.minutes, k), step)
             decided = steps < math.inf
         quarter = has_ended(4, looked, step, steps)
         log.write(step, steps, bits, seconds, measurements(model, k, data, looked, step, steps))
@@ -2124,7 +2141,8 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
             show()
-        total, looked, clock = torch.zeros_like(total), step, time.monotonic()
+        total, looked = torch.zeros_like(total), step
+        watch.go_on()
     return step - begun
 
 
@@ -2364,7 +2382,8 @@ def save_samples(model, views, path, given=0):
 #     offset_source <= offset_reader - (lag dy + dx)
 #
 # Each value is computed as late as its readers allow, its offset is the deadline. From the output
-# back, in the light network:
+# back, in the light network (what the row above is read for has deadlines that are later by the
+# lag, and plays no part until x):
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
@@ -2375,17 +2394,18 @@ def save_samples(model, views, path, given=0):
 # (If v's end were computed 3 steps earlier than needed, all of v, and at last x, would have to come
 # 3 earlier, and the lag would be 11.)
 #
-# Last comes x. Of x the offset is the step from which it may be read: a pixel is drawn last in its
-# step, after all of the network, so that is 1, and every deadline that a reader sets for x must be
-# 1 or more. v's first convolution, at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) =
-# lag - 7, so the lag must be 8 or more. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag.
-# h_above reads (r - 1, c + 1): lag - 1.)
+# Last comes x, the exception to <=: a pixel is drawn after all of the network, so that it can be
+# read from the next step on. As if it were computed then, x has the offset 1, and every deadline
+# that a reader sets for it must be 1 or more: that is what decides the lag. v's first convolution,
+# at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or
+# more. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag -
+# 1.)
 #
 # **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
 # will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
 # pixels are drawn one by one, in raster order. Nothing else changes, but that there are steps in
-# which nothing is due, which are left out: so a still larger lag costs nothing, and one is taken
-# (16 for 8x8) that is good for strips, see there.
+# which nothing is due, which are left out. So a still larger lag costs nothing, and a multiple of
+# the width is taken (16 for 8x8), of which Strips makes use.
 #
 # **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
 # fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
@@ -2397,23 +2417,25 @@ def save_samples(model, views, path, given=0):
 #
 #     position    one (r, c)
 #     place       where a strip begins; while strips are 1, a position
+#     wave        of a place: lag r + c, its step but for the offset
 #     group       nodes that are due together: of the same spacing, offset and strip
+#     spacing     pixels of X from a node's position to the next
+#     grid        the same in its buffer: half of spacing for what is about to be doubled in size, as
+#                 its buffer has zeros between (`spread`, see Tracing); for all else, spacing
 #
 # Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
 # network will do that consists of Conv and of functions of values at one position. `traced`, of the
 # next section, makes a list of Nodes of it. Plan decides all that can be decided beforehand, and
 # sample_by is the loop over the steps. A node's values are read from
 #
-#     latest    what it computed last          by readers of the same offset at the same position:
-#                                              they are due in the same step (or, where these are
-#                                              strips, up to when the next strips begin). No copy
+#     latest    what it computed last          by readers at the same position in the same step: of
+#                                              the same offset, that is. No copy
 #     buffer    an image of all positions      by all other readers
 #
 # For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
 # which they are computed within a step:
 #
 #     node                                 offset    buffer, and for whom
-#     x                                       1      for all that read it
 #     v_first(x)                             -2      for v's gate, two steps later
 #     concat_elu of that                     -2      for conv_in, which reads (r, c + 1), too
 #     v's conv_in                            -1      none: concat_elu, at -1 as well, takes `latest`
@@ -2424,6 +2446,7 @@ def save_samples(model, views, path, given=0):
 #     h's conv_in, and v by a conv_aux        0      none: this is one sum, too
 #     concat_elu of that                      0      for conv_out
 #     h's conv_out; gate; elu; last           0      none
+#     x, drawn last                           1      for all that read it
 #
 # At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at
 # (5, 5), all that has offset 0 at (5, 4), and pixel (5, 4) is drawn; and the same in row 4, four
@@ -2524,17 +2547,17 @@ class Node:
             c = 2                 |---------------|      4..9
 
         Neighbouring vectors overlap, and begin at equal distances, 2 elements. So do those of the
-        places of a diagonal: from one to the next it is a row down, + 10 elements, and lag, say 3,
-        columns to the left, - 6, so + 4. So a view with these strides is all that is needed: no
-        copy, and no table of indices.
+        places of a diagonal: from one to the next it is a row down, + 10 elements if rows have 5
+        columns, and lag, say 3, columns to the left, - 6, so + 4. So a view with these strides is
+        all that is needed: no copy, and no table of indices.
         """
         next_image, next_row, next_column, _ = self.buffer.stride()
         above, _, before, _ = self.margin
         row = (places.row + dy) // self.grid + above
         column = (places.column + left) // self.grid + before
         apart = places.spacing // self.grid  # rows from a place to the next, and likewise columns
-        # If there is one place only, this is not used; but it would be below 0 at a large lag,
-        # which torch refuses.
+        # In the example 10 - 3 * 2. If there is one place only, this is not used; but at a large
+        # lag it would be below 0, which torch refuses.
         next_place = max(0, apart * (next_row - places.lag * next_column))
         n = self.buffer.shape[0]
         size = (n, places.count, places.strip, columns * self.channels)
@@ -2574,10 +2597,11 @@ class Plan:
         lag = smallest = next(filter(good, itertools.count(least_lag)))
         width = self.size[1]
         if smallest >= width:
-            # A multiple of the width makes strips of whole rows. Row r - 1 of x is complete at step
-            # lag (r - 1) + width, and wanted at lag r + offset: so lag >= width - offset. In
-            # CausalNet no offset is below -smallest, so smallest + width will do, rounded up. (In
-            # networks of others some rows may then be multiplied position by position.)
+            # A multiple of the width makes strips of whole rows. For that row r - 1 of x must be
+            # complete when row r of v_first begins: lag >= width - its offset. That is no less than
+            # 2 - smallest, as v_first finds x at (-1, 1) in time at the lag `smallest`. So smallest
+            # + width will do, rounded up. (If in other networks it will not, some rows are
+            # multiplied position by position.)
             lag = width * math.ceil((smallest + width) / width)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
@@ -2840,9 +2864,9 @@ class Recorder:
         return Node(spacing, len(conv.b), reads, bias=conv.b)
 
     def call(self, function, args, kwargs):
-        """A Node that calls any other function, or is a sum. (In CausalNet these are +, concat_elu,
-        gate and F.elu. The rest is for networks of others, as are node_or_number and tried: to be
-        skipped at first.)"""
+        """A Node that is a sum, or calls any other function: in CausalNet concat_elu, gate and
+        F.elu. (Of `plain`, node_or_number and tried these need nothing, but for known values in a
+        sum. They are for networks of others.)"""
         spacing = next(a.node.spacing for a in args if isinstance(a, Symbol))
         operands = [self.node_or_number(a, spacing) for a in args]
         nodes = [a for a in operands if isinstance(a, Node)]
@@ -2922,58 +2946,66 @@ def as_list(images):
 
 # --- Strips: the same sums in larger products --------------------------------------------------
 #
-# All that is for speed alone. When (r, c) is due, the row above has long been computed up to some
-# column right of c, as it is lag steps ahead. So a convolution can be split,
+# All that is for speed alone: one large product takes half the time of many small ones. When (r, c)
+# is due, the image row above has long been computed up to some column right of c, as it is lag
+# steps ahead. So a convolution can be split,
 #
 #     out = [bias + what is known of X^ + most of the kernel rows above] + the other kernel rows
 #
-# and the bracket computed for a *strip* of neighbours when the first of them is due: one large
-# product takes half the time of many small ones.
+# and the bracket computed for a *strip* of neighbours when the first of them is due.
 #
 #     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
 #     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
 #
-# How long? It must divide the width, so that a row is a number of strips. And it must divide the
-# lag: then c % strip is the same at (r, c), (r + 1, c - lag), .., all along a diagonal, and its
-# strips begin at the same step, so that they are one product. So it is their greatest common
-# divisor: at lag 8, strips are of 8 positions if the width is 128, and of 4 if it is 12. A large
-# lag is a multiple of the width: then a strip is a row, and what depends on the rows above alone,
-# such as v, is computed a row at a time.
+# **How long is a strip?** At lag 8 and width 16 it is of 8 positions. What is due, at offset 0:
 #
-# Which kernel rows are in the bracket? Those whose reads are there when the strip begins. At lag 8
-# a strip of 8 at (r, c) begins at step 8 r + c + offset. Of row r - 1 it reads up to column c + 7 +
-# dx of the source (its last position is c + 7), dx being the kernel's last one. If the source goes
-# position by position (in strips it is there earlier, with its strip: see in_time), row -1 is in
-# time if
+#     step 8     (0, 8)  (1, 0)      two strips begin, (0, 8..15) and (1, 0..7)
+#     step 9     (0, 9)  (1, 1)      number 1 of both
+#     ..
+#     step 15    (0, 15) (1, 7)      number 7 of both
+#     step 16    (1, 8)  (2, 0)      the next two begin
 #
-#     8 (r - 1) + c + 7 + dx + offset_source <= 8 r + c + offset,
-#                         dx - 1 + offset_source <= offset
+# All strips of a diagonal begin in the same step, so that they are one product; and then the same
+# number of each is due. For that c % strip must be the same at (r, c), (r + 1, c - lag), ..: a
+# strip's length must divide the lag. And it must divide the width, so that a row is a number of
+# strips. So it is their greatest common divisor: at lag 8, 8 if the width is 128, and 4 if it is
+# 12. A large lag is a multiple of the width: then a strip is a whole row, and what depends on the
+# rows above alone, such as v, is computed a row at a time.
 #
-#                          dx    offset_source    dx - 1 + offset_source    offset
-#     v_first               1          1                    1                 -6      late
-#     v's within blocks     1      offset - 1          offset - 1           offset    in time
-#     h's within blocks     0          0                   -1                  0      in time
-#     h_above               1          1                    1                  0      late
-#     h_left               -1          1                   -1                  0      in time
+# **Which kernel rows are in the bracket?** Those of which a strip's last read has been computed
+# when the strip begins. At lag 8 the strip from (r, c) on begins at step 8 r + c + offset. Its last
+# position is c + 7, which by kernel row -1 reads up to (r - 1, c + 7 + dx), dx being the kernel's
+# last column. So that row is in time if
 #
-# Row -2, of v_first, is there 8 steps earlier, -7 <= -6: in time. Row 0 is there 8 steps later, and
-# always late, as is what h reads of v: these are multiplied position by position.
+#     8 (r - 1) + c + 7 + dx + offset_source <= 8 r + c + offset
 #
-# At a large lag row r - 1 of x is complete when row r of v begins. So v_first finds all that it
-# reads for a row, and is computed in strips, which are rows; so v's next layer finds all, too, in
-# row 0 as well, as its source's row is there at once; and so on through v. h waits for x of its own
-# row.
+# or, without what is on both sides, dx - 1 + offset_source <= offset. With the offsets of the light
+# network, from above:
+#
+#     kernel row -1 of      dx    offset_source    dx - 1 + offset_source    offset
+#     v_first                1          1                    1                 -6      late
+#     v's within blocks      1      offset - 1          offset - 1           offset    in time
+#     h's within blocks      0          0                   -1                  0      in time
+#     h_above                1          1                    1                  0      late
+#     h_left                -1          1                   -1                  0      in time
+#
+# (If the source is in strips itself, it is there earlier, with its strip: see in_time.) Kernel row
+# -2, of v_first, is there 8 steps earlier, -7 <= -6: in time. Kernel row 0 is there 8 steps later,
+# and always late, as is what h reads of v: these are multiplied position by position.
+#
+# At a large lag row r - 1 of x is complete when row r of v_first begins. So v_first is computed in
+# strips, which are rows. So v's next layer finds all that it reads, by kernel row 0 as well, as
+# that row of its source was computed at once; and so on through v. h waits for x of its own row.
 #
 # For example h's second convolution in a block, at lag 8 and 16x16.
 #
-#     traced     a Node that is the sum of two Reads, rows -1 and 0 of its kernel, in which it reads
-#                columns -1 and 0
+#     traced     a Node that is the sum of two Reads, kernel rows -1 and 0, each of columns -1 and 0
 #     offset     0, as h's readers read nothing to their right
 #     strips     of 8. Row -1 goes to a new Node: early = bias + row -1; and node = early + row 0
-#     at step 8  pixels (0, 8) and (1, 0) are due, so is node at these two places, Places(row=0,
-#                column=8, lag=8, count=2, strip=1), and before it `early` in the strips that begin
-#                there, the same with strip=8: in its `latest` 0..7 are (0, 8..15), and 8..15 are
-#                (1, 0..7). They are in use up to step 15. Plan.compute comes to
+#     at step 8  node is due at (0, 8) and (1, 0), Places(row=0, column=8, count=2, .., strip=1).
+#                Before it comes `early` in the strips that begin there, the same with strip=8: in
+#                its `latest` 0..7 are (0, 8..15), and 8..15 are (1, 0..7). They are in use up to
+#                step 15. Plan.compute comes to
 #                    early.latest = bias + window(row -1) W_-1^T
 #                    node.latest = numbers 0 and 8 of early.latest + window(row 0) W_0^T
 #     at step 9  (0, 9) and (1, 1) are due, and node: numbers 1 and 9 of early.latest + ..
@@ -2991,6 +3023,8 @@ def set_strips(plan):
     """
     nodes, plan.nodes = plan.nodes, []
     for node in nodes:  # sources before readers: in_time asks for source.strip
+        # In a row there are width / spacing positions; and a diagonal goes lag of them to the left
+        # with each step down.
         strip = math.gcd(plan.lag, plan.size[1] // node.spacing)
         early = [read for read in node.reads if in_time(plan, node, read, strip)]
         late = [read for read in node.reads if read not in early]
@@ -3026,16 +3060,8 @@ def in_time(plan, node, read, strip):
 
 
 def of_strips(source, places):
-    """Of source.latest, strips, a position of each: those that are due at `places`.
-
-    At lag 8 and width 16, step by step,
-
-        step 8     (0, 8)  (1, 0)      always the second strip of row 0 and the first of row 1:
-        step 9     (0, 9)  (1, 1)      strip i of `latest` is place i's, and c % strip is the same
-        ..                             for all
-        step 15    (0, 15) (1, 7)
-        step 16    (1, 8)  (2, 0)      new strips begin
-    """
+    """Of source.latest, strips, the position of each that is due at `places`. (They stand in the
+    same order, as all strips of a diagonal begin in the same step.)"""
     strips = source.latest.view(-1, source.strip, source.channels)
     return strips[:, places.column // source.spacing % source.strip]
 
@@ -3306,8 +3332,9 @@ def begin(out, config, factors, data, args, device):
     with locked(out, "config", wait=True):
         if (out / "config.json").exists():
             there = read_config(out)
+            # What minutes have become, in another process, is a result and no setting.
             if any(config.minutes) and config.minutes == there.minutes:
-                config.steps = there.steps  # another process may have turned minutes into these
+                config.steps = there.steps
             may_differ = dict(data=config.data, data_dir=config.data_dir)
             if dataclasses.replace(there, **may_differ) != config:
                 raise Problem(f"--out: {out} was begun meanwhile with other settings")

@@ -235,7 +235,7 @@ def draw_mask(axes, seen, reach):
 
 
 def draw_masks(page, left, top):
-    page.title(left, top, f"5  Masks: what a layer reads, what {LAYERS} see")
+    page.title(left, top, f"5  What a layer reads, what {LAYERS} layers see")
     for i, (label, seen) in enumerate(masks()):
         x, y = [(0.2, 0), (1.2, 0), (0.2, 1), (1.2, 1), (2.35, 0), (2.35, 1)][i]
         axes = page.axes(left + x, top + 0.4 + 1.15 * y, 0.92 if i < 4 else 1.5, 0.9)
@@ -270,7 +270,7 @@ def draw_network(page, left, top):
         page.arrow((x + 0.3, top + 0.65), (x + 0.3, top + 1.09), BLUE)
     page.text(left + 1.42, top + 0.87, "+", size=10, color=BLUE)
     page.arrow((x + 0.5, h), (x + 0.88, h))
-    page.text(x + 0.92, h, f"{net.last.b.numel()} numbers\na pixel: the\nmixture of 4", ha="left")
+    page.text(x + 0.92, h, f"{net.last.b.numel()} numbers\na pixel: a\nmixture as in 4", ha="left")
 
 
 def draw_sampling(page, left, top, lag=8, step=24):

@@ -2419,9 +2419,6 @@ def save_samples(model, views, path, given=0):
 #     place       where a strip begins; while strips are 1, a position
 #     wave        of a place: lag r + c, its step but for the offset
 #     group       nodes that are due together: of the same spacing, offset and strip
-#     spacing     pixels of X from a node's position to the next
-#     grid        the same in its buffer: half of spacing for what is about to be doubled in size, as
-#                 its buffer has zeros between (`spread`, see Tracing); for all else, spacing
 #
 # Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
 # network will do that consists of Conv and of functions of values at one position. `traced`, of the
@@ -2475,13 +2472,15 @@ class Places(typing.NamedTuple):
 class Read:
     """What a node reads of `source` for its position (r, c). Without a weight that is source at
     (r, c); with one, which is a row of a convolution's kernel, the product of the weight and source
-    at so many `columns` from (r + dy, c + left) on."""
+    at so many `columns`, `apart` pixels apart, from (r + dy, c + left) on. (Conv.rows and
+    Conv.columns are ranges; here columns is a number.)"""
 
     source: "Node"
     weight: torch.Tensor | None = None  # (F, columns * C)
     dy: int = 0
     left: int = 0
     columns: int = 1
+    apart: int = 1
     # Decided in Plan:
     at_hand: bool = False  # whether it is in source.latest
     add: object = None  # the function (total, values) -> total + values weight^T
@@ -2489,7 +2488,7 @@ class Read:
     @property
     def right(self):
         """The dx of the last column."""
-        return self.left + (self.columns - 1) * self.source.grid
+        return self.left + (self.columns - 1) * self.apart
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -2507,13 +2506,16 @@ class Node:
     function: object = None
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False
-    spread: bool = False  # zeros stand between its values, see Tracing
     # Decided in Plan:
     offset: int = 0
     strip: int = 1  # how many neighbours in a row are computed together
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
+    grid: int = 0  # pixels of X from an entry of `buffer` to the next: `spacing`, or see allocate
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if read elsewhere or later
     latest: torch.Tensor | None = None  # where it was computed last, (n * positions, C)
+
+    def __post_init__(self):
+        self.grid = self.spacing
 
     @property
     def is_sum(self):
@@ -2524,18 +2526,9 @@ class Node:
         """Nodes of one group are computed in the same steps at the same positions."""
         return self.spacing, self.offset, self.strip
 
-    @property
-    def grid(self):
-        """How many pixels apart neighbours in its buffer are."""
-        return self.spacing // 2 if self.spread else self.spacing
-
-    def size(self, size):
-        """(H, W) of its buffer without margins, for images X of `size`."""
-        return tuple(side // self.grid for side in size)
-
-    def window(self, places, dy=0, left=0, columns=1):
-        """A torch view (no copy), (n, count, strip, columns * C), of `buffer`: for each position
-        (r, c) of `places` so many columns from (r + dy, c + left) on.
+    def window(self, places, dy=0, left=0, columns=1, apart=1):
+        """A torch view (no copy), (n, count, strip, columns, C), of `buffer`: for each position
+        (r, c) of `places` so many columns, `apart` pixels apart, from (r + dy, c + left) on.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
         reads at a position is a vector. With 2 channels, in a row that begins at element 0 of the
@@ -2551,17 +2544,16 @@ class Node:
         columns, and lag, say 3, columns to the left, - 6, so + 4. So a view with these strides is
         all that is needed: no copy, and no table of indices.
         """
-        next_image, next_row, next_column, _ = self.buffer.stride()
+        grid, (next_image, next_row, next_column, _) = self.grid, self.buffer.stride()
         above, _, before, _ = self.margin
-        row = (places.row + dy) // self.grid + above
-        column = (places.column + left) // self.grid + before
-        apart = places.spacing // self.grid  # rows from a place to the next, and likewise columns
+        row = (places.row + dy) // grid + above
+        column = (places.column + left) // grid + before
         # In the example 10 - 3 * 2. If there is one place only, this is not used; but at a large
         # lag it would be below 0, which torch refuses.
-        next_place = max(0, apart * (next_row - places.lag * next_column))
-        n = self.buffer.shape[0]
-        size = (n, places.count, places.strip, columns * self.channels)
-        strides = (next_image, next_place, apart * next_column, 1)
+        next_place = max(0, places.spacing // grid * (next_row - places.lag * next_column))
+        size = (len(self.buffer), places.count, places.strip, columns, self.channels)
+        next_position = places.spacing // grid * next_column
+        strides = (next_image, next_place, next_position, apart // grid * next_column, 1)
         return self.buffer.as_strided(size, strides, row * next_row + column * next_column)
 
 
@@ -2619,24 +2611,27 @@ class Plan:
 
     def allocate(self, weight):
         """Decides which reads are of source.latest. All other sources get a buffer, with margins of
-        zeros as wide as the kernels that read it."""
-        kept = {self.x}
-        for node in self.nodes:
-            for read in node.reads:
-                source = read.source
-                # (Strips may differ: `value` then takes a position of each.)
-                same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
-                elsewhere = (read.dy, read.left, read.columns) != (0, 0, 1)
-                computed = len(source.reads) > 0  # x, and what is known, never are
-                read.at_hand = same_step and not elsewhere and computed
-                if not read.at_hand and not source.known:
-                    kept.add(source)
-                reach = (-read.dy, read.dy, -read.left, read.right)
-                in_buffer = [pixels // source.grid for pixels in reach]
-                source.margin = tuple(map(max, source.margin, in_buffer))
+        zeros as wide as the kernels that read it; and with zeros between its values, where a
+        convolution that doubles the resolution reads it."""
+        kept, reads = {self.x}, [(node, read) for node in self.nodes for read in node.reads]
+        for node, read in reads:
+            source = read.source
+            # (Strips may differ: `value` then takes a position of each.)
+            same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
+            elsewhere = (read.dy, read.left, read.columns) != (0, 0, 1)
+            computed = len(source.reads) > 0  # x, and what is known, never are
+            read.at_hand = same_step and not elsewhere and computed
+            if not read.at_hand and not source.known:
+                kept.add(source)
+            if read.weight is not None:
+                source.grid = min(source.grid, read.apart)
+        for _, read in reads:
+            reach = (-read.dy, read.dy, -read.left, read.right)
+            entries = [pixels // read.source.grid for pixels in reach]
+            read.source.margin = tuple(map(max, read.source.margin, entries))
         for node in kept:
             above, below, left, right = node.margin
-            height, width = node.size(self.size)
+            height, width = (side // node.grid for side in self.size)
             size = (self.n, above + height + below, left + width + right, node.channels)
             node.buffer = weight.new_zeros(size)
 
@@ -2688,8 +2683,8 @@ class Plan:
         """What is read at places, (n * positions, columns * C)."""
         source = read.source
         if not read.at_hand:
-            window = source.window(places, read.dy, read.left, read.columns)
-            return window.reshape(-1, window.shape[3])
+            window = source.window(places, read.dy, read.left, read.columns, read.apart)
+            return window.reshape(-1, read.columns * source.channels)
         return source.latest if source.strip == places.strip else of_strips(source, places)
 
 
@@ -2733,7 +2728,7 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
         x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
         unit = to_unit(drawn, factor.view.levels, factor.a_weight.dtype)
         planes = F.pad(unit, (0, 1), value=1.0)  # (n, count, C + 1)
-        plan.x.window(pixels).copy_(planes.unsqueeze(2))  # strips of 1
+        plan.x.window(pixels).copy_(planes[:, :, None, None])  # strips of 1, one column
         if progress:
             progress(n * pixels.count)
     return x
@@ -2842,25 +2837,23 @@ class Recorder:
         return self.recorded[expression][0]
 
     def convolution(self, conv, source):
-        """A Node that reads a row for each row of the kernel."""
+        """A Node that reads a row for each row of the kernel.
+
+        A kernel counts in pixels of the finer of what it reads and what it makes. Where it doubles
+        the resolution, values and the zeros between them are read alike: that is what `up` means,
+        once the kernel is in its order (see convolve).
+
+            in out's row      0   1   2   3   4   5
+            source            a   0   b   0   c   0       out(1) = w_-1 a + w_0 0 + w_1 b
+        """
         spacing, kernel = source.spacing * conv.stride, conv.weight()
         if conv.up:
-            # Where (p + d) / 2 is not whole it reads nothing: so it is an ordinary Conv, with the
-            # kernel in its order, see convolve, on
-            #
-            #     source    a b c      spread    a 0 b 0 c 0      (and rows of zeros)
-            #
-            # `spread` is a Node with the positions and steps of source; its buffer alone is finer.
-            kernel = kernel.flip(2, 3)
-            source = Node(spacing, source.channels, [Read(source)], lambda x: x, spread=True)
-            self.nodes.append(source)
-            spacing = source.grid
+            spacing, kernel = spacing // 2, kernel.flip(2, 3)
+        apart = min(source.spacing, spacing)
         rows = kernel.permute(2, 0, 3, 1).flatten(2)  # (rows, F, columns * C)
         (top, _), (left, right) = conv.rows, conv.columns
-        reads = []
-        for i, weight in enumerate(rows):
-            dy, dx = (top + i) * source.grid, left * source.grid  # in pixels of X
-            reads.append(Read(source, weight, dy, dx, right - left + 1))
+        reads = [Read(source, weight, apart * (top + i), apart * left, right - left + 1, apart)
+                 for i, weight in enumerate(rows)]
         return Node(spacing, len(conv.b), reads, bias=conv.b)
 
     def call(self, function, args, kwargs):

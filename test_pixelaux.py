@@ -1125,8 +1125,7 @@ def reads_of(node):
     for read in node.reads:
         for column in range(read.columns):
             if not read.source.known:
-                between = read.source.spacing // (2 if read.source.spread else 1)
-                yield read.source, read.dy, read.left + column * between
+                yield read.source, read.dy, read.left + column * read.apart
 
 
 def positions_of(places):
@@ -1184,7 +1183,7 @@ def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size
                 if not (0 <= at[0] < size[0] and 0 <= at[1] < size[1]):
                     continue  # a zero
                 if at[0] % source.spacing or at[1] % source.spacing:
-                    assert source.spread  # a zero between
+                    assert source.spacing > node.spacing  # a zero between
                 elif source is plan.x:
                     assert drawn[at] < step
                 else:

@@ -38,7 +38,8 @@ is X_{K-k}.
     views[0], views[1], .., views[-1]      factors[0], factors[1],        ..
     X_K,      X_{K-1},  .., X_0 = X        p(X_K),     p(X_{K-1} | X_K),  ..
 
-views[k].psi makes views[k - 1]: views[-1].psi is psi_0, and makes X_1 of X.
+views[k].psi makes views[k - 1]. In a pyramid at 32x32 K is 2: views[0] = X_2 is 8x8, views[1] = X_1
+16x16, views[2] = X 32x32, and views[2].psi = psi_0 makes X_1 of X.
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -124,12 +125,12 @@ def feasible(values, weights, low, high, top):
     on the ones before i; weights: positive ints; low, high: int64 tensors, which must leave a sum
     possible, and high - low + 1 be no less than any weight. -> lists lo, hi.
 
-    There always is such a v, a proof by induction. Before each v we have high >= 0, low <= rest +
-    w top, and in low .. high at least w numbers (4 for Half, 4096 for Gray, see there). If low -
-    rest is below 0, v = 0 will do. If not, the first multiple of w from low - rest on is below
-    low - rest + w, so no larger than high; and no larger than w top, itself a multiple of w. And
-    such a v leaves high >= 0, low <= rest, which is the next one's rest + w top, and as many
-    numbers.
+    There always is such a v, by induction. Before each v
+        (1) high >= 0    (2) low <= rest + w top    (3) low .. high has w numbers or more
+    (4 for Half, 4096 for Gray, see there). If low - rest <= 0, v = 0 will do, by (1). If not, take
+    the first multiple w v from low - rest on: it is below low - rest + w, so no larger than high,
+    by (3); and no larger than w top, a multiple too, by (2). After v high is 0 or more, low is
+    rest or less, which is the next one's rest + w top, and they are as far apart as before.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -350,15 +351,16 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. A channel's
-        probability is the mass of its value over the mass of its interval, both in the mixture
-        whose weights are w_k times the masses of the channels before:
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. When r is
+        known, component k weighs w_k m_k(r), by Bayes but for a common factor (as that the cut has
+        scaled all by). A channel's probability is the mass of its value over that of its interval,
+        both in the mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
         and blue likewise, with the weights w_k m_k(r) m_k(g | r). (m_k(g | r), as its mean has
-        moved with r. Cutting r has divided all w_k m_k(r) by the same number, which cancels.)
+        moved with r.)
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -368,9 +370,8 @@ class LogisticMixture:
             return (log_weights + log_masses.sum(1)).logsumexp(1)
         lo, hi = (ends.unsqueeze(2) for ends in intervals)
         log_allowed = log_mass(means, self.log_scales, lo, hi, self.levels)  # M
-        # w_k m_k(r) stands above in p'(r), and below in p'(g | r): one running log_joint does for
-        # both.
-        total, log_joint = 0.0, log_weights  # of a component and the channels so far
+        # The log of the weights so far: of w_k, then w_k m_k(r), then w_k m_k(r) m_k(g | r), ..
+        total, log_joint = 0.0, log_weights
         for channel in range(3):
             total = total - (log_joint + log_allowed[:, channel]).logsumexp(1)  # denominator
             log_joint = log_joint + log_masses[:, channel]
@@ -382,9 +383,13 @@ class LogisticMixture:
     def sample(self, noise, mode="random", interval_of=None):
         """Draw every pixel from given noise -> int64 (N, 3, H, W).
 
-        noise: uniform in (0, 1), (N, 6, H, W): numbers 1, 3 and 5 for the values of R, G and B, 0
-        for the component, which serves all channels (2 and 4 are for sample_tight, which draws one
-        for each). "random" draws values from the component, by the inverse of the logistic's cdf,
+        noise: uniform in (0, 1), (N, 6, H, W), of which
+
+            0                1      2                3      4                5
+            the component    R      tight: G's       G      tight: B's       B
+            (tight: R's)            component               component
+
+        "random" draws values from the component, by the inverse of the logistic's cdf,
         which is the logit; "map" takes its means, and shows what the model holds most probable
         without the noise around it (the paper's MAP sampling, Sec. 4.2, though the component is
         still drawn). Each channel is rounded before the next is conditioned on it; without that,
@@ -426,16 +431,17 @@ class LogisticMixture:
             means, log_scales = self.means_given(c, x), self.log_scales[:, c]
             log_allowed = log_mass(means, log_scales, lo, hi, self.levels)
             k = pick(log_joint + log_allowed, noise[:, 2 * c])
-            value, log_scale = means.gather(1, k), log_scales.gather(1, k)
+            mean, log_scale = means.gather(1, k), log_scales.gather(1, k)
+            value = mean
             if mode == "map":
                 # All weight on k, so that it is drawn for the next channel, too.
                 log_joint = torch.full_like(log_joint, -math.inf).scatter(1, k, 0.0)
             else:
-                a, b = edges(value, log_scale, lo, hi, self.levels)
+                a, b = edges(mean, log_scale, lo, hi, self.levels)
                 a = a.masked_fill(lo == 0, -math.inf)
                 b = b.masked_fill(hi == self.levels - 1, math.inf)
                 logistic = logistic_between(a, b, noise[:, 2 * c + 1].unsqueeze(1))
-                value = value + log_scale.exp() * logistic
+                value = mean + log_scale.exp() * logistic
             x.append(self.round(value).clamp(lo, hi))
             log_joint = log_joint + log_mass(means, log_scales, x[c], x[c], self.levels)
         return torch.cat(x, 1)
@@ -549,8 +555,8 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        # At least as far up and left as down and right, as torch pads both sides alike, and we only
-        # cut; and `up` at its own place, see convolve.
+        # A kernel reaches at least as far up, and left, as down, and right: torch pads both sides
+        # alike, and we cut off what is too much. With `up` it has its own place, see convolve.
         if stride not in (1, 2) or (up and stride > 1):
             raise Problem(f"Conv cannot have {stride=}, {up=}: expected stride 1 or 2, or up")
         for first, last in (rows, columns):
@@ -571,7 +577,8 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # Lets sample_fast note this call in place of running it: see Symbol, in Tracing.
+    # For sample_fast, which notes calls in place of running them (see Symbol, in Tracing). With
+    # ordinary tensors it changes nothing.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
@@ -585,9 +592,10 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # torch adds w[k] in(q) to its output 2 q + k. We want w_d in(q) at 2 q - d. So self.v
-            # has the kernel from its last d to its first, k = last - d, and what torch makes is
-            # ours, `last` rows and columns further on.
+            # In a row, with d = -1, 0, 1: torch adds w[k] in(q) to its output 2 q + k, for k = 0,
+            # 1, 2. We want w_d in(q) in output 2 q - d. So self.v has the kernel in the order w_1,
+            # w_0, w_-1, and our output p is torch's p + 1: in general p + the last d.
+            # (output_padding adds a row and a column, for kernels whose last d is 0.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -671,9 +679,9 @@ def data_dependent_init(network, *inputs):
 # of the half one stands for pixels 2 q and 2 q + 1, and must know no more than what comes before
 # both:
 #
-#     down    it reads h at 2 q - 1 and 2 q, and so knows pixels before 2 q
-#     up      2 q and 2 q + 1 both read number q, and so know pixels before 2 q by it
-#             (2 q + 1 knows 2 q by its skip)
+#     down    it reads h at 2 q + d, d = -1, 0, and so knows pixels before 2 q
+#     up      p reads (p + d) / 2, where that is whole: 2 q by d = 0 and 2 q + 1 by d = -1 both read
+#             number q, and so know pixels before 2 q by it (2 q + 1 knows 2 q by its skip)
 #
 # (v knows the rows above: row R of the half one, which reads 2 R - 1 and 2 R, those before 2 R.)
 
@@ -813,9 +821,9 @@ class EmbeddingNet(nn.Module):
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
 
-    What it returns is in order, finest first, so that embeddings[i] has X's resolution, halved i
-    times. Its own layout counts from the resolution of X^, which may be half of X's. Say X is
-    16x16, and X^ 8x8:
+    What it returns is in order, finest first: embeddings[i] and the causal network's layout count
+    halvings of X, f_w's layout counts halvings of X^, which may be half as large. Say X is 16x16,
+    and X^ 8x8:
 
         resolution                          16x16    8x8    4x4
         halved in f_w's layout                -1      0      1
@@ -899,6 +907,7 @@ class Factor(nn.Module):
         super().__init__()
         self.view, self.embed, psi = view, None, view.psi
         channels, filters, dropout = view.shape[0], config.nr_filters, config.dropout
+        # Which layout: see the table in Networks.
         full_layout = config.layout if psi is None else config.layout_cond
         layout = config.layout_light if light else full_layout
         strides = [2**halved for halved, _ in layout]
@@ -907,7 +916,7 @@ class Factor(nn.Module):
             # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            strides += [psi.cell * 2**halved for halved, _ in layout_embed]
+            strides += [psi.cell * 2**halved for halved, _ in layout_embed]  # in pixels of x
         self.multiple = max(strides)  # of which the height and the width of x must be multiples
 
         self.kind_of_head, nr_params = Categorical, view.levels
@@ -1000,7 +1009,7 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
             here = np.s_[:, len(drawn) : len(drawn) + 1, r : r + 1, c : c + 1]
             return lo[here], hi[here]
 
-        head = factor.head(params.double(), shift)  # float64, as the noise
+        head = factor.head(params.double(), shift)  # so that rounding hardly ever matters
         pixel[:] = draw(head, [r], [c], interval_of if tight else None)
         if progress:
             progress(n)
@@ -1043,7 +1052,7 @@ class PixelAux(nn.Module):
     @property
     def size_multiple(self):
         """Height and width of X must be multiples of this."""
-        multiple, pixels_of_x = 1, 1  # in height, that one pixel of the view stands for
+        multiple, pixels_of_x = 1, 1  # pixels_of_x: how many rows of X are one of the view
         for factor in reversed(self.factors):
             multiple = math.lcm(multiple, pixels_of_x * factor.multiple)
             pixels_of_x *= factor.view.psi.cell if factor.view.psi else 1
@@ -1221,7 +1230,7 @@ class Config:
     batch_size: int = 64
     # How long each factor is trained: the first of these three that is not 0.
     steps: tuple = (0,)
-    minutes: tuple = (0.0,)  # become steps when the pace is known (and see plan_run)
+    minutes: tuple = (0.0,)  # become steps when the pace is known (--minutes also sets anneal = 1)
     # The paper's, of gray and of X given gray; it tells none for CIFAR-10's pyramid. (Where images
     # are made on the fly, 50,000 are an epoch.)
     epochs: tuple = (30, 200)
@@ -1324,9 +1333,10 @@ class Shapes:
         light    215 122 122      215 215 122      122 122 215
         dark     133  40  40      133 133  40       40  40 133
 
-    With noise of -40..40 these stay within 0..255. Any two are at least 82 levels apart in some
-    channel, more than 2 * farthest, so that only one configuration can have made an image: the sum
-    over configurations has one term, and
+    With noise of -40..40 these stay within 0..255. Two configurations differ in some clean pixel,
+    and any two values of the table are at least 82 levels apart in some channel, more than 2 *
+    farthest. So only one configuration can have made an image: the sum over configurations has one
+    term, and
 
         log p(X) = -log_count + sum over the sub-pixels of log pmf(noise)
 
@@ -1448,7 +1458,8 @@ def nearest(x, values):
 
 def log_pmf_of(noise, pmf):
     """Log probability of noise, (N, H, W, 3), summed: (N,). pmf: of -farthest..farthest."""
-    far = len(pmf) // 2 + 1  # impossible, as is all beyond
+    # For a pmf of -1..1 log_pmf is -inf, a, b, c, -inf, and noise, clipped to -2..2, at noise + 2.
+    far = len(pmf) // 2 + 1
     log_pmf = np.pad(np.log(pmf), 1, constant_values=-np.inf)
     return log_pmf[noise.clip(-far, far) + far].sum((1, 2, 3))
 
@@ -1906,14 +1917,15 @@ class Stopwatch:
         left / the time that a step takes. math.inf until 3% of the minutes tell that. (Until then
         there is a look after each step.)
 
-        A process's first step does not count, as much happens only once. Say its looks are at 109,
-        110 and 111 s, and 100 s were before: 111 - 9 = 102 s count, and a step takes 1 s. Of 3
-        minutes there are 78 s, or steps, left.
+        A process's first step does not count, as much happens only once. Say 100 s were before, and
+        its looks are at 109, 110 and 111 s: the first step took 9 s, so 111 - 9 = 102 s are spent,
+        and a step takes 1 s. Of 3 minutes there are 78 s, or steps, left.
         """
         before, *ends = self.looks
         if len(ends) < 3:
             return math.inf
-        spent = ends[-1] - (ends[0] - before)
+        first_step = ends[0] - before
+        spent = ends[-1] - first_step
         if spent < 0.03 * 60 * minutes:
             return math.inf
         pace = (ends[-1] - ends[0]) / (len(ends) - 1)
@@ -2126,7 +2138,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         bits, seconds, stopping = means  # stopping > 0: one is to stop
         check_finite(bits, k, step, path)
         watch.looks.append(seconds)
-        decided = False  # at this look: how many steps the minutes are
+        decided = False  # True at the one look at which minutes become a number of steps
         if steps == math.inf:
             steps = watch.steps_in(of_factor(config.minutes, k), step)
             decided = steps < math.inf
@@ -2382,8 +2394,8 @@ def save_samples(model, views, path, given=0):
 #     offset_source <= offset_reader - (lag dy + dx)
 #
 # Each value is computed as late as its readers allow, its offset is the deadline. From the output
-# back, in the light network (what the row above is read for has deadlines that are later by the
-# lag, and plays no part until x):
+# back, in the light network (a read of the row above, dy = -1, sets a deadline that is later by the
+# lag, and so never the earliest; it matters for x alone):
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
@@ -2404,8 +2416,9 @@ def save_samples(model, views, path, given=0):
 # **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
 # will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
 # pixels are drawn one by one, in raster order. Nothing else changes, but that there are steps in
-# which nothing is due, which are left out. So a still larger lag costs nothing, and a multiple of
-# the width is taken (16 for 8x8), of which Strips makes use.
+# which nothing is due, which are left out. So a still larger lag costs nothing. One is taken by
+# which v can be computed a row at a time (16 for 8x8, see Strips): a multiple of the width, so
+# large that row r - 1 of x is complete when row r of v begins.
 #
 # **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
 # fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
@@ -2573,7 +2586,7 @@ class Plan:
         self.lag = self.set_offsets(least_lag)
         set_strips(self)  # for speed alone, see Strips
         self.allocate(next(net.parameters()))
-        self.work = choose_products(self)  # gives each read its `add`; how is for speed alone
+        self.work = choose_products(self)  # gives each read its `add`
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def set_offsets(self, least_lag):
@@ -2589,11 +2602,12 @@ class Plan:
         lag = smallest = next(filter(good, itertools.count(least_lag)))
         width = self.size[1]
         if smallest >= width:
-            # A multiple of the width makes strips of whole rows. For that row r - 1 of x must be
-            # complete when row r of v_first begins: lag >= width - its offset. That is no less than
-            # 2 - smallest, as v_first finds x at (-1, 1) in time at the lag `smallest`. So smallest
-            # + width will do, rounded up. (If in other networks it will not, some rows are
-            # multiplied position by position.)
+            # Strips are rows if it is a multiple of the width. Say v_first has the offset o. Its
+            # row r begins at step lag r + o. Row r - 1 of x ends at step lag (r - 1) + width - 1,
+            # and can be read from the next one on. So lag >= width - o. And o >= 2 - smallest, as
+            # v_first reads (-1, 1) in time at the lag `smallest`, where the deadline o - (-smallest
+            # + 1) is 1 or more. So smallest + width will do, rounded up. (If it will not, in other
+            # networks, some rows are multiplied position by position.)
             lag = width * math.ceil((smallest + width) / width)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
@@ -2653,14 +2667,14 @@ class Plan:
         starts = collections.defaultdict(list)
         for r, c in itertools.product(range(0, height, spacing), range(0, width, spacing * strip)):
             starts[self.lag * r + c].append((r, c))
+        # The first one is the topmost, the others lie down the diagonal.
         return {wave: Places(*rc[0], len(rc), spacing, strip, self.lag)
                 for wave, rc in starts.items()}
 
     def run_step(self, due):
         """Compute what is due, {group: Places}."""
+        set_threads(self, due)  # for speed alone
         groups = tuple(due)
-        work = [self.work[group] * due[group].count * due[group].strip for group in groups]
-        torch.set_num_threads(self.threads if worth_threads(max(work)) else 1)
         if groups not in self.nodes_of:
             self.nodes_of[groups] = [node for node in self.nodes if node.group in due]
         for node in self.nodes_of[groups]:
@@ -2674,7 +2688,7 @@ class Plan:
         """The node's values at places, (n * positions, C)."""
         if node.function is not None:
             return node.function(*[self.value(read, places) for read in node.reads])
-        total = node.bias
+        total = node.bias  # None if set_strips has split it: then its first read begins the sum
         for read in node.reads:
             total = read.add(total, self.value(read, places))
         return total
@@ -2695,7 +2709,8 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     """
     channels, height, width = factor.view.shape
     # Cut to intervals, a pixel depends on those before it in its cell. At lag 1 the upper right and
-    # the lower left one of a 2x2 cell would be drawn together.
+    # the lower left one of a 2x2 cell would be drawn together. (Not in CausalNet, whose lag is 2 or
+    # more: h_above reads (r - 1, c + 1).)
     least_lag = factor.view.psi.cell if tight else 1
     layers = [conv.v.numel() for conv in factor.net.modules() if isinstance(conv, Conv)]
     threads = torch.get_num_threads()
@@ -2770,6 +2785,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, columns=3),
 #                                  Read(x, W_-1, dy=-1, left=-1, columns=3)], bias=b)
 #     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
+#     h + conv(v)      Node(reads=[Read(h), Read(v, W_0, dy=0, left=0, columns=1)], bias=b): a sum
+#                      takes in the sums that it is made of
 
 
 def traced(net, x, n, size, embeddings):
@@ -2780,7 +2797,7 @@ def traced(net, x, n, size, embeddings):
     recorder.recorded.clear()  # Symbols and recorder hold each other, and so all buffers
     if not isinstance(output, Symbol) or output.node.spacing > 1:
         raise Problem("sample_fast: the network's output does not depend on x, or is smaller")
-    needed = {output.node}
+    needed = {output.node}  # what sums have taken in is not
     for node in reversed(recorder.nodes):
         if node in needed:
             needed.update(read.source for read in node.reads)
@@ -2857,13 +2874,12 @@ class Recorder:
         return Node(spacing, len(conv.b), reads, bias=conv.b)
 
     def call(self, function, args, kwargs):
-        """A Node that is a sum, or calls any other function: in CausalNet concat_elu, gate and
-        F.elu. (Of `plain`, node_or_number and tried these need nothing, but for known values in a
-        sum. They are for networks of others.)"""
+        """A Node that is a sum, or calls any other function: in CausalNet concat_elu, gate, F.elu.
+        (of_nodes and tried are there for what networks of others may call.)"""
         spacing = next(a.node.spacing for a in args if isinstance(a, Symbol))
         operands = [self.node_or_number(a, spacing) for a in args]
         nodes = [a for a in operands if isinstance(a, Node)]
-        plain = len(nodes) == len(operands) and not kwargs  # function can be called as it is
+        plain = len(nodes) == len(operands) and not kwargs
         if function in (torch.add, torch.Tensor.add) and plain:  # x + y is torch.Tensor.add
             channels = max(node.channels for node in nodes)
             fit = all(node.channels in (1, channels) for node in nodes)
@@ -2871,16 +2887,11 @@ class Recorder:
                 return self.sum_of(nodes, channels)
         # Undecorated: wrap_torch_function's version would look for Symbols in each step.
         function = getattr(function, "__wrapped__", function)
-
-        def of_values(*values):
-            left = iter(values)
-            full = [next(left) if isinstance(a, Node) else a for a in operands]
-            return function(*full, **kwargs)
-
-        channels = self.tried(of_values, nodes)
+        called = function if plain else of_nodes(function, operands, kwargs)
+        channels = self.tried(called, nodes)
         if channels is None:
             raise Problem(f"sample_fast: {function} is no function of values at one position")
-        return Node(spacing, channels, list(map(Read, nodes)), function if plain else of_values)
+        return Node(spacing, channels, list(map(Read, nodes)), called)
 
     def node_or_number(self, value, spacing):
         """The Node of a Symbol; one for known values (n, C, H, W), or what can be broadcast to
@@ -2932,6 +2943,16 @@ class Recorder:
             return None
 
 
+def of_nodes(function, operands, kwargs):
+    """The function of those operands' values that are Nodes; what else is given is put in."""
+
+    def of_values(*values):
+        left = iter(values)
+        return function(*[next(left) if isinstance(a, Node) else a for a in operands], **kwargs)
+
+    return of_values
+
+
 def as_list(images):
     """(N, C, H, W) as the list of all positions, (N H W, C)."""
     return images.permute(0, 2, 3, 1).flatten(0, 2)
@@ -2972,8 +2993,8 @@ def as_list(images):
 #
 #     8 (r - 1) + c + 7 + dx + offset_source <= 8 r + c + offset
 #
-# or, without what is on both sides, dx - 1 + offset_source <= offset. With the offsets of the light
-# network, from above:
+# or, without what is on both sides, dx - 1 + offset_source <= offset, if the source is computed
+# position by position. With the offsets of the light network, from above:
 #
 #     kernel row -1 of      dx    offset_source    dx - 1 + offset_source    offset
 #     v_first                1          1                    1                 -6      late
@@ -2982,9 +3003,9 @@ def as_list(images):
 #     h_above                1          1                    1                  0      late
 #     h_left                -1          1                   -1                  0      in time
 #
-# (If the source is in strips itself, it is there earlier, with its strip: see in_time.) Kernel row
-# -2, of v_first, is there 8 steps earlier, -7 <= -6: in time. Kernel row 0 is there 8 steps later,
-# and always late, as is what h reads of v: these are multiplied position by position.
+# Kernel row -2, of v_first, is there 8 steps earlier, 1 - 8 <= -6: in time. Kernel row 0 is there 8
+# steps later, and always late, as is what h reads of v: these are multiplied position by position.
+# (A source that is in strips itself is there earlier, with the strip: see in_time.)
 #
 # At a large lag row r - 1 of x is complete when row r of v_first begins. So v_first is computed in
 # strips, which are rows. So v's next layer finds all that it reads, by kernel row 0 as well, as
@@ -3034,20 +3055,22 @@ def set_strips(plan):
 def in_time(plan, node, read, strip):
     """Whether, for each strip in a row of node, all that it reads is there when it begins.
 
-    The last column that is read is computed with source's whole strip that it lies in, when that
-    strip begins. So two steps are compared: that at which source's strip begins, and that at which
-    ours does. (Beyond the last column of the image are zeros, always there.) Of h's row -1 in
-    blocks, at lag 8 and width 16: for the strip that begins at 0 the last column is 7, which is
-    there at step -8 + 7 + 0 = -1, counted from that of (r, 0).
+    For the strip from column `first` on that is
+
+        lag dy + column + offset_source <= first + offset
+
+    where `column` is the last one that is read; or, if source is in strips, where its strip with
+    that begins. (Beyond the last column of the image are zeros, always there.) In rows of 8, at lag
+    16, v reads by kernel row 0, dy = 0, up to column 8, so 7; source's strip with that begins at 0,
+    and offset_source <= offset.
     """
     source, width = read.source, plan.size[1]
     if source.known:
         return True
     for first in range(0, width, node.spacing * strip):
-        last = min(first + (strip - 1) * node.spacing + read.right, width - 1)
-        last -= last % (source.spacing * source.strip)  # where source's strip with that begins
-        there_at = plan.lag * read.dy + last + source.offset
-        if there_at > first + node.offset:
+        column = min(first + (strip - 1) * node.spacing + read.right, width - 1)
+        column -= column % (source.spacing * source.strip)
+        if plan.lag * read.dy + column + source.offset > first + node.offset:
             return False
     return True
 
@@ -3061,7 +3084,7 @@ def of_strips(source, places):
 
 def choose_products(plan):
     """Decides how each read is added -> {group: multiplications of its largest product at one
-    position}, by which run_step chooses the number of threads."""
+    position}, for set_threads."""
     work = collections.Counter()
     for node in plan.nodes:
         # Rows that a diagonal crosses, as it goes lag columns to the left in each.
@@ -3076,6 +3099,12 @@ def choose_products(plan):
 
 def sum_with(total, value):
     return value if total is None else total + value
+
+
+def set_threads(plan, due):
+    """The number of threads for a step: all, or one."""
+    work = [plan.work[group] * places.count * places.strip for group, places in due.items()]
+    torch.set_num_threads(plan.threads if worth_threads(max(work)) else 1)
 
 
 def worth_threads(work):
@@ -3164,6 +3193,8 @@ def tool(name):
 def plan_run(args, out):
     """(config, data) of a new run in the folder `out`, or of the one that is there. Raises
     Problem."""
+    # A flag that is not given is None: what belongs to the Config has no default in FLAGS, as the
+    # preset or the run decides.
     given = {name: value for name, value in vars(args).items() if value is not None}
     fields = {name: value for name, value in given.items() if name in Config.__annotations__}
     for name in {"data", "data_dir", "start"} & fields.keys():
@@ -3319,9 +3350,10 @@ def start_from(model, run):
 
 
 def begin(out, config, factors, data, args, device):
-    """Write down what is trained, by which command, and on what. If another process has been here
-    since we planned, it must have had the same in mind; only where the data lie may differ, and how
-    many steps its factors' minutes have become."""
+    """Write down what is trained, by which command, and on what. plan_run has looked without a
+    lock, and may have read data for minutes since. So what it refuses is looked for again: if
+    another process has been here, it must have had the same in mind; only where the data lie may
+    differ, and how many steps its factors' minutes have become."""
     with locked(out, "config", wait=True):
         if (out / "config.json").exists():
             there = read_config(out)

@@ -5,10 +5,10 @@
 
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
-pixel). The shape of things, which is all that a person sees, is about 0.01 bit of these three: a
-model that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the
-coat. (On the built-in data one can count, and there it is not borne out: `python pixelaux.py
-claim`.)
+pixel). The shape of things, which is all that a person sees, is hardly any of them (of the built-in
+data, where one can count, 0.013 bit): a model that ignores it loses next to nothing. So, the paper
+argues, it learns the cloth and not the coat. (On these data that is not borne out: `python
+pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, which is poorer in texture, has a network of its own; and a
@@ -125,12 +125,12 @@ def feasible(values, weights, low, high, top):
     on the ones before i; weights: positive ints; low, high: int64 tensors, which must leave a sum
     possible, and high - low + 1 be no less than any weight. -> lists lo, hi.
 
-    There always is such a v, by induction. Before each v
+    There always is such a v, by induction. Before each v, with `rest` as it is after v,
         (1) high >= 0    (2) low <= rest + w top    (3) low .. high has w numbers or more
     (4 for Half, 4096 for Gray, see there). If low - rest <= 0, v = 0 will do, by (1). If not, take
-    the first multiple w v from low - rest on: it is below low - rest + w, so no larger than high,
-    by (3); and no larger than w top, a multiple too, by (2). After v high is 0 or more, low is
-    rest or less, which is the next one's rest + w top, and they are as far apart as before.
+    the first multiple w v from low - rest on. It is at most low - rest + w - 1, which is no larger
+    than high - rest, by (3), nor than high; and at most w top, a multiple too, by (2). After v high
+    is 0 or more, low is rest or less, and they are as far apart as before.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -183,7 +183,7 @@ class Half(Psi):
         return four.unflatten(1, (-1, 4)).unbind(2)
 
     def bounds(self, x, x_hat):
-        low = 4 * x_hat.long() - 2
+        low = 4 * x_hat.long() - 2  # the least sum with (sum + 2) // 4 = x_hat; low + 3 is the most
         lo, hi = feasible(self.four(x), (1, 1, 1, 1), low, low + 3, self.levels - 1)
         return self.joined(lo), self.joined(hi)
 
@@ -195,7 +195,7 @@ class Gray(Psi):
     """4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, one channel of 16 levels.
 
     The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. A
-    level of the view leaves 4096 sums; no weight may be larger (see feasible), which takes 16
+    level of the view leaves 4096 sums; no weight may be larger (see feasible), so x must have 16
     levels or more.
     """
 
@@ -352,9 +352,9 @@ class LogisticMixture:
         one with hardly any mass on the interval would keep all of its weight there.)
 
         Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. When r is
-        known, component k weighs w_k m_k(r), by Bayes but for a common factor (as that the cut has
-        scaled all by). A channel's probability is the mass of its value over that of its interval,
-        both in the mixture with the weights so far:
+        known, component k weighs w_k m_k(r), by Bayes, but for a factor that all have in common.
+        (The mass that the cut divides by is such a factor.) A channel's probability is the mass of
+        its value over that of its interval, both in the mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
@@ -385,9 +385,9 @@ class LogisticMixture:
 
         noise: uniform in (0, 1), (N, 6, H, W), of which
 
-            0                1      2                3      4                5
-            the component    R      tight: G's       G      tight: B's       B
-            (tight: R's)            component               component
+                 0                1    2                3    4                5
+                 the component    R    -                G    -                B
+        tight    R's component    R    G's component    G    B's component    B
 
         "random" draws values from the component, by the inverse of the logistic's cdf,
         which is the logit; "map" takes its means, and shows what the model holds most probable
@@ -413,9 +413,10 @@ class LogisticMixture:
         function, as green's interval depends on the red that was drawn.
 
         Here a component is drawn anew for each channel, then a value from it, within the interval.
-        Why anew? Given r, component k drew it with a probability in proportion to w_k m_k(r); but g
-        must come from k in proportion to w_k m_k(r) M_k(g's interval | r), its term of the
-        denominator in log_prob. Say
+        Why anew? Given r, component k drew it with a probability in proportion to w_k m_k(r): k was
+        drawn in proportion to w_k M_k, then r with probability m_k(r) / M_k. But g must come from k
+        in proportion to w_k m_k(r) M_k(g's interval | r), its term of the denominator in log_prob.
+        Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -465,8 +466,9 @@ def logistic_between(a, b, u):
     """The standard logistic cut to (a, b), which may be infinite, at its quantile u, by which
     sample_tight draws: the z with sigma(z) = sigma(a) + u (sigma(b) - sigma(a)).
     """
-    # Far to the right sigma rounds to 1, far to the left it keeps its digits. So an interval on the
-    # right is mirrored: -z lies between -b and -a, at 1 - u.
+    # Far to the right sigma rounds to 1, far to the left it keeps its digits (sigma(40) is 1 in
+    # float64, sigma(-40) is 4.2e-18). So an interval on the right is mirrored: -z lies between -b
+    # and -a, at 1 - u.
     flip = a + b > 0  # False also if both are infinite, as -inf + inf is nan
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
@@ -657,6 +659,9 @@ def data_dependent_init(network, *inputs):
 #
 #     ((0, 3), (1, 6), (0, 3), (-1, 3))
 #
+# (f_w counts from X^, a causal network from X: if X^ is half as large, what is 0 for f_w is 1 for
+# the causal network.)
+#
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
 #     X or gray, given nothing    layout          six_stages(6): 6 stages of 6 blocks
@@ -675,15 +680,14 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in. In one row, h at c knows pixels before c. Number q
-# of the half one stands for pixels 2 q and 2 q + 1, and must know no more than what comes before
-# both:
+# A change of resolution lets no later pixel in. In one row h at c knows the pixels before c. At
+# half the resolution position 3, say, stands for pixels 6 and 7, and must know no more than 0..5:
 #
-#     down    it reads h at 2 q + d, d = -1, 0, and so knows pixels before 2 q
-#     up      p reads (p + d) / 2, where that is whole: 2 q by d = 0 and 2 q + 1 by d = -1 both read
-#             number q, and so know pixels before 2 q by it (2 q + 1 knows 2 q by its skip)
+#     down    it reads h at 2 * 3 + d, d = -1 and 0: at 5 and 6, and so knows 0..5
+#     up      p reads (p + d) / 2, where that is whole: 6 by d = 0 and 7 by d = -1 both read 3, and
+#             know 0..5 by it (what 7 knows of 6 does not come this way, but by the skip)
 #
-# (v knows the rows above: row R of the half one, which reads 2 R - 1 and 2 R, those before 2 R.)
+# (v likewise: row 3 reads v's rows 5 and 6, and so knows the rows 0..5.)
 
 
 def skip_source(layout, i, j):
@@ -720,8 +724,8 @@ class Block(nn.Module):
         +-----------------------------------------------------------------------------------+
 
     Side inputs, each by a conv_aux (the name is PixelCNN++'s, and has nothing to do with auxiliary
-    variables), in this order: v, in the blocks of h; a long skip, where there
-    is one; the embedding of X^.
+    variables), in this order: v, in the blocks of h; a skip, where there is one; the embedding of
+    X^.
     """
 
     def __init__(self, filters, nr_aux, reach, dropout):
@@ -744,9 +748,9 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """The modules of stage i of a layout, which CausalNet and EmbeddingNet run.
 
-    reaches, nr_aux: for each stream its kernel, and how many side inputs it has, not counting long
-    skips. enter: if the resolution changes, a convolution for each stream. blocks: lists of a Block
-    for each stream.
+    reaches, nr_aux: for each stream its kernel, and how many side inputs it has besides skips.
+    enter: if the resolution changes, a convolution for each stream. blocks: lists of a Block for
+    each stream.
     """
 
     def __init__(self, layout, i, filters, dropout, reaches, nr_aux):
@@ -1009,7 +1013,7 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
             here = np.s_[:, len(drawn) : len(drawn) + 1, r : r + 1, c : c + 1]
             return lo[here], hi[here]
 
-        head = factor.head(params.double(), shift)  # so that rounding hardly ever matters
+        head = factor.head(params.double(), shift)  # so that rounding hardly ever changes a level
         pixel[:] = draw(head, [r], [c], interval_of if tight else None)
         if progress:
             progress(n)
@@ -1158,13 +1162,14 @@ class PixelAux(nn.Module):
 
     def view_like(self, x, k=None):
         """The number of the view of which x are images: k, or by their shape. Raises Problem."""
+        if k in range(len(self.views)):
+            return k
         alike = [j for j, view in enumerate(self.views) if tuple(x.shape[1:]) == view.shape]
-        told = k in range(len(self.views)) if k is not None else len(alike) == 1
-        if not told:
-            views = ", ".join(f"{j}: {view.name} {view.shape}" for j, view in enumerate(self.views))
-            raise Problem(f"given images (N, C, H, W) are {tuple(x.shape)}: expected the shape of "
-                          f"one view, or its number, given_view, where several are alike: {views}")
-        return alike[0] if k is None else k
+        if k is None and len(alike) == 1:
+            return alike[0]
+        views = ", ".join(f"{j}: {view.name} {view.shape}" for j, view in enumerate(self.views))
+        raise Problem(f"given images (N, C, H, W) are {tuple(x.shape)}: expected the shape of one "
+                      f"view, or its number, given_view, where several are alike: {views}")
 
 
 def noise_for(seed, k, images, shape):
@@ -1217,7 +1222,7 @@ class Config:
     size: tuple = (32, 32)  # (H, W) of X
     levels: int = 256  # of a sub-pixel of X
     halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
-    nr_filters: int = 160
+    nr_filters: int = 160  # (the paper's for grayscale; of its pyramids: 100)
     nr_logistic_mix: int = 10  # components of a pixel's mixture
     # Which network has which layout: see Networks.
     layout: tuple = six_stages(6)  # PixelCNN++'s 36 blocks
@@ -1903,14 +1908,19 @@ class Stopwatch:
 
     def __init__(self, before):
         """before: by earlier processes."""
-        self.looks = [before]  # the seconds at each look
+        self.before, self.now = before, before  # in all, at the last look
+        self.ends = []  # the same at each look
         self.go_on()
 
     def go_on(self):
         self.begun = time.monotonic()
 
     def seconds(self):
-        return self.looks[-1] + time.monotonic() - self.begun
+        return self.now + time.monotonic() - self.begun
+
+    def look(self, seconds):
+        self.now = seconds
+        self.ends.append(seconds)
 
     def steps_in(self, minutes, step):
         """How many steps fit into the minutes, of which `step` are done: step + the time that is
@@ -1921,10 +1931,10 @@ class Stopwatch:
         its looks are at 109, 110 and 111 s: the first step took 9 s, so 111 - 9 = 102 s are spent,
         and a step takes 1 s. Of 3 minutes there are 78 s, or steps, left.
         """
-        before, *ends = self.looks
+        ends = self.ends
         if len(ends) < 3:
             return math.inf
-        first_step = ends[0] - before
+        first_step = ends[0] - self.before
         spent = ends[-1] - first_step
         if spent < 0.03 * 60 * minutes:
             return math.inf
@@ -2083,7 +2093,8 @@ def time_to_look(step, steps):
 
 def has_ended(parts, step_before, step, steps):
     """Whether one of so many equal parts of the steps (4: a quarter) has ended since step_before.
-    (None has, while steps is infinite.)"""
+    (Of 10 steps the first quarter ends with step 3: 4 * 3 // 10 is 1, 4 * 2 // 10 is 0. While steps
+    is infinite, none has.)"""
     return parts * step // steps > parts * step_before // steps
 
 
@@ -2137,7 +2148,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         means = mean_of_processes([bits, watch.seconds(), stop()], device)
         bits, seconds, stopping = means  # stopping > 0: one is to stop
         check_finite(bits, k, step, path)
-        watch.looks.append(seconds)
+        watch.look(seconds)
         decided = False  # True at the one look at which minutes become a number of steps
         if steps == math.inf:
             steps = watch.steps_in(of_factor(config.minutes, k), step)
@@ -2284,16 +2295,16 @@ def report(model, bound, exact, data, images, kind="test image"):
         factors.append(dict(factor=model.names[k], shape=view.shape, **row))
     bits = bits_per_dim(both.sum(1), model.dims)  # (2, N)
     resampled = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)  # bootstrap
-    intervals = np.percentile(resampled, [2.5, 97.5], axis=1).T.tolist()
+    confidence = np.percentile(resampled, [2.5, 97.5], axis=1).T.tolist()
     total = bits.mean(1).tolist()
     lines.append("{:21}{:8.4f}{:8.4f}".format("total", *total))
     in_nats = [of_kind * math.log(2) for of_kind in total]
     lines.append("{:21}{:8.4f}{:8.4f}".format("total in nats/dim", *in_nats))
     if n > 1:
-        of_bound, of_exact = ["{:.4f}..{:.4f}".format(*interval) for interval in intervals]
+        of_bound, of_exact = ["{:.4f}..{:.4f}".format(*ends) for ends in confidence]
         lines.append(f"95% interval over the images: bound {of_bound}, exact {of_exact}")
     result = dict(images=n, factors=factors, bound=total[0], exact=total[1],
-                  bound_interval=intervals[0], exact_interval=intervals[1])
+                  bound_interval=confidence[0], exact_interval=confidence[1])
     if data.shapes:
         more, distances = distance_to_truth(model, bound, exact, data.shapes, images)
         lines, result = lines + more, result | distances
@@ -2394,8 +2405,7 @@ def save_samples(model, views, path, given=0):
 #     offset_source <= offset_reader - (lag dy + dx)
 #
 # Each value is computed as late as its readers allow, its offset is the deadline. From the output
-# back, in the light network (a read of the row above, dy = -1, sets a deadline that is later by the
-# lag, and so never the earliest; it matters for x alone):
+# back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3, read at (r, c + 1) by its second convolution             -1
@@ -2403,27 +2413,33 @@ def save_samples(model, views, path, given=0):
 #     ..
 #     v after its first convolution                                              -6
 #
+# (Kernels read the row above as well, dy = -1. That deadline is later by the lag, and so never the
+# earliest.)
+#
 # (If v's end were computed 3 steps earlier than needed, all of v, and at last x, would have to come
 # 3 earlier, and the lag would be 11.)
 #
-# Last comes x, the exception to <=: a pixel is drawn after all of the network, so that it can be
-# read from the next step on. As if it were computed then, x has the offset 1, and every deadline
-# that a reader sets for it must be 1 or more: that is what decides the lag. v's first convolution,
-# at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or
-# more. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag -
-# 1.)
+# Last comes x, the exception to <=: a pixel is drawn at the end of its step, after all of the
+# network, so that it can be read from the next step on. So its offset is 1, and cannot be moved to
+# meet a deadline: the lag must be so large that every deadline for x is 1 or more. v's first
+# convolution, at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so the lag
+# must be 8 or more, as above. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads
+# (r - 1, c + 1): lag - 1.)
 #
 # **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
 # will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
 # pixels are drawn one by one, in raster order. Nothing else changes, but that there are steps in
-# which nothing is due, which are left out. So a still larger lag costs nothing. One is taken by
-# which v can be computed a row at a time (16 for 8x8, see Strips): a multiple of the width, so
-# large that row r - 1 of x is complete when row r of v begins.
+# which nothing is due, which are left out. So a still larger lag costs nothing, and one is taken
+# that is larger by the width, rounded up to a multiple of it (16 for 8x8). For at the smallest lag
+# v_first at (r, 0) finds what it reads of row r - 1 in time, up to column 1; at one that is larger
+# by the width it finds all of that row: so v can be computed a row at a time (see Strips).
 #
 # **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
 # fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
 # have step lag r + c + offset. All distances are counted in pixels of X: a kernel of 3 columns
-# reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands.
+# reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands. A
+# convolution that doubles the resolution reads its source as if there were zeros between the
+# values; so the source's image, its `buffer`, has them.
 #
 # **How it is done.** Some values are computed for a *strip* of neighbours in a row at once. That is
 # for speed alone, and explained in Strips, further down: read `strip` as 1 for now. Words:
@@ -2477,8 +2493,8 @@ class Places(typing.NamedTuple):
 
     def starts(self):
         """The rows and the columns of the places."""
-        steps = range(0, self.count * self.spacing, self.spacing)
-        return [self.row + i for i in steps], [self.column - i * self.lag for i in steps]
+        down = range(0, self.count * self.spacing, self.spacing)
+        return [self.row + i for i in down], [self.column - i * self.lag for i in down]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -2508,6 +2524,11 @@ class Read:
 class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
+    Three distances, in pixels of X: `spacing` is that between its positions, Read.apart that
+    between the columns that a reader takes, `grid` that between the entries of its buffer. All are
+    the same, except for what is to be doubled: its spacing is, say, 2, the readers' `apart` 1, and
+    so its grid 1, with zeros between.
+
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
     itself alone.)
@@ -2523,7 +2544,7 @@ class Node:
     offset: int = 0
     strip: int = 1  # how many neighbours in a row are computed together
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
-    grid: int = 0  # pixels of X from an entry of `buffer` to the next: `spacing`, or see allocate
+    grid: int = 0
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if read elsewhere or later
     latest: torch.Tensor | None = None  # where it was computed last, (n * positions, C)
 
@@ -2602,12 +2623,8 @@ class Plan:
         lag = smallest = next(filter(good, itertools.count(least_lag)))
         width = self.size[1]
         if smallest >= width:
-            # Strips are rows if it is a multiple of the width. Say v_first has the offset o. Its
-            # row r begins at step lag r + o. Row r - 1 of x ends at step lag (r - 1) + width - 1,
-            # and can be read from the next one on. So lag >= width - o. And o >= 2 - smallest, as
-            # v_first reads (-1, 1) in time at the lag `smallest`, where the deadline o - (-smallest
-            # + 1) is 1 or more. So smallest + width will do, rounded up. (If it will not, in other
-            # networks, some rows are multiplied position by position.)
+            # See "A large lag". (If that will not do for a network of others, some rows are
+            # multiplied position by position.)
             lag = width * math.ceil((smallest + width) / width)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
@@ -2713,16 +2730,11 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     # more: h_above reads (r - 1, c + 1).)
     least_lag = factor.view.psi.cell if tight else 1
     layers = [conv.v.numel() for conv in factor.net.modules() if isinstance(conv, Conv)]
-    threads = torch.get_num_threads()
-    try:
-        if not worth_threads(n * height * width * max(layers)):
-            torch.set_num_threads(1)
+    with threads_for(n * height * width * max(layers)):
         embeddings = factor.embeddings(x_hat)
-        torch.set_num_threads(threads)
-        plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
+    plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
+    with threads_for(math.inf):  # the steps choose, each for itself
         return sample_by(plan, factor, n, x_hat, draw, tight, shift, progress)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
@@ -2843,7 +2855,7 @@ class Recorder:
             return args[0]
         expression = (function, *map(id, args), *kwargs, *map(id, kwargs.values()))
         if expression not in self.recorded:
-            if function is Conv.forward:  # torch hands over what is called; args: conv, Symbol
+            if function is Conv.forward:  # torch hands over the decorated one; args: conv, Symbol
                 node = self.convolution(args[0], args[1].node)
             else:
                 node = self.call(function, args, kwargs)
@@ -2857,14 +2869,14 @@ class Recorder:
         """A Node that reads a row for each row of the kernel.
 
         A kernel counts in pixels of the finer of what it reads and what it makes. Where it doubles
-        the resolution, values and the zeros between them are read alike: that is what `up` means,
-        once the kernel is in its order (see convolve).
+        the resolution, values and the zeros between them are read alike: that is what `up` means.
 
             in out's row      0   1   2   3   4   5
             source            a   0   b   0   c   0       out(1) = w_-1 a + w_0 0 + w_1 b
         """
         spacing, kernel = source.spacing * conv.stride, conv.weight()
         if conv.up:
+            # self.v has the kernel in reverse order
             spacing, kernel = spacing // 2, kernel.flip(2, 3)
         apart = min(source.spacing, spacing)
         rows = kernel.permute(2, 0, 3, 1).flatten(2)  # (rows, F, columns * C)
@@ -3007,9 +3019,10 @@ def as_list(images):
 # steps later, and always late, as is what h reads of v: these are multiplied position by position.
 # (A source that is in strips itself is there earlier, with the strip: see in_time.)
 #
-# At a large lag row r - 1 of x is complete when row r of v_first begins. So v_first is computed in
-# strips, which are rows. So v's next layer finds all that it reads, by kernel row 0 as well, as
-# that row of its source was computed at once; and so on through v. h waits for x of its own row.
+# At a large lag row r - 1 of x is complete when row r of v_first begins (see there). So v_first is
+# computed in strips, which are rows. So v's next layer finds all that it reads, by kernel row 0 as
+# well, as that row of its source was computed at once; and so on through v. h waits for x of its
+# own row.
 #
 # For example h's second convolution in a block, at lag 8 and 16x16.
 #
@@ -3029,8 +3042,9 @@ def set_strips(plan):
     """Which nodes of a Plan are computed in strips. When a strip begins, there may be
 
         all that a node reads    then it is computed in strips
-        some of that             then, if it is a sum, it is split: this part goes to a new node, in
-                                 strips, which is the first that what is left of it reads
+        some of that             then, if it is a sum, it is split in two: this part becomes a new
+                                 node, computed in strips; the node keeps the other reads, and reads
+                                 the new node first
         nothing                  then it is computed position by position
 
     The output is not in strips, as it is wanted at the pixels of each step alone.
@@ -3060,9 +3074,10 @@ def in_time(plan, node, read, strip):
         lag dy + column + offset_source <= first + offset
 
     where `column` is the last one that is read; or, if source is in strips, where its strip with
-    that begins. (Beyond the last column of the image are zeros, always there.) In rows of 8, at lag
-    16, v reads by kernel row 0, dy = 0, up to column 8, so 7; source's strip with that begins at 0,
-    and offset_source <= offset.
+    that begins. (Beyond the last column of the image are zeros, always there.)
+
+    For example v's kernel row 0 in rows of 8, at lag 16: the last column is 8, which is beyond, so
+    7. It lies in source's strip that begins at 0. And 0 + offset_source <= 0 + offset.
     """
     source, width = read.source, plan.size[1]
     if source.known:
@@ -3105,6 +3120,17 @@ def set_threads(plan, due):
     """The number of threads for a step: all, or one."""
     work = [plan.work[group] * places.count * places.strip for group, places in due.items()]
     torch.set_num_threads(plan.threads if worth_threads(max(work)) else 1)
+
+
+@contextlib.contextmanager
+def threads_for(work):
+    """All threads, or one, for so much work; in the end as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if worth_threads(work) else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def worth_threads(work):

@@ -38,8 +38,10 @@ is X_{K-k}.
     views[0], views[1], .., views[-1]      factors[0], factors[1],        ..
     X_K,      X_{K-1},  .., X_0 = X        p(X_K),     p(X_{K-1} | X_K),  ..
 
-views[k].psi makes views[k - 1]. In a pyramid at 32x32 K is 2: views[0] = X_2 is 8x8, views[1] = X_1
-16x16, views[2] = X 32x32, and views[2].psi = psi_0 makes X_1 of X.
+views[k].psi makes views[k - 1]. For example a pyramid at 32x32, K = 2:
+
+    views[0] = X_2     <-- psi_1 --     views[1] = X_1     <-- psi_0 --     views[2] = X_0 = X
+    8x8                                 16x16                               32x32
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -128,9 +130,9 @@ def feasible(values, weights, low, high, top):
     There always is such a v, by induction. Before each v, with `rest` as it is after v,
         (1) high >= 0    (2) low <= rest + w top    (3) low .. high has w numbers or more
     (4 for Half, 4096 for Gray, see there). If low - rest <= 0, v = 0 will do, by (1). If not, take
-    the first multiple w v from low - rest on. It is at most low - rest + w - 1, which is no larger
-    than high - rest, by (3), nor than high; and at most w top, a multiple too, by (2). After v high
-    is 0 or more, low is rest or less, and they are as far apart as before.
+    the first multiple w v from low - rest on. It is at most low - rest + w - 1 <= high - rest, by
+    (3). And it is at most w top, as that is a multiple, too, and no less than low - rest, by (2).
+    After v high is 0 or more, low is rest or less, and they are as far apart as before.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -352,8 +354,8 @@ class LogisticMixture:
         one with hardly any mass on the interval would keep all of its weight there.)
 
         Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. When r is
-        known, component k weighs w_k m_k(r), by Bayes, but for a factor that all have in common.
-        (The mass that the cut divides by is such a factor.) A channel's probability is the mass of
+        known, component k weighs w_k m_k(r), by Bayes, up to a factor that is the same for all k,
+        such as the mass that the cut divides by. A channel's probability is the mass of
         its value over that of its interval, both in the mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
@@ -387,7 +389,7 @@ class LogisticMixture:
 
                  0                1    2                3    4                5
                  the component    R    -                G    -                B
-        tight    R's component    R    G's component    G    B's component    B
+        tight    R's component    R    G's component    G    B's component    B    (see there)
 
         "random" draws values from the component, by the inverse of the logistic's cdf,
         which is the logit; "map" takes its means, and shows what the model holds most probable
@@ -414,9 +416,9 @@ class LogisticMixture:
 
         Here a component is drawn anew for each channel, then a value from it, within the interval.
         Why anew? Given r, component k drew it with a probability in proportion to w_k m_k(r): k was
-        drawn in proportion to w_k M_k, then r with probability m_k(r) / M_k. But g must come from k
-        in proportion to w_k m_k(r) M_k(g's interval | r), its term of the denominator in log_prob.
-        Say
+        drawn in proportion to w_k M_k(r's interval), then r with probability m_k(r) / M_k(r's
+        interval). But g must come from k in proportion to w_k m_k(r) M_k(g's interval | r), its
+        term of the denominator in log_prob. Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -579,8 +581,8 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # For sample_fast, which notes calls in place of running them (see Symbol, in Tracing). With
-    # ordinary tensors it changes nothing.
+    # For sample_fast, which notes calls in place of running them (see Symbol, in Tracing; skip it
+    # until then). With ordinary tensors it changes nothing.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
@@ -595,8 +597,9 @@ class Conv(nn.Module):
         height, width = x.shape[2:]
         if self.up:
             # In a row, with d = -1, 0, 1: torch adds w[k] in(q) to its output 2 q + k, for k = 0,
-            # 1, 2. We want w_d in(q) in output 2 q - d. So self.v has the kernel in the order w_1,
-            # w_0, w_-1, and our output p is torch's p + 1: in general p + the last d.
+            # 1, 2. We want w_d in(q) in output 2 q - d. So with k = 1 - d, self.v in the order w_1,
+            # w_0, w_-1, torch's output is ours, 1 further on: it is cut off in front. In general k
+            # = (the last d) - d, and that many are cut off, which is `bottom`, and `right`.
             # (output_padding adds a row and a column, for kernels whose last d is 0.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
@@ -610,7 +613,7 @@ VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
 # An option of light networks (look_right=False; to be skipped at first): v's kernel moves to the
 # left. The price is a blind spot: v sees no more than one column to the upper right, by its first
 # layer. (Of the rest X^ tells much, where there is one.) The gain is sampling in a third of the
-# steps.
+# steps, by a lag of 2 in place of 8 (see Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s; v has seen row -1, too
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -683,7 +686,7 @@ def data_dependent_init(network, *inputs):
 # A change of resolution lets no later pixel in. In one row h at c knows the pixels before c. At
 # half the resolution position 3, say, stands for pixels 6 and 7, and must know no more than 0..5:
 #
-#     down    it reads h at 2 * 3 + d, d = -1 and 0: at 5 and 6, and so knows 0..5
+#     down    it reads h at 2 * 3 + d, d = -1 and 0: at 5, which knows 0..4, and at 6, 0..5
 #     up      p reads (p + d) / 2, where that is whole: 6 by d = 0 and 7 by d = -1 both read 3, and
 #             know 0..5 by it (what 7 knows of 6 does not come this way, but by the skip)
 #
@@ -708,8 +711,8 @@ def concat_elu(x):
 
 @wrap_torch_function(lambda x, y: (x, y))
 def gate(x, y):
-    """x + a sigmoid(b), where a and b are the halves of y: (N, C, ..), (N, 2 C, ..) -> (N, C,
-    ..)."""
+    """x + a sigmoid(b), where a and b are the halves of y: (N, C, ..), (N, 2 C, ..) -> (N, C, ..).
+    b decides how much of a is let through, value by value."""
     a, b = y.chunk(2, 1)
     return torch.addcmul(x, a, torch.sigmoid(b))
 
@@ -857,7 +860,7 @@ class EmbeddingNet(nn.Module):
                 y = block(y, *([concat_elu(made[source])] if source else []))
                 made[i, j] = y
             last[stage.halved] = y
-        return [last[halved] for halved in sorted(last)]
+        return [last[halved] for halved in sorted(last)]  # -1, 0, 1 of X^ are 0, 1, 2 of X
 
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
@@ -939,7 +942,7 @@ class Factor(nn.Module):
         """How many images to take at once, so that activations stay within some 4 GiB."""
         channels = sum(conv.v.shape[1] for conv in self.net.modules() if isinstance(conv, Conv))
         numbers = channels * math.prod(self.view.shape[1:])  # what all convolutions read
-        return min(256, max(1, 2**30 // numbers))
+        return min(256, max(1, 2**30 // numbers))  # of 4 bytes
 
     def planes(self, x, levels):
         """uint8 (N, C, H, W) -> -1 .. 1 and a plane of ones, which tells the image from the zeros
@@ -1013,7 +1016,7 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
             here = np.s_[:, len(drawn) : len(drawn) + 1, r : r + 1, c : c + 1]
             return lo[here], hi[here]
 
-        head = factor.head(params.double(), shift)  # so that rounding hardly ever changes a level
+        head = factor.head(params.double(), shift)  # the network's rounding alone shall matter
         pixel[:] = draw(head, [r], [c], interval_of if tight else None)
         if progress:
             progress(n)
@@ -1150,13 +1153,13 @@ class PixelAux(nn.Module):
         with evaluating(self):
             for k in range(len(views), until or len(self.views)):
                 factor, images = self.factors[k], []
-                for some in torch.arange(n).split(factor.at_once):
-                    x_hat = views[-1][some] if views else None
-                    noise = noise_for(seed, k, some, self.views[k].shape).to(self.device)
+                for numbers in torch.arange(n).split(factor.at_once):
+                    x_hat = views[-1][numbers] if views else None
+                    noise = noise_for(seed, k, numbers, self.views[k].shape).to(self.device)
                     # The coarsest view has no x_hat to be cut by.
                     draw, tight_here = Draw(noise, mode), tight and k > 0
                     images.append(
-                        sampler(factor, len(some), x_hat, draw, tight_here, shift, progress))
+                        sampler(factor, len(numbers), x_hat, draw, tight_here, shift, progress))
                 views.append(torch.cat(images))
         return views
 
@@ -1210,8 +1213,9 @@ def six_stages(blocks):
 
 @dataclasses.dataclass
 class Config:
-    """A model and its training. The values here are the paper's for CIFAR-10, where it gives them:
-    Config() is the preset cifar10. The default of `train`, `build` and make_config() is tiny.
+    """A model and its training. The values here are the paper's for CIFAR-10, where it gives them
+    (of filters grayscale's: its pyramids have 100): Config() is the preset cifar10. The default of
+    `train`, `build` and make_config() is tiny.
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1222,7 +1226,7 @@ class Config:
     size: tuple = (32, 32)  # (H, W) of X
     levels: int = 256  # of a sub-pixel of X
     halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
-    nr_filters: int = 160  # (the paper's for grayscale; of its pyramids: 100)
+    nr_filters: int = 160
     nr_logistic_mix: int = 10  # components of a pixel's mixture
     # Which network has which layout: see Networks.
     layout: tuple = six_stages(6)  # PixelCNN++'s 36 blocks
@@ -1421,7 +1425,7 @@ class Shapes:
         # pixels that agree = those of the ground's colour outside + of the shape's inside the mask.
         # agree[i, p, m]: on how many pixels image i agrees with pair p and mask m.
         ground, shape = self.pairs.T
-        agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
+        agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M), as ground is (pairs,)
         pair, mask = np.divmod(agree.reshape(len(colour), -1).argmax(1), len(masks))
         return self.colours(masks[mask], pair)
 
@@ -1506,7 +1510,8 @@ class Dataset:
         if self.train is None or n >= len(self.train):
             there = "made on the fly" if self.train is None else f"{len(self.train)} in number"
             raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
-        values = digests(self.train, seed=1)  # not split's seed, by which the test set was chosen
+        # Another seed than split's: there the lowest digests have gone to the test.
+        values = digests(self.train, seed=1)
         lowest = np.argsort(values, kind="stable")[:n]
         rest = np.flatnonzero(values > values[lowest[-1]])  # not >=: a copy has the same value
         if len(rest) == 0:
@@ -1908,19 +1913,19 @@ class Stopwatch:
 
     def __init__(self, before):
         """before: by earlier processes."""
-        self.before, self.now = before, before  # in all, at the last look
-        self.ends = []  # the same at each look
+        self.before, self.at_last_look = before, before
+        self.at_looks = []
         self.go_on()
 
     def go_on(self):
         self.begun = time.monotonic()
 
     def seconds(self):
-        return self.now + time.monotonic() - self.begun
+        return self.at_last_look + time.monotonic() - self.begun
 
     def look(self, seconds):
-        self.now = seconds
-        self.ends.append(seconds)
+        self.at_last_look = seconds
+        self.at_looks.append(seconds)
 
     def steps_in(self, minutes, step):
         """How many steps fit into the minutes, of which `step` are done: step + the time that is
@@ -1931,14 +1936,13 @@ class Stopwatch:
         its looks are at 109, 110 and 111 s: the first step took 9 s, so 111 - 9 = 102 s are spent,
         and a step takes 1 s. Of 3 minutes there are 78 s, or steps, left.
         """
-        ends = self.ends
-        if len(ends) < 3:
+        if len(self.at_looks) < 3:
             return math.inf
-        first_step = ends[0] - self.before
-        spent = ends[-1] - first_step
+        first, last = self.at_looks[0], self.at_looks[-1]
+        spent = last - (first - self.before)
         if spent < 0.03 * 60 * minutes:
             return math.inf
-        pace = (ends[-1] - ends[0]) / (len(ends) - 1)
+        pace = (last - first) / (len(self.at_looks) - 1)
         return step + max(1, round((60 * minutes - spent) / pace))
 
 
@@ -2001,9 +2005,9 @@ class Optimizer:
     @torch.no_grad()
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step. As weight() divides by |v|,
-        its length changes nothing but how far the next step turns it. Steps, roughly at right
-        angles to v, make it longer and longer, and would come to turn it less and less: so the
-        length is set back."""
+        its length changes nothing but how far the next step turns it. So the gradient has no part
+        along v: steps, roughly at right angles to it, make it longer and longer, and would come to
+        turn it less and less. So the length is set back."""
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
             matrix.grad = None if v.grad is None else v.grad.flatten(1)  # None: it was not used
@@ -2120,7 +2124,8 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     config, device, seed = model.config, model.device, (model.config.seed, k)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"factor-{k}.pt"
-    saved = read_checkpoint(path) if path.exists() else None  # complete, perhaps: then no step
+    # (Perhaps of finished training: then the loop makes no step.)
+    saved = read_checkpoint(path) if path.exists() else None
     if not saved and not config.start:  # with --start the model has weights already
         # By 32 images or more: statistics of few are rough.
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
@@ -2294,7 +2299,8 @@ def report(model, bound, exact, data, images, kind="test image"):
         lines.append(f"{model.names[k]:21}{numbers}".rstrip())
         factors.append(dict(factor=model.names[k], shape=view.shape, **row))
     bits = bits_per_dim(both.sum(1), model.dims)  # (2, N)
-    resampled = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)  # bootstrap
+    # Bootstrap: 1000 times n of the images, with replacement, (2, 1000, n); means, (2, 1000).
+    resampled = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)
     confidence = np.percentile(resampled, [2.5, 97.5], axis=1).T.tolist()
     total = bits.mean(1).tolist()
     lines.append("{:21}{:8.4f}{:8.4f}".format("total", *total))
@@ -2414,10 +2420,8 @@ def save_samples(model, views, path, given=0):
 #     v after its first convolution                                              -6
 #
 # (Kernels read the row above as well, dy = -1. That deadline is later by the lag, and so never the
-# earliest.)
-#
-# (If v's end were computed 3 steps earlier than needed, all of v, and at last x, would have to come
-# 3 earlier, and the lag would be 11.)
+# earliest.) Why as late as possible? If v's end were computed 3 steps earlier than needed, all of
+# v, and at last x, would have to come 3 earlier, and the lag would be 11.
 #
 # Last comes x, the exception to <=: a pixel is drawn at the end of its step, after all of the
 # network, so that it can be read from the next step on. So its offset is 1, and cannot be moved to
@@ -2429,10 +2433,14 @@ def save_samples(model, views, path, given=0):
 # **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
 # will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
 # pixels are drawn one by one, in raster order. Nothing else changes, but that there are steps in
-# which nothing is due, which are left out. So a still larger lag costs nothing, and one is taken
-# that is larger by the width, rounded up to a multiple of it (16 for 8x8). For at the smallest lag
-# v_first at (r, 0) finds what it reads of row r - 1 in time, up to column 1; at one that is larger
-# by the width it finds all of that row: so v can be computed a row at a time (see Strips).
+# which nothing is due, which are left out.
+#
+# So a still larger lag costs nothing, and one can be had for it: if row r - 1 of x is complete when
+# row r of v_first begins, v can be computed a row at a time (see Strips). In the 8x8 view v_first
+# at (r, 0) has step lag r - 6, and the last pixel of row r - 1 can be read from step lag (r - 1) +
+# 8 on. At lag 8 that is 8 r, too late; at lag 16 it is 16 r - 8, in time. In general the smallest
+# lag has in time what v_first at (r, 0) reads, up to column 1; the width more has all of the row.
+# (That is rounded up to a multiple of the width, so that a strip is a row.)
 #
 # **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
 # fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
@@ -2442,11 +2450,12 @@ def save_samples(model, views, path, given=0):
 # values; so the source's image, its `buffer`, has them.
 #
 # **How it is done.** Some values are computed for a *strip* of neighbours in a row at once. That is
-# for speed alone, and explained in Strips, further down: read `strip` as 1 for now. Words:
+# for speed alone, and explained in Strips, further down: until then read `strip` as 1, and skip
+# what is marked (strips). Words:
 #
 #     position    one (r, c)
 #     place       where a strip begins; while strips are 1, a position
-#     wave        of a place: lag r + c, its step but for the offset
+#     wave        of a place: lag r + c. A node is due there at step wave + offset
 #     group       nodes that are due together: of the same spacing, offset and strip
 #
 # Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
@@ -2454,8 +2463,8 @@ def save_samples(model, views, path, given=0):
 # next section, makes a list of Nodes of it. Plan decides all that can be decided beforehand, and
 # sample_by is the loop over the steps. A node's values are read from
 #
-#     latest    what it computed last          by readers at the same position in the same step: of
-#                                              the same offset, that is. No copy
+#     latest    the values computed last       by readers of the same offset at the same position:
+#                                              in the same step, that is. No copy
 #     buffer    an image of all positions      by all other readers
 #
 # For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
@@ -2499,10 +2508,15 @@ class Places(typing.NamedTuple):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Read:
-    """What a node reads of `source` for its position (r, c). Without a weight that is source at
-    (r, c); with one, which is a row of a convolution's kernel, the product of the weight and source
-    at so many `columns`, `apart` pixels apart, from (r + dy, c + left) on. (Conv.rows and
-    Conv.columns are ranges; here columns is a number.)"""
+    """What a node reads of `source` for its position (r, c): without a weight source at (r, c).
+
+    With a weight it is a row of a convolution's kernel, so that v_first(x) has two,
+
+        Read(x, W_-2, dy=-2, left=-1, columns=3), Read(x, W_-1, dy=-1, left=-1, columns=3)
+
+    and the product of the weight and source at so many `columns`, `apart` pixels apart, from (r +
+    dy, c + left) on. (Conv.rows and Conv.columns are ranges; here columns is a number.)
+    """
 
     source: "Node"
     weight: torch.Tensor | None = None  # (F, columns * C)
@@ -2525,9 +2539,13 @@ class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
     Three distances, in pixels of X: `spacing` is that between its positions, Read.apart that
-    between the columns that a reader takes, `grid` that between the entries of its buffer. All are
-    the same, except for what is to be doubled: its spacing is, say, 2, the readers' `apart` 1, and
-    so its grid 1, with zeros between.
+    between the columns that are read, `grid` that between the entries of a buffer. In a
+    convolution, from source to reader:
+
+                            source.spacing    source.grid    apart    reader.spacing
+        same resolution           2                2           2             2
+        half                      1                1           1             2
+        double                    2                1           1             1         zeros between
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
@@ -2546,7 +2564,7 @@ class Node:
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
     grid: int = 0
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if read elsewhere or later
-    latest: torch.Tensor | None = None  # where it was computed last, (n * positions, C)
+    latest: torch.Tensor | None = None  # the values computed last, (n * positions, C)
 
     def __post_init__(self):
         self.grid = self.spacing
@@ -2595,8 +2613,7 @@ class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
     nodes: in the order of computation within a step, without x; the last one is the output.
-    least_lag: 2 where pixels of a cell depend on each other by way of x_hat, which the network does
-    not show.
+    least_lag: see sample_fast.
     """
 
     def __init__(self, net, channels, n, size, embeddings=(), least_lag=1):
@@ -2623,8 +2640,8 @@ class Plan:
         lag = smallest = next(filter(good, itertools.count(least_lag)))
         width = self.size[1]
         if smallest >= width:
-            # See "A large lag". (If that will not do for a network of others, some rows are
-            # multiplied position by position.)
+            # See "A large lag". (For somebody else's network it may be too small: then strips gain
+            # less, that is all.)
             lag = width * math.ceil((smallest + width) / width)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
@@ -2647,7 +2664,7 @@ class Plan:
         kept, reads = {self.x}, [(node, read) for node in self.nodes for read in node.reads]
         for node, read in reads:
             source = read.source
-            # (Strips may differ: `value` then takes a position of each.)
+            # (strips: node.strip may differ from source's. Then `value` takes a position of each.)
             same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
             elsewhere = (read.dy, read.left, read.columns) != (0, 0, 1)
             computed = len(source.reads) > 0  # x, and what is known, never are
@@ -2705,7 +2722,7 @@ class Plan:
         """The node's values at places, (n * positions, C)."""
         if node.function is not None:
             return node.function(*[self.value(read, places) for read in node.reads])
-        total = node.bias  # None if set_strips has split it: then its first read begins the sum
+        total = node.bias  # (strips: None if it was split. Then its first read begins the sum)
         for read in node.reads:
             total = read.add(total, self.value(read, places))
         return total
@@ -2716,7 +2733,9 @@ class Plan:
         if not read.at_hand:
             window = source.window(places, read.dy, read.left, read.columns, read.apart)
             return window.reshape(-1, read.columns * source.channels)
-        return source.latest if source.strip == places.strip else of_strips(source, places)
+        if source.strip == places.strip:
+            return source.latest
+        return of_strips(source, places)  # (strips)
 
 
 def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
@@ -2725,15 +2744,15 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     differ.
     """
     channels, height, width = factor.view.shape
-    # Cut to intervals, a pixel depends on those before it in its cell. At lag 1 the upper right and
-    # the lower left one of a 2x2 cell would be drawn together. (Not in CausalNet, whose lag is 2 or
-    # more: h_above reads (r - 1, c + 1).)
+    # Cut to intervals, a pixel depends on those before it in its cell, by way of x_hat, which the
+    # network does not show. At lag 1 the upper right and the lower left one of a 2x2 cell would be
+    # drawn together. (Not in CausalNet, whose lag is 2 or more: h_above reads (r - 1, c + 1).)
     least_lag = factor.view.psi.cell if tight else 1
-    layers = [conv.v.numel() for conv in factor.net.modules() if isinstance(conv, Conv)]
-    with threads_for(n * height * width * max(layers)):
+    # (threads_for is for speed alone, see Strips.)
+    with threads_for(n * height * width * largest_layer(factor.net)):
         embeddings = factor.embeddings(x_hat)
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
-    with threads_for(math.inf):  # the steps choose, each for itself
+    with threads_for(math.inf):  # each step chooses for itself
         return sample_by(plan, factor, n, x_hat, draw, tight, shift, progress)
 
 
@@ -2853,6 +2872,8 @@ class Recorder:
         # (F.dropout hands its options on by keyword, in whatever way it was called.)
         if function is F.dropout and not kwargs["training"]:
             return args[0]
+        # The same function of the same objects is one node, as concat_elu(v), which is called for
+        # h and by v's next block. (Ids are given again when an object is gone: so args are kept.)
         expression = (function, *map(id, args), *kwargs, *map(id, kwargs.values()))
         if expression not in self.recorded:
             if function is Conv.forward:  # torch hands over the decorated one; args: conv, Symbol
@@ -2860,8 +2881,6 @@ class Recorder:
             else:
                 node = self.call(function, args, kwargs)
             self.nodes.append(node)
-            # (concat_elu(v) is called for h and by v's next block, and should be one node. Ids are
-            # given again when an object is gone: so args are kept here.)
             self.recorded[expression] = self.symbol(node), args, kwargs
         return self.recorded[expression][0]
 
@@ -2999,30 +3018,40 @@ def as_list(images):
 # rows above alone, such as v, is computed a row at a time.
 #
 # **Which kernel rows are in the bracket?** Those of which a strip's last read has been computed
-# when the strip begins. At lag 8 the strip from (r, c) on begins at step 8 r + c + offset. Its last
-# position is c + 7, which by kernel row -1 reads up to (r - 1, c + 7 + dx), dx being the kernel's
-# last column. So that row is in time if
+# when the strip begins. A strip that begins at (r, c) does so at step lag r + c + offset. Its last
+# position is c + strip - 1, which by a kernel row dy reads up to (r + dy, c + strip - 1 + dx), dx
+# being the kernel's last column. So that row is in time if
 #
-#     8 (r - 1) + c + 7 + dx + offset_source <= 8 r + c + offset
+#     lag (r + dy) + c + strip - 1 + dx + offset_source <= lag r + c + offset
 #
-# or, without what is on both sides, dx - 1 + offset_source <= offset, if the source is computed
-# position by position. With the offsets of the light network, from above:
+# or, without what is on both sides,
 #
-#     kernel row -1 of      dx    offset_source    dx - 1 + offset_source    offset
-#     v_first                1          1                    1                 -6      late
-#     v's within blocks      1      offset - 1          offset - 1           offset    in time
-#     h's within blocks      0          0                   -1                  0      in time
-#     h_above                1          1                    1                  0      late
-#     h_left                -1          1                   -1                  0      in time
+#     lag dy + strip - 1 + dx + offset_source <= offset
 #
-# Kernel row -2, of v_first, is there 8 steps earlier, 1 - 8 <= -6: in time. Kernel row 0 is there 8
-# steps later, and always late, as is what h reads of v: these are multiplied position by position.
-# (A source that is in strips itself is there earlier, with the strip: see in_time.)
+# The row above is lag steps ahead, so at lag 8, with strips of 8, one step is left of it for dx and
+# the offsets. In the light network:
 #
-# At a large lag row r - 1 of x is complete when row r of v_first begins (see there). So v_first is
-# computed in strips, which are rows. So v's next layer finds all that it reads, by kernel row 0 as
-# well, as that row of its source was computed at once; and so on through v. h waits for x of its
-# own row.
+#     kernel row        dx    offset_source    on the left            offset
+#     v_first, -1        1       x:  1         -8 + 7 + 1 + 1 =  1      -6      late
+#     v_first, -2        1       x:  1        -16 + 7 + 1 + 1 = -7      -6      in time
+#     in v, -1           1       v: -6         -8 + 7 + 1 - 6 = -6      -5      in time
+#     in h, -1           0       h:  0         -8 + 7 + 0 + 0 = -1       0      in time
+#     h_above, -1        1       x:  1         -8 + 7 + 1 + 1 =  1       0      late
+#     h_left, -1        -1       x:  1         -8 + 7 - 1 + 1 = -1       0      in time
+#
+# (in v: of the first convolution within a block, likewise of all others.) Kernel row 0 comes 8
+# steps later, and is always late, as is what h reads of v: these are multiplied position by
+# position.
+#
+# At a large lag, say 16 in rows of 8. The last column, c + 7 + dx, may lie outside, where zeros
+# are, always there: so dx is at most 0. And if the source is in strips itself, it is there with the
+# strip, that is 7 steps earlier:
+#
+#     v_first, -1        0       x:  1        -16 + 7 + 0 + 1 = -8      -6      in time
+#     in v, 0            0       v: -6          0 + 7 + 0 - 6 - 7 = -6  -5      in time
+#     h_left, 0         -1       x:  1          0 + 7 - 1 + 1 =  7       0      late
+#
+# So all of v is computed in strips, which are rows; h waits for x of its own row.
 #
 # For example h's second convolution in a block, at lag 8 and 16x16.
 #
@@ -3067,23 +3096,14 @@ def set_strips(plan):
 
 
 def in_time(plan, node, read, strip):
-    """Whether, for each strip in a row of node, all that it reads is there when it begins.
-
-    For the strip from column `first` on that is
-
-        lag dy + column + offset_source <= first + offset
-
-    where `column` is the last one that is read; or, if source is in strips, where its strip with
-    that begins. (Beyond the last column of the image are zeros, always there.)
-
-    For example v's kernel row 0 in rows of 8, at lag 16: the last column is 8, which is beyond, so
-    7. It lies in source's strip that begins at 0. And 0 + offset_source <= 0 + offset.
-    """
+    """Whether, for each strip in a row of node, all that it reads is there when it begins: the
+    inequality above. `column` is the last one that is read; or, if source is in strips, where its
+    strip with that begins."""
     source, width = read.source, plan.size[1]
     if source.known:
         return True
     for first in range(0, width, node.spacing * strip):
-        column = min(first + (strip - 1) * node.spacing + read.right, width - 1)
+        column = min(first + node.spacing * (strip - 1) + read.right, width - 1)  # in the image
         column -= column % (source.spacing * source.strip)
         if plan.lag * read.dy + column + source.offset > first + node.offset:
             return False
@@ -3122,6 +3142,11 @@ def set_threads(plan, due):
     torch.set_num_threads(plan.threads if worth_threads(max(work)) else 1)
 
 
+def largest_layer(net):
+    """Multiplications at a position."""
+    return max(conv.v.numel() for conv in net.modules() if isinstance(conv, Conv))
+
+
 @contextlib.contextmanager
 def threads_for(work):
     """All threads, or one, for so much work; in the end as many as before."""
@@ -3139,24 +3164,25 @@ def worth_threads(work):
     return work > 60_000_000
 
 
-def product(weight, rows):
-    """The function (total, x) -> total + x weight^T. weight: (F, K); rows: of x, usually.
+def product(weight, positions):
+    """The function (total, values) -> total + values weight^T. weight: (F, K), values: (positions,
+    K), usually so many.
 
     MKL packs the weight anew in each call. oneDNN keeps it packed, and takes half the time where
     there is much to do. Its operators are private: where they are missing, addmm serves.
     """
-    onednn, large = torch.ops.mkldnn, rows * weight.numel() >= 1_000_000
+    onednn, large = torch.ops.mkldnn, positions * weight.numel() >= 1_000_000
     cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     there = hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight")
     if not (large and cpu and there and torch.backends.mkldnn.is_available()):
         transposed = weight.t().contiguous()
-        return lambda total, x: torch.addmm(total, x, transposed)
+        return lambda total, values: torch.addmm(total, values, transposed)
     packed = onednn._reorder_linear_weight(weight, None)
 
-    def add_product(total, x):
+    def add_product(total, values):
         if total.dim() == 1:  # the bias alone
-            return onednn._linear_pointwise(x, packed, total, "none", [], "")
-        return onednn._linear_pointwise.binary(x, total.contiguous(), packed, None, "add")
+            return onednn._linear_pointwise(values, packed, total, "none", [], "")
+        return onednn._linear_pointwise.binary(values, total.contiguous(), packed, None, "add")
 
     return add_product
 
@@ -3326,6 +3352,7 @@ def train(args, device):
     factors = range(len(model.factors)) if args.factor is None else [args.factor]
     if factors[-1] not in range(len(model.factors)):
         raise Problem(f"--factor {args.factor}: expected 0..{len(model.factors) - 1}")
+    # (A factor that has a checkpoint goes on from that: `restore` puts its weights in place.)
     if config.start and not all((out / f"factor-{k}.pt").exists() for k in factors):
         start_from(model, config.start)
     if len(config.minutes) not in (1, len(model.factors)):
@@ -3377,13 +3404,13 @@ def start_from(model, run):
 
 def begin(out, config, factors, data, args, device):
     """Write down what is trained, by which command, and on what. plan_run has looked without a
-    lock, and may have read data for minutes since. So what it refuses is looked for again: if
-    another process has been here, it must have had the same in mind; only where the data lie may
-    differ, and how many steps its factors' minutes have become."""
+    lock, and may have read data for minutes since: say --factor 0 and --factor 1 are begun at once,
+    both as new runs. Who comes second must have had the same in mind; only where the data lie may
+    differ, and how many steps the other's minutes have become."""
     with locked(out, "config", wait=True):
         if (out / "config.json").exists():
             there = read_config(out)
-            # What minutes have become, in another process, is a result and no setting.
+            # Take over what the other's minutes have become, which is no difference in settings.
             if any(config.minutes) and config.minutes == there.minutes:
                 config.steps = there.steps
             may_differ = dict(data=config.data, data_dir=config.data_dir)
@@ -3439,7 +3466,7 @@ def signals_noted():
         if stop.immediately:
             raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
 
-    stop.immediately = False  # show_samples sets it: all is saved by then
+    stop.immediately = False  # for show_samples alone: all is saved by then
     if threading.current_thread() is threading.main_thread():  # no other may set signals
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM):

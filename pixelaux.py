@@ -6,8 +6,8 @@
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel). The shape of things, which is all that a person sees, is hardly any of them (of the built-in
-data, where one can count, 0.013 bit): a model that ignores it loses next to nothing. So, the paper
-argues, it learns the cloth and not the coat. (On these data that is not borne out: `python
+data, where one can count, 0.013 bit of 5.5): a model that ignores it loses next to nothing. So, the
+paper argues, it learns the cloth and not the coat. (On these data that is not borne out: `python
 pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
@@ -38,7 +38,7 @@ is X_{K-k}.
     views[0], views[1], .., views[-1]      factors[0], factors[1],        ..
     X_K,      X_{K-1},  .., X_0 = X        p(X_K),     p(X_{K-1} | X_K),  ..
 
-views[k].psi makes views[k - 1]. For example a pyramid at 32x32, K = 2:
+views[k].psi, which is psi_{K-k}, makes views[k - 1]. For example a pyramid at 32x32, K = 2:
 
     views[0] = X_2     <-- psi_1 --     views[1] = X_1     <-- psi_0 --     views[2] = X_0 = X
     8x8                                 16x16                               32x32
@@ -124,15 +124,16 @@ def feasible(values, weights, low, high, top):
     add with at most `top` each. So w v lies in low - rest .. high, and in 0 .. w top.
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
-    on the ones before i; weights: positive ints; low, high: int64 tensors, which must leave a sum
-    possible, and high - low + 1 be no less than any weight. -> lists lo, hi.
+    on the ones before i; weights: positive ints; low, high: int64 tensors. Required: high >= 0, low
+    <= top sum(weights), high - low + 1 >= any weight (low .. high has 4 numbers for Half, 4096 for
+    Gray). -> lists lo, hi.
 
-    There always is such a v, by induction. Before each v, with `rest` as it is after v,
-        (1) high >= 0    (2) low <= rest + w top    (3) low .. high has w numbers or more
-    (4 for Half, 4096 for Gray, see there). If low - rest <= 0, v = 0 will do, by (1). If not, take
+    There always is such a v. Say before it (1) high >= 0, (2) low <= rest + w top, with `rest` as
+    it is after v, (3) high - low + 1 >= w. If low - rest <= 0, v = 0 will do, by (1). If not, take
     the first multiple w v from low - rest on. It is at most low - rest + w - 1 <= high - rest, by
     (3). And it is at most w top, as that is a multiple, too, and no less than low - rest, by (2).
-    After v high is 0 or more, low is rest or less, and they are as far apart as before.
+    After any such v (1) to (3) hold for the next one: high >= 0; low <= rest, which is the next
+    one's rest + w top; and they are as far apart as before.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -197,8 +198,8 @@ class Gray(Psi):
     """4-bit gray (Sec. 3.1): (77 R + 150 G + 29 B) >> 12, one channel of 16 levels.
 
     The paper does not say how gray is computed: this is the luma of ITU-R BT.601 in integers. A
-    level of the view leaves 4096 sums; no weight may be larger (see feasible), so x must have 16
-    levels or more.
+    level of the view leaves 4096 sums, and no weight may be larger (see feasible). Fewer levels of
+    x have larger weights, so it must have 16 or more.
     """
 
     label = "gray"
@@ -237,9 +238,10 @@ MODELS = {
 # distribution over its levels: it has log_prob and sample.
 #
 # 256 probabilities, each a number of its own, would not know that level 100 is near level 101. So
-# PixelCNN++ takes a mixture of logistic distributions on the line and gives each level the mass of
-# its bin. Levels stand on -1 .. 1, 2/255 apart; so a bin reaches 1/255 to both sides of its level.
-# The first and the last bin are open: what lies beyond belongs to them, and the masses sum to 1.
+# PixelCNN++ takes a mixture of logistic distributions on the line (bells much like Gaussians, but
+# with sigma(z) = 1 / (1 + e^-z) as cdf) and gives each level the mass of its bin. Levels stand on
+# -1 .. 1, 2/255 apart; so a bin reaches 1/255 to both sides of its level. The first and the last
+# bin are open: what lies beyond belongs to them, and the masses sum to 1.
 #
 #     level      0     1     2    ..   254   255            mass of a bin:
 #     bin   -inf   |  .  |  .  |  .. |  .  |   +inf         sigma((right edge - mean) / scale)
@@ -354,8 +356,8 @@ class LogisticMixture:
         one with hardly any mass on the interval would keep all of its weight there.)
 
         Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. When r is
-        known, component k weighs w_k m_k(r), by Bayes, up to a factor that is the same for all k,
-        such as the mass that the cut divides by. A channel's probability is the mass of
+        known, component k weighs w_k m_k(r), by Bayes. (The mass that the cut divides by is the
+        same for all k, and drops out.) A channel's probability is the mass of
         its value over that of its interval, both in the mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
@@ -415,10 +417,10 @@ class LogisticMixture:
         function, as green's interval depends on the red that was drawn.
 
         Here a component is drawn anew for each channel, then a value from it, within the interval.
-        Why anew? Given r, component k drew it with a probability in proportion to w_k m_k(r): k was
-        drawn in proportion to w_k M_k(r's interval), then r with probability m_k(r) / M_k(r's
-        interval). But g must come from k in proportion to w_k m_k(r) M_k(g's interval | r), its
-        term of the denominator in log_prob. Say
+        Why anew? By p'(g | r), see log_prob, g must come from component k in proportion to w_k
+        m_k(r) M_k(g's interval | r). But the component that has drawn r is k in proportion to w_k
+        m_k(r): it was drawn in proportion to w_k M_k(r's interval), and r from it with probability
+        m_k(r) / M_k(r's interval). Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -559,8 +561,8 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        # A kernel reaches at least as far up, and left, as down, and right: torch pads both sides
-        # alike, and we cut off what is too much. With `up` it has its own place, see convolve.
+        # Required: that a kernel reaches at least as far up, and left, as down, and right. Then
+        # torch can pad both sides alike, and we cut off what is too much. `up`: see convolve.
         if stride not in (1, 2) or (up and stride > 1):
             raise Problem(f"Conv cannot have {stride=}, {up=}: expected stride 1 or 2, or up")
         for first, last in (rows, columns):
@@ -596,11 +598,11 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # In a row, with d = -1, 0, 1: torch adds w[k] in(q) to its output 2 q + k, for k = 0,
-            # 1, 2. We want w_d in(q) in output 2 q - d. So with k = 1 - d, self.v in the order w_1,
-            # w_0, w_-1, torch's output is ours, 1 further on: it is cut off in front. In general k
-            # = (the last d) - d, and that many are cut off, which is `bottom`, and `right`.
-            # (output_padding adds a row and a column, for kernels whose last d is 0.)
+            # Here self.v is in reverse order: in a row, with d = -1, 0, 1, it holds w_1, w_0, w_-1.
+            # For torch adds w[k] in(q) to its output 2 q + k, k = 0, 1, 2, and we want w_d in(q) in
+            # output 2 q - d. With k = 1 - d that is torch's output, 1 further on: it is cut off in
+            # front. In general k = (the last d) - d, and that many are cut off, which is `bottom`,
+            # and `right`. (output_padding adds a row and a column, for kernels whose last d is 0.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -615,7 +617,7 @@ VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
 # layer. (Of the rest X^ tells much, where there is one.) The gain is sampling in a third of the
 # steps, by a lag of 2 in place of 8 (see Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
-HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s; v has seen row -1, too
+HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s; row -1 h could have from v
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
 POINT = dict(rows=(0, 0), columns=(0, 0))
 
@@ -656,14 +658,15 @@ def data_dependent_init(network, *inputs):
 #     H/4 x W/4                  c1 c2   d1(c2) d2(c1)
 #
 # The pyramid's causal networks are *light*, ((0, 3),): three blocks at one resolution. They see
-# only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near. The
-# embedding of X^ knows X^ whole, and has one stream; -1 times halved is doubled, as X may be twice
-# as large:
+# only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near.
 #
-#     ((0, 3), (1, 6), (0, 3), (-1, 3))
+# The embedding f_w knows X^ whole, and has one stream; "-1 times halved" is doubled, as x, the
+# image that is given X^, may be twice as large. A causal network's layout counts from x, f_w's from
+# X^. If x is 16x16 and X^ 8x8, and f_w's layout is ((0, 3), (1, 6), (0, 3), (-1, 3)):
 #
-# (f_w counts from X^, a causal network from X: if X^ is half as large, what is 0 for f_w is 1 for
-# the causal network.)
+#     resolution                               16x16    8x8    4x4
+#     times halved, in f_w's layout              -1      0      1
+#     times halved, in a causal network's         0      1      2      and number of the embedding
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
@@ -684,11 +687,12 @@ def data_dependent_init(network, *inputs):
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
 # A change of resolution lets no later pixel in. In one row h at c knows the pixels before c. At
-# half the resolution position 3, say, stands for pixels 6 and 7, and must know no more than 0..5:
+# half the resolution h at 3, say, let us call it H3, stands for pixels 6 and 7, and must know no
+# more than 0..5:
 #
-#     down    it reads h at 2 * 3 + d, d = -1 and 0: at 5, which knows 0..4, and at 6, 0..5
-#     up      p reads (p + d) / 2, where that is whole: 6 by d = 0 and 7 by d = -1 both read 3, and
-#             know 0..5 by it (what 7 knows of 6 does not come this way, but by the skip)
+#     down    H3 reads h5, which knows 0..4, and h6, which knows 0..5       2 * 3 + d, d = -1, 0
+#     up      h6 and h7 read H3 (h7 knows pixel 6 not by it, but by the     (6 + 0) / 2, (7 - 1) / 2
+#             skip)
 #
 # (v likewise: row 3 reads v's rows 5 and 6, and so knows the rows 0..5.)
 
@@ -786,7 +790,8 @@ class CausalNet(nn.Module):
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
         self.layout, self.conditional = layout, conditional
-        # h's first layer reads no rectangle, so it is two. look_right: see VERTICAL_LEFT.
+        # h's first layer reads no rectangle, so it is two (h_above, as in PixelCNN++, though h
+        # could have row -1 from v). look_right: see VERTICAL_LEFT.
         self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), full_precision=True)
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
@@ -828,16 +833,8 @@ class EmbeddingNet(nn.Module):
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
 
-    What it returns is in order, finest first: embeddings[i] and the causal network's layout count
-    halvings of X, f_w's layout counts halvings of X^, which may be half as large. Say X is 16x16,
-    and X^ 8x8:
-
-        resolution                          16x16    8x8    4x4
-        halved in f_w's layout                -1      0      1
-        embeddings[..], and halved in the
-        causal network's layout                0      1      2
-
-    (Light causal networks take embeddings[0] alone.)
+    What it returns is in order, finest first: embeddings[i] has x's resolution, halved i times (see
+    the table above). Light causal networks take embeddings[0] alone.
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -860,7 +857,7 @@ class EmbeddingNet(nn.Module):
                 y = block(y, *([concat_elu(made[source])] if source else []))
                 made[i, j] = y
             last[stage.halved] = y
-        return [last[halved] for halved in sorted(last)]  # -1, 0, 1 of X^ are 0, 1, 2 of X
+        return [last[halved] for halved in sorted(last)]  # -1, 0, 1 of X^ are 0, 1, 2 of x
 
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
@@ -1016,7 +1013,8 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
             here = np.s_[:, len(drawn) : len(drawn) + 1, r : r + 1, c : c + 1]
             return lo[here], hi[here]
 
-        head = factor.head(params.double(), shift)  # the network's rounding alone shall matter
+        # float64, so that only the network's rounding makes a difference to sample_fast.
+        head = factor.head(params.double(), shift)
         pixel[:] = draw(head, [r], [c], interval_of if tight else None)
         if progress:
             progress(n)
@@ -1059,10 +1057,10 @@ class PixelAux(nn.Module):
     @property
     def size_multiple(self):
         """Height and width of X must be multiples of this."""
-        multiple, pixels_of_x = 1, 1  # pixels_of_x: how many rows of X are one of the view
+        multiple, scale = 1, 1  # scale: how many rows of X are one of the view
         for factor in reversed(self.factors):
-            multiple = math.lcm(multiple, pixels_of_x * factor.multiple)
-            pixels_of_x *= factor.view.psi.cell if factor.view.psi else 1
+            multiple = math.lcm(multiple, scale * factor.multiple)
+            scale *= factor.view.psi.cell if factor.view.psi else 1
         return multiple
 
     def resized(self, size):
@@ -1213,9 +1211,9 @@ def six_stages(blocks):
 
 @dataclasses.dataclass
 class Config:
-    """A model and its training. The values here are the paper's for CIFAR-10, where it gives them
-    (of filters grayscale's: its pyramids have 100): Config() is the preset cifar10. The default of
-    `train`, `build` and make_config() is tiny.
+    """A model and its training. The values here are the paper's for CIFAR-10, where it gives them;
+    the number of filters is that of its grayscale models, its pyramids have 100. Config() is the
+    preset cifar10. The default of `train`, `build` and make_config() is tiny.
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1476,7 +1474,8 @@ def log_pmf_of(noise, pmf):
 @dataclasses.dataclass
 class Dataset:
     """train, test: uint8 (N, H, W, 3), arrays or Rows (see there); train is None if `shapes` makes
-    images on the fly. held_out: see holding_out. flip: whether mirror images are as good.
+    images on the fly. held_out: see holding_out. flip: whether mirror images are as good, which is
+    the default of Config.flip (`batch` goes by its argument).
     fingerprint: of all images."""
 
     train: object
@@ -1870,12 +1869,14 @@ def progress_bar(iterable=None, **options):
 #
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
 #     at a look     every 20 steps, or more often in a short run, as reading the loss means to wait
-#                   for the device: is the loss finite?  with --minutes: how many steps are they?
-#                   loss on test images, if a quarter of the steps has ended (or on those held out,
-#                   if there are any, after each twentieth);  log
-#                   checkpoint, if a quarter has ended, two minutes have passed (--save-every), the
-#                   minutes have become steps, or a signal tells to stop
-#                   stop, if told to;  pictures, if a quarter has ended
+#                   for the device:
+#                     is the loss finite?
+#                     with --minutes: how many steps are they?
+#                     loss on test images (each quarter), or on those held out (each twentieth); log
+#                     checkpoint: each quarter; every two minutes (--save-every); when minutes have
+#                     become steps; when a signal tells to stop
+#                     stop, if told to
+#                     pictures (each quarter)
 #
 # (It goes on from any factor-k.pt that it finds. plan_run lets it find one only with --resume.)
 #
@@ -1939,7 +1940,8 @@ class Stopwatch:
         if len(self.at_looks) < 3:
             return math.inf
         first, last = self.at_looks[0], self.at_looks[-1]
-        spent = last - (first - self.before)
+        first_step = first - self.before
+        spent = last - first_step
         if spent < 0.03 * 60 * minutes:
             return math.inf
         pace = (last - first) / (len(self.at_looks) - 1)
@@ -2004,10 +2006,9 @@ class Optimizer:
 
     @torch.no_grad()
     def step_of_muon(self):
-        """Rows of v are scaled to length 1, then Muon makes its step. As weight() divides by |v|,
-        its length changes nothing but how far the next step turns it. So the gradient has no part
-        along v: steps, roughly at right angles to it, make it longer and longer, and would come to
-        turn it less and less. So the length is set back."""
+        """Rows of v are scaled to length 1, then Muon makes its step. For weight() divides by |v|,
+        so the gradient is at right angles to v. Steps that are so, even roughly, make v longer; and
+        a longer v is turned less by the next one: learning would fade."""
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
             matrix.grad = None if v.grad is None else v.grad.flatten(1)  # None: it was not used
@@ -2146,7 +2147,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         total += training_step(forward, batch, optimizer, share, average, config, model.dims)
         step += 1
         # At a look the host waits for the device, and processes for each other. So several must
-        # look after the same steps; a single one also does as soon as a signal has come.
+        # do so at the same steps; a single one also looks as soon as a signal has come.
         if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
         bits = float(total) / (step - looked)  # waits until the device has done it all
@@ -2380,14 +2381,14 @@ def save_samples(model, views, path, given=0):
 # For an image of 128x128 the naive sampler makes 16,384 passes. But most of each is known from
 # before, and pixels that do not depend on each other can be drawn together.
 #
-# **The wavefront.** What does pixel (r, c) need in the pyramid's light network? h at its place, so
-# v at its place. Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one
-# column to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
+# **The wavefront.** What does pixel (r, c) need in the pyramid's light network? h at (r, c), so v
+# at (r, c). Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one column
+# to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
 # further to the right. Choose a number, the lag, and draw (r, c) at step lag * r + c. Steps grow to
-# the right, and with each row by the lag, so it is enough that (r - 1, c + 7) comes before:
-# lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8. (Where v does not look to the right but in
-# its first layer, see VERTICAL_LEFT, it is 2.) The pixels of a step lie on a diagonal, and 128x128
-# take 8 * 127 + 128 = 1,144 steps (of lag 2: 382). The step of each pixel, step 8 in brackets:
+# the right, and with each row by the lag, so it is enough that (r - 1, c + 7) comes before: lag (r
+# - 1) + c + 7 < lag r + c. The smallest lag is 8. (Where v does not look to the right but in its
+# first layer, see VERTICAL_LEFT, it is 2.) The pixels of a step lie on a diagonal, and 128x128 take
+# 8 * 127 + 128 = 1,144 steps (of lag 2: 382). The step of each pixel, step 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
@@ -2433,18 +2434,12 @@ def save_samples(model, views, path, given=0):
 # **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
 # will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
 # pixels are drawn one by one, in raster order. Nothing else changes, but that there are steps in
-# which nothing is due, which are left out.
-#
-# So a still larger lag costs nothing, and one can be had for it: if row r - 1 of x is complete when
-# row r of v_first begins, v can be computed a row at a time (see Strips). In the 8x8 view v_first
-# at (r, 0) has step lag r - 6, and the last pixel of row r - 1 can be read from step lag (r - 1) +
-# 8 on. At lag 8 that is 8 r, too late; at lag 16 it is 16 r - 8, in time. In general the smallest
-# lag has in time what v_first at (r, 0) reads, up to column 1; the width more has all of the row.
-# (That is rounded up to a multiple of the width, so that a strip is a row.)
+# which nothing is due, which are left out. (So a still larger lag costs nothing, and one is taken
+# that is good for strips, see there.)
 #
 # **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
 # fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
-# have step lag r + c + offset. All distances are counted in pixels of X: a kernel of 3 columns
+# have step lag r + c + offset. All distances are counted in pixels of x: a kernel of 3 columns
 # reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands. A
 # convolution that doubles the resolution reads its source as if there were zeros between the
 # values; so the source's image, its `buffer`, has them.
@@ -2454,8 +2449,7 @@ def save_samples(model, views, path, given=0):
 # what is marked (strips). Words:
 #
 #     position    one (r, c)
-#     place       where a strip begins; while strips are 1, a position
-#     wave        of a place: lag r + c. A node is due there at step wave + offset
+#     wave        of a position: lag r + c. A node is due there at step wave + offset
 #     group       nodes that are due together: of the same spacing, offset and strip
 #
 # Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
@@ -2463,8 +2457,8 @@ def save_samples(model, views, path, given=0):
 # next section, makes a list of Nodes of it. Plan decides all that can be decided beforehand, and
 # sample_by is the loop over the steps. A node's values are read from
 #
-#     latest    the values computed last       by readers of the same offset at the same position:
-#                                              in the same step, that is. No copy
+#     latest    the values computed last       by readers of the same offset at the same position,
+#                                              in the same step (strips: up to strip - 1 steps later)
 #     buffer    an image of all positions      by all other readers
 #
 # For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
@@ -2489,9 +2483,9 @@ def save_samples(model, views, path, given=0):
 
 
 class Places(typing.NamedTuple):
-    """What of a group is due in one step: `count` places along a diagonal, (row, column), then
-    (row + spacing, column - lag * spacing), .. At each a strip begins, of `strip` positions in a
-    row, `spacing` columns apart."""
+    """The positions at which a group is due in one step: `count` along a diagonal, (row, column),
+    then (row + spacing, column - lag * spacing), .. (strips: at each a strip begins, of `strip`
+    positions in a row, `spacing` columns apart.)"""
 
     row: int
     column: int
@@ -2501,21 +2495,22 @@ class Places(typing.NamedTuple):
     lag: int
 
     def starts(self):
-        """The rows and the columns of the places."""
+        """The rows and the columns of the `count`."""
         down = range(0, self.count * self.spacing, self.spacing)
         return [self.row + i for i in down], [self.column - i * self.lag for i in down]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Read:
-    """What a node reads of `source` for its position (r, c): without a weight source at (r, c).
+    """What a node reads of `source` for its position (r, c).
 
-    With a weight it is a row of a convolution's kernel, so that v_first(x) has two,
+    If weight is None that is the value of source at (r, c). If not, it is a row of a convolution's
+    kernel: v_first(x) has two of them,
 
         Read(x, W_-2, dy=-2, left=-1, columns=3), Read(x, W_-1, dy=-1, left=-1, columns=3)
 
-    and the product of the weight and source at so many `columns`, `apart` pixels apart, from (r +
-    dy, c + left) on. (Conv.rows and Conv.columns are ranges; here columns is a number.)
+    and weight is multiplied with the values of source at so many `columns`, `apart` pixels apart,
+    from (r + dy, c + left) on. (Conv.rows and Conv.columns are ranges; here columns is a number.)
     """
 
     source: "Node"
@@ -2526,7 +2521,7 @@ class Read:
     apart: int = 1
     # Decided in Plan:
     at_hand: bool = False  # whether it is in source.latest
-    add: object = None  # the function (total, values) -> total + values weight^T
+    add: object = None  # the function (total, values) -> total + values weight^T, like torch.addmm
 
     @property
     def right(self):
@@ -2538,9 +2533,9 @@ class Read:
 class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
-    Three distances, in pixels of X: `spacing` is that between its positions, Read.apart that
-    between the columns that are read, `grid` that between the entries of a buffer. In a
-    convolution, from source to reader:
+    Three distances, in pixels of x: `spacing` is that between its positions; Read.apart that
+    between the columns that are read, the smaller spacing of reader and source; `grid` that between
+    the entries of a buffer, its spacing, or the smallest `apart` of its readers. For example
 
                             source.spacing    source.grid    apart    reader.spacing
         same resolution           2                2           2             2
@@ -2624,7 +2619,7 @@ class Plan:
         self.lag = self.set_offsets(least_lag)
         set_strips(self)  # for speed alone, see Strips
         self.allocate(next(net.parameters()))
-        self.work = choose_products(self)  # gives each read its `add`
+        self.work = choose_products(self)  # gives each read its `add`; work: for set_threads
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def set_offsets(self, least_lag):
@@ -2640,8 +2635,8 @@ class Plan:
         lag = smallest = next(filter(good, itertools.count(least_lag)))
         width = self.size[1]
         if smallest >= width:
-            # See "A large lag". (For somebody else's network it may be too small: then strips gain
-            # less, that is all.)
+            # See "A strip that is a row", in Strips. (For somebody else's network it may be too
+            # small: then strips gain less, that is all.)
             lag = width * math.ceil((smallest + width) / width)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
@@ -2674,8 +2669,8 @@ class Plan:
             if read.weight is not None:
                 source.grid = min(source.grid, read.apart)
         for _, read in reads:
-            reach = (-read.dy, read.dy, -read.left, read.right)
-            entries = [pixels // read.source.grid for pixels in reach]
+            beyond = (-read.dy, read.dy, -read.left, read.right)  # below 0: not at all
+            entries = [pixels // read.source.grid for pixels in beyond]
             read.source.margin = tuple(map(max, read.source.margin, entries))
         for node in kept:
             above, below, left, right = node.margin
@@ -2744,15 +2739,16 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     differ.
     """
     channels, height, width = factor.view.shape
-    # Cut to intervals, a pixel depends on those before it in its cell, by way of x_hat, which the
-    # network does not show. At lag 1 the upper right and the lower left one of a 2x2 cell would be
-    # drawn together. (Not in CausalNet, whose lag is 2 or more: h_above reads (r - 1, c + 1).)
+    # When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not know
+    # of that, as it is no read of the network: so at lag 1 the upper right and the lower left one
+    # of a 2x2 cell would be drawn together. (Not in CausalNet, whose lag is 2 or more: h_above
+    # reads (r - 1, c + 1).)
     least_lag = factor.view.psi.cell if tight else 1
     # (threads_for is for speed alone, see Strips.)
     with threads_for(n * height * width * largest_layer(factor.net)):
         embeddings = factor.embeddings(x_hat)
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
-    with threads_for(math.inf):  # each step chooses for itself
+    with threads_for(math.inf):  # all for now, each step sets them; put back in the end
         return sample_by(plan, factor, n, x_hat, draw, tight, shift, progress)
 
 
@@ -2906,7 +2902,7 @@ class Recorder:
 
     def call(self, function, args, kwargs):
         """A Node that is a sum, or calls any other function: in CausalNet concat_elu, gate, F.elu.
-        (of_nodes and tried are there for what networks of others may call.)"""
+        (of_nodes is there for networks of others. `tried` tells the number of channels, too.)"""
         spacing = next(a.node.spacing for a in args if isinstance(a, Symbol))
         operands = [self.node_or_number(a, spacing) for a in args]
         nodes = [a for a in operands if isinstance(a, Node)]
@@ -2991,9 +2987,9 @@ def as_list(images):
 
 # --- Strips: the same sums in larger products --------------------------------------------------
 #
-# All that is for speed alone: one large product takes half the time of many small ones. When (r, c)
-# is due, the image row above has long been computed up to some column right of c, as it is lag
-# steps ahead. So a convolution can be split,
+# Strips change nothing but the speed: one large product takes half the time of many small ones.
+# When (r, c) is due, the image row above has long been computed up to some column right of c, as it
+# is lag steps ahead. So a convolution can be split,
 #
 #     out = [bias + what is known of X^ + most of the kernel rows above] + the other kernel rows
 #
@@ -3014,44 +3010,7 @@ def as_list(images):
 # number of each is due. For that c % strip must be the same at (r, c), (r + 1, c - lag), ..: a
 # strip's length must divide the lag. And it must divide the width, so that a row is a number of
 # strips. So it is their greatest common divisor: at lag 8, 8 if the width is 128, and 4 if it is
-# 12. A large lag is a multiple of the width: then a strip is a whole row, and what depends on the
-# rows above alone, such as v, is computed a row at a time.
-#
-# **Which kernel rows are in the bracket?** Those of which a strip's last read has been computed
-# when the strip begins. A strip that begins at (r, c) does so at step lag r + c + offset. Its last
-# position is c + strip - 1, which by a kernel row dy reads up to (r + dy, c + strip - 1 + dx), dx
-# being the kernel's last column. So that row is in time if
-#
-#     lag (r + dy) + c + strip - 1 + dx + offset_source <= lag r + c + offset
-#
-# or, without what is on both sides,
-#
-#     lag dy + strip - 1 + dx + offset_source <= offset
-#
-# The row above is lag steps ahead, so at lag 8, with strips of 8, one step is left of it for dx and
-# the offsets. In the light network:
-#
-#     kernel row        dx    offset_source    on the left            offset
-#     v_first, -1        1       x:  1         -8 + 7 + 1 + 1 =  1      -6      late
-#     v_first, -2        1       x:  1        -16 + 7 + 1 + 1 = -7      -6      in time
-#     in v, -1           1       v: -6         -8 + 7 + 1 - 6 = -6      -5      in time
-#     in h, -1           0       h:  0         -8 + 7 + 0 + 0 = -1       0      in time
-#     h_above, -1        1       x:  1         -8 + 7 + 1 + 1 =  1       0      late
-#     h_left, -1        -1       x:  1         -8 + 7 - 1 + 1 = -1       0      in time
-#
-# (in v: of the first convolution within a block, likewise of all others.) Kernel row 0 comes 8
-# steps later, and is always late, as is what h reads of v: these are multiplied position by
-# position.
-#
-# At a large lag, say 16 in rows of 8. The last column, c + 7 + dx, may lie outside, where zeros
-# are, always there: so dx is at most 0. And if the source is in strips itself, it is there with the
-# strip, that is 7 steps earlier:
-#
-#     v_first, -1        0       x:  1        -16 + 7 + 0 + 1 = -8      -6      in time
-#     in v, 0            0       v: -6          0 + 7 + 0 - 6 - 7 = -6  -5      in time
-#     h_left, 0         -1       x:  1          0 + 7 - 1 + 1 =  7       0      late
-#
-# So all of v is computed in strips, which are rows; h waits for x of its own row.
+# 12.
 #
 # For example h's second convolution in a block, at lag 8 and 16x16.
 #
@@ -3065,6 +3024,41 @@ def as_list(images):
 #                    early.latest = bias + window(row -1) W_-1^T
 #                    node.latest = numbers 0 and 8 of early.latest + window(row 0) W_0^T
 #     at step 9  (0, 9) and (1, 1) are due, and node: numbers 1 and 9 of early.latest + ..
+#
+# **Which kernel rows are in the bracket?** Those whose last read has been computed when the strip
+# begins, which at (r, c) is step lag r + c + offset. A kernel row dy reads source in row r + dy, up
+# to some last column. Let `column` be that one; or, if source is in strips itself, where its strip
+# with that begins, as then it was computed. So the kernel row is in time if
+#
+#     lag (r + dy) + column + offset_source <= lag r + c + offset
+#
+# At lag 8, in strips of 8, from c = 0 on, with the offsets of the light network (r plays no part):
+#
+#     kernel row       last column    source    lag dy + column + offset_source    offset
+#     v_first, -1         7 + 1       x:  1       -8 + 8 + 1 =  1                    -6     late
+#     v_first, -2         7 + 1       x:  1      -16 + 8 + 1 = -7                    -6     in time
+#     in v, -1            7 + 1       v: -6       -8 + 8 - 6 = -6                    -5     in time
+#     in h, -1            7 + 0       h:  0       -8 + 7 + 0 = -1                     0     in time
+#     h_above, -1         7 + 1       x:  1       -8 + 8 + 1 =  1                     0     late
+#     h_left, -1          7 - 1       x:  1       -8 + 6 + 1 = -1                     0     in time
+#
+# (in v: of the first convolution within a block, and so of all.) Kernel row 0 comes 8 steps later,
+# and is always late, as is what h reads of v: these are multiplied position by position.
+#
+# **A strip that is a row.** If the smallest lag is the width W or more, pixels are drawn one by
+# one, and a larger lag costs nothing, as steps in which nothing is due are left out. So it is
+# raised by W, and then to a multiple of W (8x8: from 8 to 16), which makes a strip a row. Then row
+# r - 1 of x is complete when row r of v_first begins. For at the smallest lag (r - 1, 1), which
+# v_first at (r, 0) reads last, is in time. The last pixel of its row comes W - 2 steps later: if
+# the lag is larger by W, that is in time, too. And then all of v is computed a row at a time. At
+# lag 16, in rows of 8 (beyond them are zeros, always there, so `column` is 7 at most; in v it is 0,
+# as source's row is a strip):
+#
+#     v_first, -1         7           x:  1      -16 + 7 + 1 = -8                    -6     in time
+#     in v, 0             0           v: -6        0 + 0 - 6 = -6                    -5     in time
+#     h_left, 0           7 - 1       x:  1        0 + 6 + 1 =  7                     0     late
+#
+# h waits for x of its own row.
 
 
 def set_strips(plan):
@@ -3097,8 +3091,7 @@ def set_strips(plan):
 
 def in_time(plan, node, read, strip):
     """Whether, for each strip in a row of node, all that it reads is there when it begins: the
-    inequality above. `column` is the last one that is read; or, if source is in strips, where its
-    strip with that begins."""
+    inequality above, for each `first` in place of c."""
     source, width = read.source, plan.size[1]
     if source.known:
         return True

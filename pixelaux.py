@@ -38,10 +38,12 @@ is X_{K-k}.
     views[0], views[1], .., views[-1]      factors[0], factors[1],        ..
     X_K,      X_{K-1},  .., X_0 = X        p(X_K),     p(X_{K-1} | X_K),  ..
 
-views[k].psi, which is psi_{K-k}, makes views[k - 1]. For example a pyramid at 32x32, K = 2:
+For example a pyramid at 32x32, K = 2:
 
     views[0] = X_2     <-- psi_1 --     views[1] = X_1     <-- psi_0 --     views[2] = X_0 = X
     8x8                                 16x16                               32x32
+
+views[k].psi makes views[k - 1].
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -128,12 +130,13 @@ def feasible(values, weights, low, high, top):
     <= top sum(weights), high - low + 1 >= any weight (low .. high has 4 numbers for Half, 4096 for
     Gray). -> lists lo, hi.
 
-    There always is such a v. Say before it (1) high >= 0, (2) low <= rest + w top, with `rest` as
-    it is after v, (3) high - low + 1 >= w. If low - rest <= 0, v = 0 will do, by (1). If not, take
-    the first multiple w v from low - rest on. It is at most low - rest + w - 1 <= high - rest, by
-    (3). And it is at most w top, as that is a multiple, too, and no less than low - rest, by (2).
-    After any such v (1) to (3) hold for the next one: high >= 0; low <= rest, which is the next
-    one's rest + w top; and they are as far apart as before.
+    There always is such a v; who does not doubt it may go on. Say before it (1) high >= 0, (2) low
+    <= rest + w top, with `rest` as it is after v, (3) high - low + 1 >= w. If low - rest <= 0, v =
+    0 will do, by (1). If not, take the first multiple w v from low - rest on (say from 1000 on,
+    with w = 150: 1050). It is at most low - rest + w - 1 <= high - rest, by (3). And it is at most
+    w top, as that is a multiple, too, and no less than low - rest, by (2). After any such v (1) to
+    (3) hold for the next one: high >= 0; low <= rest, which is the next one's rest + w top; and
+    they are as far apart as before.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -356,8 +359,8 @@ class LogisticMixture:
         one with hardly any mass on the interval would keep all of its weight there.)
 
         Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. When r is
-        known, component k weighs w_k m_k(r), by Bayes. (The mass that the cut divides by is the
-        same for all k, and drops out.) A channel's probability is the mass of
+        known, component k weighs w_k m_k(r), by Bayes. (The cut has divided all by the same number,
+        sum_j w_j M_j.) A channel's probability is the mass of
         its value over that of its interval, both in the mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
@@ -385,7 +388,8 @@ class LogisticMixture:
         return total
 
     def sample(self, noise, mode="random", interval_of=None):
-        """Draw every pixel from given noise -> int64 (N, 3, H, W).
+        """Draw every pixel from given noise -> int64 (N, 3, H, W). (Given, so that an image does
+        not depend on the order in which its pixels are drawn.)
 
         noise: uniform in (0, 1), (N, 6, H, W), of which
 
@@ -420,7 +424,7 @@ class LogisticMixture:
         Why anew? By p'(g | r), see log_prob, g must come from component k in proportion to w_k
         m_k(r) M_k(g's interval | r). But the component that has drawn r is k in proportion to w_k
         m_k(r): it was drawn in proportion to w_k M_k(r's interval), and r from it with probability
-        m_k(r) / M_k(r's interval). Say
+        m_k(r) / M_k(r's interval), which comes to w_k m_k(r). Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -598,11 +602,16 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # Here self.v is in reverse order: in a row, with d = -1, 0, 1, it holds w_1, w_0, w_-1.
-            # For torch adds w[k] in(q) to its output 2 q + k, k = 0, 1, 2, and we want w_d in(q) in
-            # output 2 q - d. With k = 1 - d that is torch's output, 1 further on: it is cut off in
-            # front. In general k = (the last d) - d, and that many are cut off, which is `bottom`,
-            # and `right`. (output_padding adds a row and a column, for kernels whose last d is 0.)
+            # Here self.v is in reverse order. In a row with d = -1, 0, 1 it holds w_1, w_0, w_-1,
+            # and torch adds
+            #
+            #     w_1 in(q)      to its output 2 q        we want it in 2 q - 1
+            #     w_0 in(q)                    2 q + 1                  2 q
+            #     w_-1 in(q)                   2 q + 2                  2 q + 1
+            #
+            # So its output is ours, 1 further on; in general as far as the last d, `bottom` rows
+            # and `right` columns, which are cut off in front. (output_padding adds a row and a
+            # column behind, for kernels whose last d is 0.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -612,12 +621,8 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# An option of light networks (look_right=False; to be skipped at first): v's kernel moves to the
-# left. The price is a blind spot: v sees no more than one column to the upper right, by its first
-# layer. (Of the rest X^ tells much, where there is one.) The gain is sampling in a third of the
-# steps, by a lag of 2 in place of 8 (see Sampling fast).
-VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
-HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s; row -1 h could have from v
+VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))  # look_right=False: see Sampling fast
+HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s: with row -1, which v has as well
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
 POINT = dict(rows=(0, 0), columns=(0, 0))
 
@@ -660,13 +665,15 @@ def data_dependent_init(network, *inputs):
 # The pyramid's causal networks are *light*, ((0, 3),): three blocks at one resolution. They see
 # only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near.
 #
-# The embedding f_w knows X^ whole, and has one stream; "-1 times halved" is doubled, as x, the
-# image that is given X^, may be twice as large. A causal network's layout counts from x, f_w's from
-# X^. If x is 16x16 and X^ 8x8, and f_w's layout is ((0, 3), (1, 6), (0, 3), (-1, 3)):
+# The embedding f_w knows X^ whole, and has one stream. Its layout counts from X^, a causal
+# network's from x, the image that it models given X^. If X^ is gray, both are of one size, and the
+# counts the same. If x is 16x16 and X^ 8x8, f_w ends with a stage that is doubled, "-1 times
+# halved". With ((0, 3), (1, 6), (0, 3), (-1, 3)):
 #
-#     resolution                               16x16    8x8    4x4
-#     times halved, in f_w's layout              -1      0      1
-#     times halved, in a causal network's         0      1      2      and number of the embedding
+#     resolution                                              16x16    8x8    4x4
+#     times halved, in f_w's layout                             -1      0      1
+#     times halved, in a causal network's layout                 0      1      2
+#     embeddings[..], f_w's last outputs, finest first           0      1      2
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
@@ -686,13 +693,15 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in. In one row h at c knows the pixels before c. At
-# half the resolution h at 3, say, let us call it H3, stands for pixels 6 and 7, and must know no
-# more than 0..5:
+# A change of resolution lets no later pixel in. In one row h at c, hc for short, knows the pixels
+# before c. At half the resolution number 3, say, H3, stands for pixels 6 and 7, and must know no
+# more than 0..5. By Conv's formulas H3 reads h at 2 * 3 + d, d = -1 and 0, and hp reads H at (p +
+# d) / 2, where that is whole:
 #
-#     down    H3 reads h5, which knows 0..4, and h6, which knows 0..5       2 * 3 + d, d = -1, 0
-#     up      h6 and h7 read H3 (h7 knows pixel 6 not by it, but by the     (6 + 0) / 2, (7 - 1) / 2
-#             skip)
+#                     reads       which know       and so knows
+#     down    H3        h5, h6      0..4, 0..5       0..5
+#     up      h6        H3          0..5             0..5
+#             h7        H3          0..5             0..5 (pixel 6 comes by the skip)
 #
 # (v likewise: row 3 reads v's rows 5 and 6, and so knows the rows 0..5.)
 
@@ -914,14 +923,14 @@ class Factor(nn.Module):
         # Which layout: see the table in Networks.
         full_layout = config.layout if psi is None else config.layout_cond
         layout = config.layout_light if light else full_layout
-        strides = [2**halved for halved, _ in layout]
+        spans = [2**halved for halved, _ in layout]  # of a value, in pixels of x
         if psi is not None:
             # Gray is as large as X: f_w has X's layout, so each stage finds an embedding of its
             # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            strides += [psi.cell * 2**halved for halved, _ in layout_embed]  # in pixels of x
-        self.multiple = max(strides)  # of which the height and the width of x must be multiples
+            spans += [psi.cell * 2**halved for halved, _ in layout_embed]
+        self.multiple = max(spans)  # of which the height and the width of x must be multiples
 
         self.kind_of_head, nr_params = Categorical, view.levels
         if channels == 3:
@@ -1013,7 +1022,7 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
             here = np.s_[:, len(drawn) : len(drawn) + 1, r : r + 1, c : c + 1]
             return lo[here], hi[here]
 
-        # float64, so that only the network's rounding makes a difference to sample_fast.
+        # float64, so that the head adds no rounding to the network's.
         head = factor.head(params.double(), shift)
         pixel[:] = draw(head, [r], [c], interval_of if tight else None)
         if progress:
@@ -1213,7 +1222,8 @@ def six_stages(blocks):
 class Config:
     """A model and its training. The values here are the paper's for CIFAR-10, where it gives them;
     the number of filters is that of its grayscale models, its pyramids have 100. Config() is the
-    preset cifar10. The default of `train`, `build` and make_config() is tiny.
+    preset cifar10. But `train`, `build` and make_config() take tiny, if not told otherwise, as the
+    paper's takes days.
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1347,7 +1357,7 @@ class Shapes:
 
         log p(X) = -log_count + sum over the sub-pixels of log pmf(noise)
 
-    is exact. (At 16x16 there are 3x3 centres x 4 masks x 6 pairs of colours x 6 weaves = 1,296
+    is exact. (At 16x16 there are 3x3 centres x 4 kinds x 6 pairs of colours x 6 weaves = 1,296
     configurations, 10.3 bits.) Masks are made of cells of 2x2 pixels, and the weave averages out in
     every cell: the half-resolution view has the mask and the colours, and leaves the weave to
     p(X | X_1).
@@ -1364,8 +1374,9 @@ class Shapes:
         self.palette = np.array([[174, 81, 81], [174, 174, 81], [81, 81, 174]], np.int16)
         self.pairs = np.array(list(itertools.permutations(range(3), 2)))
         self.size = (h, w)
-        # In cells. Centres are corners between cells, off the border: at 16x16, 8x8 cells, with
-        # radius 2, at 3, 4 and 5. The middles of cells are 0.5, 1.5, .. away from them.
+        # From here on all is counted in cells of 2x2 pixels; 16x16 has 8x8 of them. A shape has
+        # radius 2 there, and its centre is a corner of cells, 3, 4 or 5, so that a cell is left at
+        # the border.
         radius = 2 * max(1, side // 16)
         ys, xs = (range(radius + 1, cells - radius, radius // 2) for cells in (h // 2, w // 2))
         centres = np.array(list(itertools.product(ys, xs)))
@@ -1448,11 +1459,11 @@ class Shapes:
         The four sub-pixels of a cell are colour + noise, the weave cancels, and Half makes of them
         colour + (sum of the four noises + 2) // 4: again a colour with independent noise.
         """
-        x_hat, four = np.asarray(x_hat).astype(np.int16), np.ones(1)
+        x_hat, pmf_of_sum = np.asarray(x_hat).astype(np.int16), np.ones(1)
         for _ in range(4):
-            four = np.convolve(four, self.pmf)  # pmf of a sum of noises
+            pmf_of_sum = np.convolve(pmf_of_sum, self.pmf)
         total = np.arange(-4 * self.farthest, 4 * self.farthest + 1)
-        pmf = np.bincount((total + 2) // 4 + self.farthest, four)  # of (total + 2) // 4
+        pmf = np.bincount((total + 2) // 4 + self.farthest, weights=pmf_of_sum)
         noise = x_hat - self.palette[self.fit(nearest(x_hat, self.palette), self.masks_half)]
         log_count = self.log_count - math.log(len(self.weaves))
         return log_pmf_of(noise, pmf) - log_count
@@ -1465,7 +1476,8 @@ def nearest(x, values):
 
 def log_pmf_of(noise, pmf):
     """Log probability of noise, (N, H, W, 3), summed: (N,). pmf: of -farthest..farthest."""
-    # For a pmf of -1..1 log_pmf is -inf, a, b, c, -inf, and noise, clipped to -2..2, at noise + 2.
+    # For a pmf of -1..1 log_pmf is -inf, a, b, c, -inf; noise is clipped to -2..2, and found at
+    # noise + 2.
     far = len(pmf) // 2 + 1
     log_pmf = np.pad(np.log(pmf), 1, constant_values=-np.inf)
     return log_pmf[noise.clip(-far, far) + far].sum((1, 2, 3))
@@ -1474,8 +1486,8 @@ def log_pmf_of(noise, pmf):
 @dataclasses.dataclass
 class Dataset:
     """train, test: uint8 (N, H, W, 3), arrays or Rows (see there); train is None if `shapes` makes
-    images on the fly. held_out: see holding_out. flip: whether mirror images are as good, which is
-    the default of Config.flip (`batch` goes by its argument).
+    images on the fly. held_out: see holding_out. flip: whether mirror images are as good, what a
+    new run's Config.flip is if no flag says otherwise (`batch` goes by its argument).
     fingerprint: of all images."""
 
     train: object
@@ -1910,7 +1922,7 @@ def steps_of(config, k, data):
 
 class Stopwatch:
     """How long a factor has been trained, in seconds: of steps alone, without what is done at
-    looks."""
+    looks. At a look: look(the mean over processes of seconds()); all else; go_on()."""
 
     def __init__(self, before):
         """before: by earlier processes."""
@@ -2134,8 +2146,8 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
     model.factors[k] = average.module  # a copy; `trained` is held here alone
     optimizer = Optimizer(trained, config)
-    begun, seconds = restore(saved, path, trained, average, optimizer)
-    step, steps = begun, steps_of(config, k, data)
+    first_step, seconds = restore(saved, path, trained, average, optimizer)
+    step, steps = first_step, steps_of(config, k, data)
     compile = compile and step < steps
     forward = wrapped(trained, batch_of(model, k, data, 0), config, compile, stop)
     log, watch, save_at = Log(out, k, step), Stopwatch(seconds), time.monotonic() + save_every
@@ -2164,7 +2176,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
             save_training(path, config, k, trained, average, optimizer, step, seconds)
             save_at = time.monotonic() + save_every
-        if decided:
+        if decided:  # after the checkpoint, see record_steps
             record_steps(out, config, k, steps)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
@@ -2172,7 +2184,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
             show()
         total, looked = torch.zeros_like(total), step
         watch.go_on()
-    return step - begun
+    return step - first_step
 
 
 def measurements(model, k, data, step_before, step, steps):
@@ -2384,28 +2396,33 @@ def save_samples(model, views, path, given=0):
 # **The wavefront.** What does pixel (r, c) need in the pyramid's light network? h at (r, c), so v
 # at (r, c). Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one column
 # to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
-# further to the right. Choose a number, the lag, and draw (r, c) at step lag * r + c. Steps grow to
-# the right, and with each row by the lag, so it is enough that (r - 1, c + 7) comes before: lag (r
-# - 1) + c + 7 < lag r + c. The smallest lag is 8. (Where v does not look to the right but in its
-# first layer, see VERTICAL_LEFT, it is 2.) The pixels of a step lie on a diagonal, and 128x128 take
-# 8 * 127 + 128 = 1,144 steps (of lag 2: 382). The step of each pixel, step 8 in brackets:
+# further to the right. Choose a number, the lag, call lag r + c the *wave* of (r, c), and draw its
+# pixel at the step of that number. Waves grow to the right, and with each row by the lag, so it is
+# enough that (r - 1, c + 7) comes before: lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8.
+# The pixels of a wave lie on a diagonal, and 128x128 take 8 * 127 + 128 = 1,144 steps. The wave of
+# each pixel, wave 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
-# **Offsets.** Each value inside the network has its step, too: at (r, c) it is lag r + c + offset.
-# A value of offset -2 exists two steps before its pixel is drawn; in other words, in the step that
-# draws (r, c) it is computed at (r, c + 2). What a reader at (r, c) reads, at (r + dy, c + dx),
-# must have been computed by the reader's step:
+# (An option, look_right=False: the kernel of v's later layers is moved to the left, VERTICAL_LEFT.
+# The lag is 2, and 128x128 take 382 steps. The price is a blind spot, as v sees no more than one
+# column to the upper right; of the rest X^ tells much, where there is one.)
+#
+# **Offsets.** Each value inside the network has its step, too: at (r, c) it is computed at step
+# lag r + c + offset. A value of offset -2 exists two steps before its pixel is drawn; in other
+# words, in the step that draws (r, c) it is computed at (r, c + 2).
+#
+# Say a reader is v's last convolution, at offset 0, and (r, c) is of wave 24. It reads its source
+# at (r, c + 1), of wave 25, which is computed at step 25 + offset_source. That must be 24 or less,
+# so the source's offset is -1. Of a chain of six such convolutions the first one's source has -6.
+# In general, what a reader at (r, c) reads, at (r + dy, c + dx), must be computed by the reader's
+# step:
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
 #
 # (<=, not <: within a step values are computed in the network's order, source before reader.)
-#
-# Say the reader is v's last convolution, at offset 0, and (r, c) has step 24. It reads its source
-# at (r, c + 1), whose step is 25 + offset_source; that must be 24 or less, so the source's offset
-# is -1. Of a chain of six such convolutions the first one's source has -6.
 #
 # So each reader sets a deadline for its source, and of several readers the earliest one counts:
 #
@@ -2424,12 +2441,12 @@ def save_samples(model, views, path, given=0):
 # earliest.) Why as late as possible? If v's end were computed 3 steps earlier than needed, all of
 # v, and at last x, would have to come 3 earlier, and the lag would be 11.
 #
-# Last comes x, the exception to <=: a pixel is drawn at the end of its step, after all of the
-# network, so that it can be read from the next step on. So its offset is 1, and cannot be moved to
-# meet a deadline: the lag must be so large that every deadline for x is 1 or more. v's first
-# convolution, at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so the lag
-# must be 8 or more, as above. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads
-# (r - 1, c + 1): lag - 1.)
+# Last comes x. Pixel (r, c) is drawn when all that has offset 0 is computed there, after step lag r
+# + c and before the next. We count it to the next, whose first thing it is, before all that reads
+# x: so x has offset 1. That is fixed, and cannot be moved to meet a deadline: the lag must be so
+# large that every deadline for x is 1 or more. v's first convolution, at -6, reads (r - 1, c + 1):
+# its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or more, as above. (h_left, at 0,
+# reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag - 1.)
 #
 # **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
 # will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
@@ -2449,7 +2466,6 @@ def save_samples(model, views, path, given=0):
 # what is marked (strips). Words:
 #
 #     position    one (r, c)
-#     wave        of a position: lag r + c. A node is due there at step wave + offset
 #     group       nodes that are due together: of the same spacing, offset and strip
 #
 # Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
@@ -2457,9 +2473,9 @@ def save_samples(model, views, path, given=0):
 # next section, makes a list of Nodes of it. Plan decides all that can be decided beforehand, and
 # sample_by is the loop over the steps. A node's values are read from
 #
-#     latest    the values computed last       by readers of the same offset at the same position,
-#                                              in the same step (strips: up to strip - 1 steps later)
-#     buffer    an image of all positions      by all other readers
+#     latest    the values computed last      by readers of the same offset at the same position,
+#                                             in the same step (strips: up to strip - 1 steps later)
+#     buffer    an image of all positions     by all other readers
 #
 # For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
 # which they are computed within a step:
@@ -2475,11 +2491,11 @@ def save_samples(model, views, path, given=0):
 #     h's conv_in, and v by a conv_aux        0      none: this is one sum, too
 #     concat_elu of that                      0      for conv_out
 #     h's conv_out; gate; elu; last           0      none
-#     x, drawn last                           1      for all that read it
+#     x, drawn after it                       1      for all that read it
 #
-# At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at
-# (5, 5), all that has offset 0 at (5, 4), and pixel (5, 4) is drawn; and the same in row 4, four
-# columns further to the right, ..
+# At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at (5,
+# 5), all that has offset 0 at (5, 4), and after it pixel (5, 4) is drawn; and the same in row 4,
+# four columns further to the right, ..
 
 
 class Places(typing.NamedTuple):
@@ -2540,7 +2556,10 @@ class Node:
                             source.spacing    source.grid    apart    reader.spacing
         same resolution           2                2           2             2
         half                      1                1           1             2
-        double                    2                1           1             1         zeros between
+        double                    2                1           1             1
+
+    To double, zeros stand between its values: its buffer is a 0 b 0 c 0, of which the reader at 1
+    with dx = -1, 0, 1 reads a 0 b.
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
@@ -2595,7 +2614,8 @@ class Node:
         above, _, before, _ = self.margin
         row = (places.row + dy) // grid + above
         column = (places.column + left) // grid + before
-        # In the example 10 - 3 * 2. If there is one place only, this is not used; but at a large
+        # `spacing` pixels down, and lag times as many to the left, in entries of the buffer. In the
+        # example 10 - 3 * 2. If there is one place only, this is not used; but at a large
         # lag it would be below 0, which torch refuses.
         next_place = max(0, places.spacing // grid * (next_row - places.lag * next_column))
         size = (len(self.buffer), places.count, places.strip, columns, self.channels)
@@ -2635,8 +2655,8 @@ class Plan:
         lag = smallest = next(filter(good, itertools.count(least_lag)))
         width = self.size[1]
         if smallest >= width:
-            # See "A strip that is a row", in Strips. (For somebody else's network it may be too
-            # small: then strips gain less, that is all.)
+            # See "A strip that is a row", in Strips. (In somebody else's network it may not be
+            # enough for that: then fewer sums are in strips, that is all.)
             lag = width * math.ceil((smallest + width) / width)
         deadlines = self.deadlines(lag)
         for node in self.nodes:
@@ -2739,10 +2759,10 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     differ.
     """
     channels, height, width = factor.view.shape
+    # (For networks of others. In CausalNet the lag is 2 or more, as h_above reads (r - 1, c + 1).)
     # When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not know
     # of that, as it is no read of the network: so at lag 1 the upper right and the lower left one
-    # of a 2x2 cell would be drawn together. (Not in CausalNet, whose lag is 2 or more: h_above
-    # reads (r - 1, c + 1).)
+    # of a 2x2 cell would be drawn together.
     least_lag = factor.view.psi.cell if tight else 1
     # (threads_for is for speed alone, see Strips.)
     with threads_for(n * height * width * largest_layer(factor.net)):
@@ -2777,8 +2797,8 @@ def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
 
 
 def intervals_at(psi, x, x_hat, rows, columns):
-    """The function drawn -> (lo, hi) of the next channel, (n P, 1, 1, 1), for the P pixels (rows,
-    columns) of x: first all of image 0, then of image 1, ..
+    """What interval_of is in sample_naive, for P pixels (rows, columns) of x at once: the function
+    drawn -> (lo, hi) of the next channel, (n P, 1, 1, 1), first all of image 0, then of image 1, ..
 
     Each pixel's cell is cut out of x, and its pixel out of x_hat: then psi.bounds need only look at
     n P images of one cell.
@@ -2814,6 +2834,9 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
 #     h + conv(v)      Node(reads=[Read(h), Read(v, W_0, dy=0, left=0, columns=1)], bias=b): a sum
 #                      takes in the sums that it is made of
+#
+# CausalNet consists of Conv, +, concat_elu, gate and F.elu. What is said here of numbers, keywords
+# and other functions is for networks of others.
 
 
 def traced(net, x, n, size, embeddings):
@@ -2832,11 +2855,11 @@ def traced(net, x, n, size, embeddings):
 
 
 class Symbol(torch.Tensor):
-    """Stands for a node while a network is traced. A function of torch that gets a Symbol does not
-    run: torch calls __torch_function__ in its place, and returns what that returns. Functions in
-    Python do not ask for Symbols, and would be recorded as their many small operations:
-    wrap_torch_function makes Conv.forward, concat_elu and gate ask (its lambda names the arguments
-    to look at). So
+    """Stands for a node while a network is traced. Every function of torch looks at its arguments:
+    if one of them is a Symbol, it does not run, but calls __torch_function__ of that, and returns
+    what this returns. Functions in Python do not look, and would be recorded as their many small
+    operations: wrap_torch_function makes Conv.forward, concat_elu and gate look (at the arguments
+    that its lambda names). So
 
         conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
                      -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
@@ -2902,7 +2925,7 @@ class Recorder:
 
     def call(self, function, args, kwargs):
         """A Node that is a sum, or calls any other function: in CausalNet concat_elu, gate, F.elu.
-        (of_nodes is there for networks of others. `tried` tells the number of channels, too.)"""
+        (`tried` tells the number of channels, too.)"""
         spacing = next(a.node.spacing for a in args if isinstance(a, Symbol))
         operands = [self.node_or_number(a, spacing) for a in args]
         nodes = [a for a in operands if isinstance(a, Node)]
@@ -3027,8 +3050,9 @@ def as_list(images):
 #
 # **Which kernel rows are in the bracket?** Those whose last read has been computed when the strip
 # begins, which at (r, c) is step lag r + c + offset. A kernel row dy reads source in row r + dy, up
-# to some last column. Let `column` be that one; or, if source is in strips itself, where its strip
-# with that begins, as then it was computed. So the kernel row is in time if
+# to a last column. Let `column` be that one. (If source is computed in strips itself, this one was
+# computed when its strip began: then let `column` be the first of that strip.) So the kernel row is
+# in time if
 #
 #     lag (r + dy) + column + offset_source <= lag r + c + offset
 #
@@ -3042,17 +3066,23 @@ def as_list(images):
 #     h_above, -1         7 + 1       x:  1       -8 + 8 + 1 =  1                     0     late
 #     h_left, -1          7 - 1       x:  1       -8 + 6 + 1 = -1                     0     in time
 #
-# (in v: of the first convolution within a block, and so of all.) Kernel row 0 comes 8 steps later,
-# and is always late, as is what h reads of v: these are multiplied position by position.
+# (in v: its first layer within a block. Of the others source and reader are later by the same.) Row
+# 0 comes 8 steps later, and is always late, as is what h reads of v: these are multiplied position
+# by position.
 #
 # **A strip that is a row.** If the smallest lag is the width W or more, pixels are drawn one by
 # one, and a larger lag costs nothing, as steps in which nothing is due are left out. So it is
-# raised by W, and then to a multiple of W (8x8: from 8 to 16), which makes a strip a row. Then row
-# r - 1 of x is complete when row r of v_first begins. For at the smallest lag (r - 1, 1), which
-# v_first at (r, 0) reads last, is in time. The last pixel of its row comes W - 2 steps later: if
-# the lag is larger by W, that is in time, too. And then all of v is computed a row at a time. At
-# lag 16, in rows of 8 (beyond them are zeros, always there, so `column` is 7 at most; in v it is 0,
-# as source's row is a strip):
+# raised by W, and then to a multiple of W: at 8x8 from 8 to 16, and a strip is a row. Then all of v
+# is computed a row at a time, as row r - 1 of x is complete when row r of v_first begins:
+#
+#     lag 8     v_first at (r, 0), due at step 8 r - 6, reads up to pixel (r - 1, 1), which is there
+#               from step 8 (r - 1) + 1 + 1 = 8 r - 6 on: just in time. But the row's last pixel,
+#               (r - 1, 7), is there from 8 r on, 6 = W - 2 steps too late
+#     lag 16    v_first at (r, 0) is due at step 16 r - 6, the row's last pixel is there from step
+#               16 (r - 1) + 7 + 1 = 16 r - 8 on: in time, as a lag larger by W - 2 would do
+#
+# By the inequality, at lag 16, in rows of 8 (beyond them are zeros, always there, so `column` is 7
+# at most; in v it is 0, as source's row is a strip):
 #
 #     v_first, -1         7           x:  1      -16 + 7 + 1 = -8                    -6     in time
 #     in v, 0             0           v: -6        0 + 0 - 6 = -6                    -5     in time
@@ -3108,6 +3138,9 @@ def of_strips(source, places):
     same order, as all strips of a diagonal begin in the same step.)"""
     strips = source.latest.view(-1, source.strip, source.channels)
     return strips[:, places.column // source.spacing % source.strip]
+
+
+# What is left is to choose by which library, and by how many threads, products are computed.
 
 
 def choose_products(plan):

@@ -6,9 +6,9 @@
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel). The shape of things, which is all that a person sees, is hardly any of them (of the built-in
-data, where one can count, 0.013 bit of 5.5): a model that ignores it loses next to nothing. So, the
-paper argues, it learns the cloth and not the coat. (On these data that is not borne out: `python
-pixelaux.py claim`.)
+data, where one can count, 0.013 bit of 5.46, or 10.3 of an image's 4,193): a model that ignores it
+loses next to nothing. So, the paper argues, it learns the cloth and not the coat. (On these data
+that is not borne out: `python pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, which is poorer in texture, has a network of its own; and a
@@ -130,13 +130,16 @@ def feasible(values, weights, low, high, top):
     <= top sum(weights), high - low + 1 >= any weight (low .. high has 4 numbers for Half, 4096 for
     Gray). -> lists lo, hi.
 
-    There always is such a v; who does not doubt it may go on. Say before it (1) high >= 0, (2) low
-    <= rest + w top, with `rest` as it is after v, (3) high - low + 1 >= w. If low - rest <= 0, v =
-    0 will do, by (1). If not, take the first multiple w v from low - rest on (say from 1000 on,
-    with w = 150: 1050). It is at most low - rest + w - 1 <= high - rest, by (3). And it is at most
-    w top, as that is a multiple, too, and no less than low - rest, by (2). After any such v (1) to
-    (3) hold for the next one: high >= 0; low <= rest, which is the next one's rest + w top; and
-    they are as far apart as before.
+    There always is such a v; who does not doubt it may go on. Say before v, `rest` being as it is
+    after v,
+
+        (1) high >= 0    (2) low <= rest + w top    (3) high - low + 1 >= w
+
+    If low - rest <= 0, v = 0 will do, by (1). If not, take the first multiple w v from low - rest
+    on. It is at most low - rest + w - 1 <= high - rest, by (3): of Gray's multiples of 150, say,
+    none may fall into a gap. And it is at most w top, as that is a multiple, too, and no less than
+    low - rest, by (2). After any such v (1) to (3) hold for the next one: high >= 0; low <= rest,
+    which is the next one's rest + w top; and they are as far apart as before.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -359,8 +362,8 @@ class LogisticMixture:
         one with hardly any mass on the interval would keep all of its weight there.)
 
         Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. When r is
-        known, component k weighs w_k m_k(r), by Bayes. (The cut has divided all by the same number,
-        sum_j w_j M_j.) A channel's probability is the mass of
+        known, component k weighs w_k m_k(r), by Bayes, with and without the cut, which has divided
+        all by the same number. A channel's probability is the mass of
         its value over that of its interval, both in the mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
@@ -422,9 +425,9 @@ class LogisticMixture:
 
         Here a component is drawn anew for each channel, then a value from it, within the interval.
         Why anew? By p'(g | r), see log_prob, g must come from component k in proportion to w_k
-        m_k(r) M_k(g's interval | r). But the component that has drawn r is k in proportion to w_k
-        m_k(r): it was drawn in proportion to w_k M_k(r's interval), and r from it with probability
-        m_k(r) / M_k(r's interval), which comes to w_k m_k(r). Say
+        m_k(r) M_k(g's interval | r). But that r came from component k has a probability in
+        proportion to w_k m_k(r): k was drawn in proportion to w_k M_k(r's interval), then r with
+        probability m_k(r) / M_k(r's interval). Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -481,7 +484,8 @@ def logistic_between(a, b, u):
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
     u = torch.where(flip, 1 - u, u)
-    # Divided by sigma(high): sigma(z) = sigma(high) (ratio + u (1 - ratio)). z is its logit.
+    # sigma(z) = sigma(low) + u (sigma(high) - sigma(low)) = sigma(high) (ratio + u (1 - ratio)),
+    # and z is its logit.
     ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
@@ -602,8 +606,9 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # Here self.v is in reverse order. In a row with d = -1, 0, 1 it holds w_1, w_0, w_-1,
-            # and torch adds
+            # Here self.v is in reverse order, as torch goes from the input: in(q), times w_d, is to be
+            # added to out(2 q - d). In a row with d = -1, 0, 1 self.v holds w_1, w_0, w_-1, and
+            # torch adds
             #
             #     w_1 in(q)      to its output 2 q        we want it in 2 q - 1
             #     w_0 in(q)                    2 q + 1                  2 q
@@ -675,6 +680,8 @@ def data_dependent_init(network, *inputs):
 #     times halved, in a causal network's layout                 0      1      2
 #     embeddings[..], f_w's last outputs, finest first           0      1      2
 #
+# (Light networks read number 0 alone, PixelCNN++'s stages that of their resolution.)
+#
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
 #     X or gray, given nothing    layout          six_stages(6): 6 stages of 6 blocks
@@ -682,7 +689,7 @@ def data_dependent_init(network, *inputs):
 #     a pyramid's views           layout_light    ((0, 3),)
 #     their f_w                   layout_embed    ((0, 3), (1, 6), (0, 3), (-1, 3))
 #
-# (So in a grayscale-pyramid all gray views have light networks, and X given gray has layout_cond.)
+# (In a grayscale-pyramid all gray views are a pyramid's, and X given gray has layout_cond.)
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -693,15 +700,15 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in. In one row h at c, hc for short, knows the pixels
-# before c. At half the resolution number 3, say, H3, stands for pixels 6 and 7, and must know no
-# more than 0..5. By Conv's formulas H3 reads h at 2 * 3 + d, d = -1 and 0, and hp reads H at (p +
-# d) / 2, where that is whole:
+# A change of resolution lets no later pixel in. In one row h[5] knows the pixels before 5, 0..4. At
+# half the resolution H[3], say, stands at pixels 6 and 7, and must know no more than 0..5, as h[6]
+# will read it. By Conv's formulas H[p] reads h[2 p + d], d = -1 and 0, and h[p] reads H[(p + d) /
+# 2], where that is whole:
 #
-#                     reads       which know       and so knows
-#     down    H3        h5, h6      0..4, 0..5       0..5
-#     up      h6        H3          0..5             0..5
-#             h7        H3          0..5             0..5 (pixel 6 comes by the skip)
+#                       reads          which know       and so knows
+#     down    H[3]      h[5], h[6]     0..4, 0..5       0..5
+#     up      h[6]      H[3]           0..5             0..5
+#             h[7]      H[3]           0..5             0..5 (pixel 6 comes by the skip)
 #
 # (v likewise: row 3 reads v's rows 5 and 6, and so knows the rows 0..5.)
 
@@ -923,7 +930,7 @@ class Factor(nn.Module):
         # Which layout: see the table in Networks.
         full_layout = config.layout if psi is None else config.layout_cond
         layout = config.layout_light if light else full_layout
-        spans = [2**halved for halved, _ in layout]  # of a value, in pixels of x
+        spans = [2**halved for halved, _ in layout]  # pixels of x that a value stands for, by stage
         if psi is not None:
             # Gray is as large as X: f_w has X's layout, so each stage finds an embedding of its
             # size.
@@ -985,10 +992,10 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). rows, columns: P pixels
-    in each of n images; sample_naive draws one (P = 1), sample_fast several at once. A head
-    expects images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in
-    all, first the P of image 0, then those of image 1. (A decoder of compressed images can take
-    the place of a Draw.)
+    in each of n images; sample_naive draws one (P = 1), sample_fast several at once. A head expects
+    images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in all: of
+    two images image 0's (0, 8) and (1, 0), image 1's (0, 8) and (1, 0). (A decoder of compressed
+    images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1266,7 +1273,7 @@ class Config:
 
     # Beyond the paper.
     tight: bool = False  # train distributions that are cut to what X^ leaves possible (see psi)
-    muon: float = 0.0  # rate of Muon (see Optimizer) within blocks; 0: Adam, as for the rest
+    muon: float = 0.0  # rate of Muon (see Optimizer); 0: Adam for all
     hold_out: int = 0  # training images that are not trained on: the loss on them is recorded
     start: str = ""  # run or checkpoint whose weights training begins with
 
@@ -1446,7 +1453,8 @@ class Shapes:
         return x - self.values[2 * self.fit(colour, self.masks) + self.weaves[weave]]
 
     def decodable(self, x, share=0.98):
-        """bool (N,): is this share of the sub-pixels within the noise of one configuration?"""
+        """bool (N,): is this share of the sub-pixels within the noise of the configuration that
+        fits best?"""
         return (abs(self.noise_of(x)) <= self.farthest).mean((1, 2, 3)) >= share
 
     def log_prob(self, x):
@@ -1744,7 +1752,8 @@ def load(run, device="cpu"):
 
     run: a folder                      its factor-k.pt; if there is none, weights.pt (see export)
          a file that has all factors   that
-         a file that has some          that, and of the other factors the factor-k.pt beside it
+         a file that has some          that, and of the other factors the factor-k.pt beside it: so
+                                       one factor can be tried out in another's place
     """
     run = pathlib.Path(run)
     paths = [run]
@@ -1881,7 +1890,7 @@ def progress_bar(iterable=None, **options):
 #
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
 #     at a look     every 20 steps, or more often in a short run, as reading the loss means to wait
-#                   for the device:
+#                   for the device (a single process also looks when a signal has come):
 #                     is the loss finite?
 #                     with --minutes: how many steps are they?
 #                     loss on test images (each quarter), or on those held out (each twentieth); log
@@ -1980,8 +1989,8 @@ def record_steps(out, config, k, steps):
 
 
 class Optimizer:
-    """Adam, as in the paper; with config.muon, Muon (Jordan 2024) for the directions v of the
-    convolutions within blocks, and Adam for all else.
+    """Adam, as in the paper; with config.muon, Muon (Jordan 2024) for the directions v of all
+    convolutions but a network's first and last ones, and Adam for all else.
 
     Adam sees numbers, each with a step of its own. Muon sees a matrix, a convolution's outputs by
     what it reads: if P S Q^T is the singular value decomposition of the gradient's running mean,
@@ -1994,7 +2003,7 @@ class Optimizer:
         self.config, self.muon, self.directions = config, None, []
         convs = [module for module in factor.modules() if isinstance(module, Conv)]
         if config.muon and convs:
-            # full_precision: a network's first and last ones
+            # full_precision: the first and the last ones
             self.directions = [conv.v for conv in convs if not conv.full_precision]
             # Copies, as torch's Muon takes matrices only.
             self.matrices = [nn.Parameter(v.detach().flatten(1).clone()) for v in self.directions]
@@ -2019,8 +2028,8 @@ class Optimizer:
     @torch.no_grad()
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step. For weight() divides by |v|,
-        so the gradient is at right angles to v. Steps that are so, even roughly, make v longer; and
-        a longer v is turned less by the next one: learning would fade."""
+        so the gradient is at right angles to v. A step at right angles, even roughly, makes v
+        longer (Pythagoras), and a longer v is turned less by the next: learning would fade."""
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
             matrix.grad = None if v.grad is None else v.grad.flatten(1)  # None: it was not used
@@ -2151,7 +2160,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     compile = compile and step < steps
     forward = wrapped(trained, batch_of(model, k, data, 0), config, compile, stop)
     log, watch, save_at = Log(out, k, step), Stopwatch(seconds), time.monotonic() + save_every
-    looked, total = step, torch.zeros((), device=device)  # the last look, the sum of losses since
+    last_look, total = step, torch.zeros((), device=device)  # total: of the losses since
     while step < steps:
         torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
         batch = batch_of(model, k, data, step)
@@ -2162,7 +2171,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         # do so at the same steps; a single one also looks as soon as a signal has come.
         if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
-        bits = float(total) / (step - looked)  # waits until the device has done it all
+        bits = float(total) / (step - last_look)  # waits until the device has done it all
         means = mean_of_processes([bits, watch.seconds(), stop()], device)
         bits, seconds, stopping = means  # stopping > 0: one is to stop
         check_finite(bits, k, step, path)
@@ -2171,8 +2180,8 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if steps == math.inf:
             steps = watch.steps_in(of_factor(config.minutes, k), step)
             decided = steps < math.inf
-        quarter = has_ended(4, looked, step, steps)
-        log.write(step, steps, bits, seconds, measurements(model, k, data, looked, step, steps))
+        quarter = has_ended(4, last_look, step, steps)
+        log.write(step, steps, bits, seconds, measurements(model, k, data, last_look, step, steps))
         if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
             save_training(path, config, k, trained, average, optimizer, step, seconds)
             save_at = time.monotonic() + save_every
@@ -2182,7 +2191,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
             show()
-        total, looked = torch.zeros_like(total), step
+        total, last_look = torch.zeros_like(total), step
         watch.go_on()
     return step - first_step
 
@@ -2397,10 +2406,10 @@ def save_samples(model, views, path, given=0):
 # at (r, c). Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one column
 # to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
 # further to the right. Choose a number, the lag, call lag r + c the *wave* of (r, c), and draw its
-# pixel at the step of that number. Waves grow to the right, and with each row by the lag, so it is
-# enough that (r - 1, c + 7) comes before: lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8.
-# The pixels of a wave lie on a diagonal, and 128x128 take 8 * 127 + 128 = 1,144 steps. The wave of
-# each pixel, wave 8 in brackets:
+# pixel at the end of the step of that number. Waves grow to the right, and with each row by the
+# lag, so it is enough that (r - 1, c + 7) comes before: lag (r - 1) + c + 7 < lag r + c. The
+# smallest lag is 8. The pixels of a wave lie on a diagonal, and 128x128 take 8 * 127 + 128 = 1,144
+# steps. The wave of each pixel, wave 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
@@ -2441,25 +2450,18 @@ def save_samples(model, views, path, given=0):
 # earliest.) Why as late as possible? If v's end were computed 3 steps earlier than needed, all of
 # v, and at last x, would have to come 3 earlier, and the lag would be 11.
 #
-# Last comes x. Pixel (r, c) is drawn when all that has offset 0 is computed there, after step lag r
-# + c and before the next. We count it to the next, whose first thing it is, before all that reads
-# x: so x has offset 1. That is fixed, and cannot be moved to meet a deadline: the lag must be so
-# large that every deadline for x is 1 or more. v's first convolution, at -6, reads (r - 1, c + 1):
-# its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or more, as above. (h_left, at 0,
-# reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag - 1.)
+# Last comes x. Pixel (r, c) is drawn at the end of step lag r + c, after all that this step
+# computes, so nothing in this step may read it. The rule above lets readers in the same step in
+# (<=): so for the rule x has offset 1. That is fixed, and cannot be moved to meet a deadline: the
+# lag must be so large that every deadline for x is 1 or more. v's first convolution, at -6, reads
+# (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or more, as above.
+# (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag - 1.)
 #
 # **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
 # will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
 # pixels are drawn one by one, in raster order. Nothing else changes, but that there are steps in
 # which nothing is due, which are left out. (So a still larger lag costs nothing, and one is taken
 # that is good for strips, see there.)
-#
-# **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
-# fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
-# have step lag r + c + offset. All distances are counted in pixels of x: a kernel of 3 columns
-# reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands. A
-# convolution that doubles the resolution reads its source as if there were zeros between the
-# values; so the source's image, its `buffer`, has them.
 #
 # **How it is done.** Some values are computed for a *strip* of neighbours in a row at once. That is
 # for speed alone, and explained in Strips, further down: until then read `strip` as 1, and skip
@@ -2471,11 +2473,12 @@ def save_samples(model, views, path, given=0):
 # Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
 # network will do that consists of Conv and of functions of values at one position. `traced`, of the
 # next section, makes a list of Nodes of it. Plan decides all that can be decided beforehand, and
-# sample_by is the loop over the steps. A node's values are read from
+# sample_by is the loop over the steps. Where a node's values are read:
 #
-#     latest    the values computed last      by readers of the same offset at the same position,
+#     where     what it has                   for
+#     latest    the values computed last      readers of the same offset at the same position,
 #                                             in the same step (strips: up to strip - 1 steps later)
-#     buffer    an image of all positions     by all other readers
+#     buffer    an image of all positions     all other readers
 #
 # For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
 # which they are computed within a step:
@@ -2496,6 +2499,13 @@ def save_samples(model, views, path, given=0):
 # At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at (5,
 # 5), all that has offset 0 at (5, 4), and after it pixel (5, 4) is drawn; and the same in row 4,
 # four columns further to the right, ..
+#
+# **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
+# fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
+# have step lag r + c + offset. All distances are counted in pixels of x: a kernel of 3 columns
+# reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands. A
+# convolution that doubles the resolution reads its source as if there were zeros between the
+# values; so the source's buffer has them.
 
 
 class Places(typing.NamedTuple):
@@ -2536,7 +2546,7 @@ class Read:
     columns: int = 1
     apart: int = 1
     # Decided in Plan:
-    at_hand: bool = False  # whether it is in source.latest
+    at_hand: bool = False  # read it from source.latest; if not, from source.buffer
     add: object = None  # the function (total, values) -> total + values weight^T, like torch.addmm
 
     @property
@@ -2549,17 +2559,13 @@ class Read:
 class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
-    Three distances, in pixels of x: `spacing` is that between its positions; Read.apart that
-    between the columns that are read, the smaller spacing of reader and source; `grid` that between
-    the entries of a buffer, its spacing, or the smallest `apart` of its readers. For example
-
-                            source.spacing    source.grid    apart    reader.spacing
-        same resolution           2                2           2             2
-        half                      1                1           1             2
-        double                    2                1           1             1
-
-    To double, zeros stand between its values: its buffer is a 0 b 0 c 0, of which the reader at 1
-    with dx = -1, 0, 1 reads a 0 b.
+    Three distances, in pixels of x. `spacing`: between positions. Read.apart: between the columns
+    that a reader takes. `grid`: between the entries of the buffer. For example spacing is 2, and
+    the values are a, b, c. For readers of the same spacing the buffer is a b c, grid and apart are
+    2. If the resolution is doubled it is a 0 b 0 c 0, grid and apart are 1: the reader at column 1
+    with dx = -1, 0, 1 reads a 0 b. (If x is read by what has spacing 2, all three are 1.) So
+    `apart` is the smaller spacing of reader and source, and `grid` the smallest `apart` of all
+    readers.
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
@@ -2593,8 +2599,9 @@ class Node:
         return self.spacing, self.offset, self.strip
 
     def window(self, places, dy=0, left=0, columns=1, apart=1):
-        """A torch view (no copy), (n, count, strip, columns, C), of `buffer`: for each position
-        (r, c) of `places` so many columns, `apart` pixels apart, from (r + dy, c + left) on.
+        """A torch view (no copy), (n, count, strip, columns, C), of `buffer`: of each image, for
+        each position (r, c) of `places`, so many columns, `apart` pixels apart, from (r + dy, c +
+        left) on.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
         reads at a position is a vector. With 2 channels, in a row that begins at element 0 of the
@@ -2655,9 +2662,7 @@ class Plan:
         lag = smallest = next(filter(good, itertools.count(least_lag)))
         width = self.size[1]
         if smallest >= width:
-            # See "A strip that is a row", in Strips. (In somebody else's network it may not be
-            # enough for that: then fewer sums are in strips, that is all.)
-            lag = width * math.ceil((smallest + width) / width)
+            lag = lag_for_strips(smallest, width)  # larger, for speed alone
         deadlines = self.deadlines(lag)
         for node in self.nodes:
             node.offset = deadlines[node]
@@ -2676,7 +2681,7 @@ class Plan:
         """Decides which reads are of source.latest. All other sources get a buffer, with margins of
         zeros as wide as the kernels that read it; and with zeros between its values, where a
         convolution that doubles the resolution reads it."""
-        kept, reads = {self.x}, [(node, read) for node in self.nodes for read in node.reads]
+        buffered, reads = {self.x}, [(node, read) for node in self.nodes for read in node.reads]
         for node, read in reads:
             source = read.source
             # (strips: node.strip may differ from source's. Then `value` takes a position of each.)
@@ -2685,14 +2690,14 @@ class Plan:
             computed = len(source.reads) > 0  # x, and what is known, never are
             read.at_hand = same_step and not elsewhere and computed
             if not read.at_hand and not source.known:
-                kept.add(source)
+                buffered.add(source)
             if read.weight is not None:
                 source.grid = min(source.grid, read.apart)
         for _, read in reads:
             beyond = (-read.dy, read.dy, -read.left, read.right)  # below 0: not at all
             entries = [pixels // read.source.grid for pixels in beyond]
             read.source.margin = tuple(map(max, read.source.margin, entries))
-        for node in kept:
+        for node in buffered:
             above, below, left, right = node.margin
             height, width = (side // node.grid for side in self.size)
             size = (self.n, above + height + below, left + width + right, node.channels)
@@ -2730,8 +2735,8 @@ class Plan:
             places = due[node.group]
             node.latest = self.compute(node, places)
             if node.buffer is not None:
-                kept = node.window(places)
-                kept.copy_(node.latest.view(kept.shape))
+                window = node.window(places)
+                window.copy_(node.latest.view(window.shape))
 
     def compute(self, node, places):
         """The node's values at places, (n * positions, C)."""
@@ -2759,10 +2764,10 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     differ.
     """
     channels, height, width = factor.view.shape
-    # (For networks of others. In CausalNet the lag is 2 or more, as h_above reads (r - 1, c + 1).)
     # When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not know
     # of that, as it is no read of the network: so at lag 1 the upper right and the lower left one
-    # of a 2x2 cell would be drawn together.
+    # of a 2x2 cell would be drawn together. (In networks of others: CausalNet's lag is 2 or more,
+    # as h_above reads (r - 1, c + 1).)
     least_lag = factor.view.psi.cell if tight else 1
     # (threads_for is for speed alone, see Strips.)
     with threads_for(n * height * width * largest_layer(factor.net)):
@@ -2808,7 +2813,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
     inside = torch.arange(psi.cell, device=x.device)
     cell_rows = (rows - r)[:, None, None] + inside[:, None]  # (P, cell, 1)
     cell_columns = (columns - c)[:, None, None] + inside  # (P, 1, cell)
-    cells = x[:, :, cell_rows, cell_columns]  # (n, C, P, cell, cell)
+    cells = x[:, :, cell_rows, cell_columns]  # a copy, (n, C, P, cell, cell)
     cells = cells.transpose(1, 2).flatten(0, 1)  # (n P, C, cell, cell)
     pixels = x_hat[:, :, rows // psi.cell, columns // psi.cell]  # (n, C^, P)
     pixels = pixels.transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (n P, C^, 1, 1)
@@ -2858,8 +2863,8 @@ class Symbol(torch.Tensor):
     """Stands for a node while a network is traced. Every function of torch looks at its arguments:
     if one of them is a Symbol, it does not run, but calls __torch_function__ of that, and returns
     what this returns. Functions in Python do not look, and would be recorded as their many small
-    operations: wrap_torch_function makes Conv.forward, concat_elu and gate look (at the arguments
-    that its lambda names). So
+    operations. The decorator wrap_torch_function(lambda self, x: (x,)) makes Conv.forward look at
+    its x, and concat_elu and gate have one, too. So
 
         conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
                      -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
@@ -2892,7 +2897,8 @@ class Recorder:
         if function is F.dropout and not kwargs["training"]:
             return args[0]
         # The same function of the same objects is one node, as concat_elu(v), which is called for
-        # h and by v's next block. (Ids are given again when an object is gone: so args are kept.)
+        # h and by v's next block. (By ids, which are given again when an object is gone: so args
+        # are kept.)
         expression = (function, *map(id, args), *kwargs, *map(id, kwargs.values()))
         if expression not in self.recorded:
             if function is Conv.forward:  # torch hands over the decorated one; args: conv, Symbol
@@ -3050,15 +3056,15 @@ def as_list(images):
 #
 # **Which kernel rows are in the bracket?** Those whose last read has been computed when the strip
 # begins, which at (r, c) is step lag r + c + offset. A kernel row dy reads source in row r + dy, up
-# to a last column. Let `column` be that one. (If source is computed in strips itself, this one was
-# computed when its strip began: then let `column` be the first of that strip.) So the kernel row is
-# in time if
+# to a last column. Let `ready` be the column with which that one is there: itself; or, if source is
+# computed in strips, the first of its strip. So the kernel row is in time if
 #
-#     lag (r + dy) + column + offset_source <= lag r + c + offset
+#     lag (r + dy) + ready + offset_source <= lag r + c + offset
 #
-# At lag 8, in strips of 8, from c = 0 on, with the offsets of the light network (r plays no part):
+# At lag 8, in strips of 8, from c = 0 on, with the offsets of the light network (r plays no part;
+# no source is in strips, as all have a kernel row that is late):
 #
-#     kernel row       last column    source    lag dy + column + offset_source    offset
+#     kernel row          ready       source    lag dy + ready + offset_source     offset
 #     v_first, -1         7 + 1       x:  1       -8 + 8 + 1 =  1                    -6     late
 #     v_first, -2         7 + 1       x:  1      -16 + 8 + 1 = -7                    -6     in time
 #     in v, -1            7 + 1       v: -6       -8 + 8 - 6 = -6                    -5     in time
@@ -3071,9 +3077,9 @@ def as_list(images):
 # by position.
 #
 # **A strip that is a row.** If the smallest lag is the width W or more, pixels are drawn one by
-# one, and a larger lag costs nothing, as steps in which nothing is due are left out. So it is
-# raised by W, and then to a multiple of W: at 8x8 from 8 to 16, and a strip is a row. Then all of v
-# is computed a row at a time, as row r - 1 of x is complete when row r of v_first begins:
+# one, and a larger lag costs nothing, as steps in which nothing is due are left out. It is raised
+# by W, so that v_first finds all of the row above in time, and then to a multiple of W, so that a
+# strip is a row. For 8x8 that is 16:
 #
 #     lag 8     v_first at (r, 0), due at step 8 r - 6, reads up to pixel (r - 1, 1), which is there
 #               from step 8 (r - 1) + 1 + 1 = 8 r - 6 on: just in time. But the row's last pixel,
@@ -3081,14 +3087,21 @@ def as_list(images):
 #     lag 16    v_first at (r, 0) is due at step 16 r - 6, the row's last pixel is there from step
 #               16 (r - 1) + 7 + 1 = 16 r - 8 on: in time, as a lag larger by W - 2 would do
 #
-# By the inequality, at lag 16, in rows of 8 (beyond them are zeros, always there, so `column` is 7
-# at most; in v it is 0, as source's row is a strip):
+# So v_first is computed a row at a time, then all of v, as each layer finds its source's row
+# complete, that in its own row, too (ready = 0). By the inequality, in rows of 8, beyond which are
+# zeros that are always there (so ready is 7 at most):
 #
 #     v_first, -1         7           x:  1      -16 + 7 + 1 = -8                    -6     in time
 #     in v, 0             0           v: -6        0 + 0 - 6 = -6                    -5     in time
 #     h_left, 0           7 - 1       x:  1        0 + 6 + 1 =  7                     0     late
 #
-# h waits for x of its own row.
+# h waits for x of its own row. (In somebody else's network W may not be enough; then fewer sums are
+# in strips, that is all.)
+
+
+def lag_for_strips(smallest, width):
+    """The lag if the smallest one is the width or more: see above."""
+    return width * math.ceil((smallest + width) / width)
 
 
 def set_strips(plan):
@@ -3126,9 +3139,9 @@ def in_time(plan, node, read, strip):
     if source.known:
         return True
     for first in range(0, width, node.spacing * strip):
-        column = min(first + node.spacing * (strip - 1) + read.right, width - 1)  # in the image
-        column -= column % (source.spacing * source.strip)
-        if plan.lag * read.dy + column + source.offset > first + node.offset:
+        last = min(first + node.spacing * (strip - 1) + read.right, width - 1)
+        ready = last - last % (source.spacing * source.strip)
+        if plan.lag * read.dy + ready + source.offset > first + node.offset:
             return False
     return True
 
@@ -3140,7 +3153,8 @@ def of_strips(source, places):
     return strips[:, places.column // source.spacing % source.strip]
 
 
-# What is left is to choose by which library, and by how many threads, products are computed.
+# From here to Command line: by which library, and by how many threads, products are computed. No
+# result and no later text depends on it.
 
 
 def choose_products(plan):

@@ -606,8 +606,8 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # Here self.v is in reverse order, as torch goes from the input: in(q), times w_d, is to be
-            # added to out(2 q - d). In a row with d = -1, 0, 1 self.v holds w_1, w_0, w_-1, and
+            # Here self.v is in reverse order, as torch goes from the input: in(q), times w_d, is to
+            # be added to out(2 q - d). In a row with d = -1, 0, 1 self.v holds w_1, w_0, w_-1, and
             # torch adds
             #
             #     w_1 in(q)      to its output 2 q        we want it in 2 q - 1

@@ -5,10 +5,10 @@
 
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
-pixel). The shape of things, which is all that a person sees, is hardly any of them (of the built-in
-data, where one can count, 0.013 bit of 5.46, or 10.3 of an image's 4,193): a model that ignores it
-loses next to nothing. So, the paper argues, it learns the cloth and not the coat. (On these data
-that is not borne out: `python pixelaux.py claim`.)
+pixel). The shape of things, which is all that a person sees, is hardly any of them: a model
+that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
+(On the built-in data the shape is 10.3 of 4,193 bits; but there a plain PixelCNN learns both in two
+minutes, see `python pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, which is poorer in texture, has a network of its own; and a
@@ -130,16 +130,16 @@ def feasible(values, weights, low, high, top):
     <= top sum(weights), high - low + 1 >= any weight (low .. high has 4 numbers for Half, 4096 for
     Gray). -> lists lo, hi.
 
-    There always is such a v; who does not doubt it may go on. Say before v, `rest` being as it is
-    after v,
+    There always is such a v; who does not doubt it may go on. Suppose that before v, with `rest` as
+    it is after v,
 
         (1) high >= 0    (2) low <= rest + w top    (3) high - low + 1 >= w
 
     If low - rest <= 0, v = 0 will do, by (1). If not, take the first multiple w v from low - rest
-    on. It is at most low - rest + w - 1 <= high - rest, by (3): of Gray's multiples of 150, say,
-    none may fall into a gap. And it is at most w top, as that is a multiple, too, and no less than
-    low - rest, by (2). After any such v (1) to (3) hold for the next one: high >= 0; low <= rest,
-    which is the next one's rest + w top; and they are as far apart as before.
+    on. It is at most low - rest + w - 1 <= high - rest <= high, by (3); without that, of Gray's
+    multiples of 150 there might be none. And it is at most w top, as that is a multiple, too, and
+    no less than low - rest, by (2). After any such v (1) to (3) hold for the next one: high >= 0;
+    low <= rest, which is the next one's rest + w top; and they are as far apart as before.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -228,8 +228,8 @@ class Gray(Psi):
         return torch.cat(lo, 1), torch.cat(hi, 1)
 
 
-# A model is its list of psi, in the order in which they are applied, from X on. Half stands for as
-# many of it as `halvings` says.
+# A model is its list of psi, in the order in which they are applied, from X on (finest first). Half
+# stands for as many of it as `halvings` says.
 MODELS = {
     "pixelcnn": [],
     "grayscale": [Gray],
@@ -361,10 +361,11 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. When r is
-        known, component k weighs w_k m_k(r), by Bayes, with and without the cut, which has divided
-        all by the same number. A channel's probability is the mass of
-        its value over that of its interval, both in the mixture with the weights so far:
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. Cut,
+        component k and r have together the probability w_k m_k(r) / sum_j w_j M_j(r's interval). So
+        given r, k has a weight in proportion to w_k m_k(r), as without the cut. A channel's
+        probability is the mass of its value over that of its interval, both in the mixture with the
+        weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
@@ -398,7 +399,7 @@ class LogisticMixture:
 
                  0                1    2                3    4                5
                  the component    R    -                G    -                B
-        tight    R's component    R    G's component    G    B's component    B    (see there)
+        tight    R's component    R    G's component    G    B's component    B    (sample_tight)
 
         "random" draws values from the component, by the inverse of the logistic's cdf,
         which is the logit; "map" takes its means, and shows what the model holds most probable
@@ -425,9 +426,8 @@ class LogisticMixture:
 
         Here a component is drawn anew for each channel, then a value from it, within the interval.
         Why anew? By p'(g | r), see log_prob, g must come from component k in proportion to w_k
-        m_k(r) M_k(g's interval | r). But that r came from component k has a probability in
-        proportion to w_k m_k(r): k was drawn in proportion to w_k M_k(r's interval), then r with
-        probability m_k(r) / M_k(r's interval). Say
+        m_k(r) M_k(g's interval | r). The component that has drawn r is k in proportion to w_k
+        m_k(r), see there, so it may not be kept. Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -537,12 +537,12 @@ class Categorical:
 #     x x x x x x x x          x x x x x x x x            reads h to the left and above,
 #     x x x x x x x ?          x x x x x x x x            and v at its own place, which
 #     x x x x x x ? ?          x x x x x x x x            has seen all the rows above
-#     x x x x o                        o
+#     x x x x o                        o                  (x: seen by way of all layers)
 #
 # v's first layer reads the rows above alone: a value of v that stands at row r, in whatever column,
 # is made of rows above r. So v's other layers may read v in o's row, and to the right of o: no
 # pixel of that row comes in. h reads v. v must not read h: v at c reads v at c + 1; if that had
-# read h at c + 1, it would know pixel c, which is to be predicted.
+# read h at c + 1, which has seen pixel c, v at c would know the pixel that is to be predicted.
 
 
 class Conv(nn.Module):
@@ -569,7 +569,7 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  full_precision=False):
         super().__init__()
-        # Required: that a kernel reaches at least as far up, and left, as down, and right. Then
+        # Required: that a kernel reaches up at least as far as down, and left as far as right. Then
         # torch can pad both sides alike, and we cut off what is too much. `up`: see convolve.
         if stride not in (1, 2) or (up and stride > 1):
             raise Problem(f"Conv cannot have {stride=}, {up=}: expected stride 1 or 2, or up")
@@ -579,7 +579,8 @@ class Conv(nn.Module):
                               "-first")
         self.rows, self.columns, self.stride, self.up = rows, columns, stride, up
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
-        self.full_precision = full_precision  # float32 in bfloat16 training, too
+        # Of a network's first and last layers: float32 in bfloat16 training, too; Adam beside Muon.
+        self.full_precision = full_precision
         kernel = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         # Called v and g by Salimans & Kingma 2016: of a weight the direction, and the length. (No
         # relation to the stream v.)
@@ -616,7 +617,7 @@ class Conv(nn.Module):
             #
             # So its output is ours, 1 further on; in general as far as the last d, `bottom` rows
             # and `right` columns, which are cut off in front. (output_padding adds a row and a
-            # column behind, for kernels whose last d is 0.)
+            # column behind, which kernels whose first d is 0 need.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -626,7 +627,9 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))  # look_right=False: see Sampling fast
+# With look_right=False light networks look less far right, and are sampled in fewer steps (see
+# Sampling fast).
+VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s: with row -1, which v has as well
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
 POINT = dict(rows=(0, 0), columns=(0, 0))
@@ -680,14 +683,15 @@ def data_dependent_init(network, *inputs):
 #     times halved, in a causal network's layout                 0      1      2
 #     embeddings[..], f_w's last outputs, finest first           0      1      2
 #
+# So embeddings[i] is what f_w's stages of i - 1 times halved end with; or of i, if X^ is gray.
 # (Light networks read number 0 alone, PixelCNN++'s stages that of their resolution.)
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
-#     X or gray, given nothing    layout          six_stages(6): 6 stages of 6 blocks
-#     X given gray                layout_cond     six_stages(4); f_w has the same
-#     a pyramid's views           layout_light    ((0, 3),)
-#     their f_w                   layout_embed    ((0, 3), (1, 6), (0, 3), (-1, 3))
+#     pixelcnn's X; grayscale's gray; they have no f_w     layout          six_stages(6)
+#     X given gray, and its f_w                            layout_cond     six_stages(4)
+#     all views of a pyramid, the coarsest too             layout_light    ((0, 3),)
+#     their f_w, but the coarsest has none                 layout_embed    the example above
 #
 # (In a grayscale-pyramid all gray views are a pyramid's, and X given gray has layout_cond.)
 #
@@ -700,10 +704,10 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in. In one row h[5] knows the pixels before 5, 0..4. At
-# half the resolution H[3], say, stands at pixels 6 and 7, and must know no more than 0..5, as h[6]
-# will read it. By Conv's formulas H[p] reads h[2 p + d], d = -1 and 0, and h[p] reads H[(p + d) /
-# 2], where that is whole:
+# A change of resolution lets no later pixel in. In one row h[p] may know the pixels before p. At
+# half the resolution H[p] will be read by h[2 p] and h[2 p + 1], so it must know no more than those
+# before 2 p. By Conv's formulas H[p] reads h[2 p + d], d = -1 and 0, and h[p] reads H[(p + d) / 2],
+# where that is whole:
 #
 #                       reads          which know       and so knows
 #     down    H[3]      h[5], h[6]     0..4, 0..5       0..5
@@ -920,7 +924,7 @@ class Factor(nn.Module):
     """p(x), or p(x | x_hat), of a view x: a causal network, a head, and for x_hat an embedding.
     config: see Configuration, which comes next.
 
-    light: the causal network is the pyramid's small one in place of PixelCNN++.
+    light: the causal network is the pyramid's small one in place of PixelCNN++, see is_light.
     """
 
     def __init__(self, config, view, light):
@@ -942,8 +946,9 @@ class Factor(nn.Module):
         self.kind_of_head, nr_params = Categorical, view.levels
         if channels == 3:
             self.kind_of_head, nr_params = LogisticMixture, 10 * config.nr_logistic_mix
+        look_right = config.look_right or not light
         self.net = CausalNet(channels + 1, nr_params, layout, filters, dropout,
-                             conditional=psi is not None, look_right=config.look_right or not light)
+                             conditional=psi is not None, look_right=look_right)
 
     @property
     def a_weight(self):
@@ -993,9 +998,9 @@ class Draw:
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). rows, columns: P pixels
     in each of n images; sample_naive draws one (P = 1), sample_fast several at once. A head expects
-    images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in all: of
-    two images image 0's (0, 8) and (1, 0), image 1's (0, 8) and (1, 0). (A decoder of compressed
-    images can take the place of a Draw.)
+    images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in all,
+    first the P of image 0, then those of image 1, .. (A decoder of compressed images can take the
+    place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1347,9 +1352,9 @@ class Shapes:
     """Built-in images whose probability is known: a woven shape on a woven ground, and noise.
 
     A configuration (no relation to Config) is a mask (square, cross, triangle or ring, and its
-    centre), a pair of colours and a weave (rows, columns or checks). Drawn uniformly, it fixes a
-    clean image. Then every sub-pixel gets its own noise: a logistic, rounded to levels and cut off
-    at `farthest`.
+    centre), a pair of colours and a weave (rows, columns or checks, that begin light or dark).
+    Drawn uniformly, it fixes a clean image. Then every sub-pixel gets its own noise: a logistic,
+    rounded to levels and cut off at `farthest`.
 
     A clean pixel has one of six values, three colours, light or dark:
 
@@ -1469,7 +1474,7 @@ class Shapes:
         """
         x_hat, pmf_of_sum = np.asarray(x_hat).astype(np.int16), np.ones(1)
         for _ in range(4):
-            pmf_of_sum = np.convolve(pmf_of_sum, self.pmf)
+            pmf_of_sum = np.convolve(pmf_of_sum, self.pmf)  # of four noises, in the end
         total = np.arange(-4 * self.farthest, 4 * self.farthest + 1)
         pmf = np.bincount((total + 2) // 4 + self.farthest, weights=pmf_of_sum)
         noise = x_hat - self.palette[self.fit(nearest(x_hat, self.palette), self.masks_half)]
@@ -1954,9 +1959,9 @@ class Stopwatch:
         left / the time that a step takes. math.inf until 3% of the minutes tell that. (Until then
         there is a look after each step.)
 
-        A process's first step does not count, as much happens only once. Say 100 s were before, and
-        its looks are at 109, 110 and 111 s: the first step took 9 s, so 111 - 9 = 102 s are spent,
-        and a step takes 1 s. Of 3 minutes there are 78 s, or steps, left.
+        A process's first step does not count, as much happens only once. Say of 3 minutes 4 s were
+        spent before, and its looks are at 13, 14 and 15 s: the first step took 9 s, so 15 - 9 = 6 s
+        are spent, more than 3%, and a step takes 1 s: 174 s, or steps, are left.
         """
         if len(self.at_looks) < 3:
             return math.inf
@@ -2451,17 +2456,18 @@ def save_samples(model, views, path, given=0):
 # v, and at last x, would have to come 3 earlier, and the lag would be 11.
 #
 # Last comes x. Pixel (r, c) is drawn at the end of step lag r + c, after all that this step
-# computes, so nothing in this step may read it. The rule above lets readers in the same step in
-# (<=): so for the rule x has offset 1. That is fixed, and cannot be moved to meet a deadline: the
-# lag must be so large that every deadline for x is 1 or more. v's first convolution, at -6, reads
-# (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or more, as above.
-# (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag - 1.)
+# computes, so the first step that may read it is the next one: x counts as computed then, at offset
+# 1. For all other values the offset is chosen to meet the deadlines; for x it is given, and the lag
+# is chosen: the smallest at which all deadlines for x are 1 or more. v's first convolution, at -6,
+# reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or more, as
+# above. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag -
+# 1.)
 #
-# **A large lag.** The lag may have to be the width or more: in the pyramid's 8x8 the smallest that
-# will do is 8, and PixelCNN++ at 32x32 looks further to the right than the image is wide. Then
-# pixels are drawn one by one, in raster order. Nothing else changes, but that there are steps in
-# which nothing is due, which are left out. (So a still larger lag costs nothing, and one is taken
-# that is good for strips, see there.)
+# **A large lag.** If the lag is the width or more, each pixel has a wave of its own, and waves grow
+# in raster order: one pixel a step. So it is with a lag of 8 in the pyramid's 8x8, and in
+# PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing else
+# changes, but that there are steps in which nothing is due, which are left out. (So a still larger
+# lag costs nothing, and one is taken that is good for strips, see there.)
 #
 # **How it is done.** Some values are computed for a *strip* of neighbours in a row at once. That is
 # for speed alone, and explained in Strips, further down: until then read `strip` as 1, and skip
@@ -2559,13 +2565,16 @@ class Read:
 class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
-    Three distances, in pixels of x. `spacing`: between positions. Read.apart: between the columns
-    that a reader takes. `grid`: between the entries of the buffer. For example spacing is 2, and
-    the values are a, b, c. For readers of the same spacing the buffer is a b c, grid and apart are
-    2. If the resolution is doubled it is a 0 b 0 c 0, grid and apart are 1: the reader at column 1
-    with dx = -1, 0, 1 reads a 0 b. (If x is read by what has spacing 2, all three are 1.) So
-    `apart` is the smaller spacing of reader and source, and `grid` the smallest `apart` of all
-    readers.
+    Three distances, in pixels of x: `spacing` between its positions, Read.apart between the columns
+    that a reader takes, `grid` between the entries of its buffer.
+
+                               source's    reader's             buffer of
+                               spacing     spacing     apart    values a, b, c    grid
+        same resolution           2           2          2      a b c               2
+        the reader halves         1           2          1      a b c               1
+        the reader doubles        2           1          1      a 0 b 0 c 0         1
+
+    So `apart` is the smaller spacing of both, and `grid` the smallest `apart` of all readers.
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
@@ -2684,7 +2693,7 @@ class Plan:
         buffered, reads = {self.x}, [(node, read) for node in self.nodes for read in node.reads]
         for node, read in reads:
             source = read.source
-            # (strips: node.strip may differ from source's. Then `value` takes a position of each.)
+            # (strips: node.strip may differ from source's, see Plan.value.)
             same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
             elsewhere = (read.dy, read.left, read.columns) != (0, 0, 1)
             computed = len(source.reads) > 0  # x, and what is known, never are
@@ -2694,7 +2703,7 @@ class Plan:
             if read.weight is not None:
                 source.grid = min(source.grid, read.apart)
         for _, read in reads:
-            beyond = (-read.dy, read.dy, -read.left, read.right)  # below 0: not at all
+            beyond = (-read.dy, read.dy, -read.left, read.right)  # no margin if below 0
             entries = [pixels // read.source.grid for pixels in beyond]
             read.source.margin = tuple(map(max, read.source.margin, entries))
         for node in buffered:
@@ -2809,22 +2818,22 @@ def intervals_at(psi, x, x_hat, rows, columns):
     n P images of one cell.
     """
     rows, columns = torch.tensor([rows, columns], device=x.device)
-    r, c = rows % psi.cell, columns % psi.cell  # in their cells, (P,)
+    cell_row, cell_column = rows % psi.cell, columns % psi.cell  # in their cells, (P,)
     inside = torch.arange(psi.cell, device=x.device)
-    cell_rows = (rows - r)[:, None, None] + inside[:, None]  # (P, cell, 1)
-    cell_columns = (columns - c)[:, None, None] + inside  # (P, 1, cell)
-    cells = x[:, :, cell_rows, cell_columns]  # a copy, (n, C, P, cell, cell)
+    all_rows = (rows - cell_row)[:, None, None] + inside[:, None]  # (P, cell, 1)
+    all_columns = (columns - cell_column)[:, None, None] + inside  # (P, 1, cell)
+    cells = x[:, :, all_rows, all_columns]  # a copy, (n, C, P, cell, cell)
     cells = cells.transpose(1, 2).flatten(0, 1)  # (n P, C, cell, cell)
     pixels = x_hat[:, :, rows // psi.cell, columns // psi.cell]  # (n, C^, P)
     pixels = pixels.transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (n P, C^, 1, 1)
     each = torch.arange(len(cells), device=x.device)
-    r, c = r.repeat(len(x)), c.repeat(len(x))
+    cell_row, cell_column = cell_row.repeat(len(x)), cell_column.repeat(len(x))  # (n P,)
 
     def interval_of(drawn):
         for channel, values in enumerate(drawn):
-            cells[each, channel, r, c] = values.flatten().to(torch.uint8)
+            cells[each, channel, cell_row, cell_column] = values.flatten().to(torch.uint8)
         ends = psi.bounds(cells, pixels)
-        return [end[each, len(drawn), r, c][:, None, None, None] for end in ends]
+        return [end[each, len(drawn), cell_row, cell_column][:, None, None, None] for end in ends]
 
     return interval_of
 
@@ -2912,8 +2921,8 @@ class Recorder:
     def convolution(self, conv, source):
         """A Node that reads a row for each row of the kernel.
 
-        A kernel counts in pixels of the finer of what it reads and what it makes. Where it doubles
-        the resolution, values and the zeros between them are read alike: that is what `up` means.
+        A kernel's columns are `apart` pixels apart: the source's spacing, or, where it doubles the
+        resolution, its own. Then values and the zeros between are read alike, as `up` means.
 
             in out's row      0   1   2   3   4   5
             source            a   0   b   0   c   0       out(1) = w_-1 a + w_0 0 + w_1 b
@@ -3056,44 +3065,45 @@ def as_list(images):
 #
 # **Which kernel rows are in the bracket?** Those whose last read has been computed when the strip
 # begins, which at (r, c) is step lag r + c + offset. A kernel row dy reads source in row r + dy, up
-# to a last column. Let `ready` be the column with which that one is there: itself; or, if source is
-# computed in strips, the first of its strip. So the kernel row is in time if
+# to a last column. That is available as soon as column `ready` is computed: itself; or, if source
+# is computed in strips, which are computed as a whole when they begin, the first column of the
+# strip that it lies in. So the kernel row is in time if
 #
 #     lag (r + dy) + ready + offset_source <= lag r + c + offset
 #
 # At lag 8, in strips of 8, from c = 0 on, with the offsets of the light network (r plays no part;
 # no source is in strips, as all have a kernel row that is late):
 #
-#     kernel row          ready       source    lag dy + ready + offset_source     offset
-#     v_first, -1         7 + 1       x:  1       -8 + 8 + 1 =  1                    -6     late
-#     v_first, -2         7 + 1       x:  1      -16 + 8 + 1 = -7                    -6     in time
-#     in v, -1            7 + 1       v: -6       -8 + 8 - 6 = -6                    -5     in time
-#     in h, -1            7 + 0       h:  0       -8 + 7 + 0 = -1                     0     in time
-#     h_above, -1         7 + 1       x:  1       -8 + 8 + 1 =  1                     0     late
-#     h_left, -1          7 - 1       x:  1       -8 + 6 + 1 = -1                     0     in time
+#     kernel row     ready: 7+dx    source at    lag dy + ready + that  reader at
+#     v_first, -1       7 + 1         x:  1          -8 + 8 + 1 =  1       -6      late
+#     v_first, -2       7 + 1         x:  1         -16 + 8 + 1 = -7       -6      in time
+#     in v, -1          7 + 1         v: -6          -8 + 8 - 6 = -6       -5      in time
+#     in h, -1          7 + 0         h:  0          -8 + 7 + 0 = -1        0      in time
+#     h_above, -1       7 + 1         x:  1          -8 + 8 + 1 =  1        0      late
+#     h_left, -1        7 - 1         x:  1          -8 + 6 + 1 = -1        0      in time
 #
-# (in v: its first layer within a block. Of the others source and reader are later by the same.) Row
-# 0 comes 8 steps later, and is always late, as is what h reads of v: these are multiplied position
-# by position.
+# (in v: the first layer of block 1, from -6 to -5; the next ones are from -5 to -4, .., and compare
+# alike.) Row 0 comes 8 steps later, and is always late, as is what h reads of v: these are
+# multiplied position by position.
 #
 # **A strip that is a row.** If the smallest lag is the width W or more, pixels are drawn one by
-# one, and a larger lag costs nothing, as steps in which nothing is due are left out. It is raised
-# by W, so that v_first finds all of the row above in time, and then to a multiple of W, so that a
-# strip is a row. For 8x8 that is 16:
+# one, and a larger lag costs nothing, as steps in which nothing is due are left out. W more, and
+# v_first finds all of the row above in time; a multiple of W, and a strip is a row. For 8x8 that is
+# 16:
 #
 #     lag 8     v_first at (r, 0), due at step 8 r - 6, reads up to pixel (r - 1, 1), which is there
 #               from step 8 (r - 1) + 1 + 1 = 8 r - 6 on: just in time. But the row's last pixel,
 #               (r - 1, 7), is there from 8 r on, 6 = W - 2 steps too late
 #     lag 16    v_first at (r, 0) is due at step 16 r - 6, the row's last pixel is there from step
-#               16 (r - 1) + 7 + 1 = 16 r - 8 on: in time, as a lag larger by W - 2 would do
+#               16 (r - 1) + 7 + 1 = 16 r - 8 on: in time. (W - 2 more would be enough for that)
 #
 # So v_first is computed a row at a time, then all of v, as each layer finds its source's row
 # complete, that in its own row, too (ready = 0). By the inequality, in rows of 8, beyond which are
 # zeros that are always there (so ready is 7 at most):
 #
-#     v_first, -1         7           x:  1      -16 + 7 + 1 = -8                    -6     in time
-#     in v, 0             0           v: -6        0 + 0 - 6 = -6                    -5     in time
-#     h_left, 0           7 - 1       x:  1        0 + 6 + 1 =  7                     0     late
+#     v_first, -1         7           x:  1         -16 + 7 + 1 = -8       -6      in time
+#     in v, 0             0           v: -6           0 + 0 - 6 = -6       -5      in time
+#     h_left, 0         7 - 1         x:  1           0 + 6 + 1 =  7        0      late
 #
 # h waits for x of its own row. (In somebody else's network W may not be enough; then fewer sums are
 # in strips, that is all.)
@@ -3126,8 +3136,9 @@ def set_strips(plan):
         if not late and node is not plan.output:
             node.strip = strip
         elif multiplies and strip > 1:
+            # A copy otherwise: of the same offset, and with the bias.
             early_node = dataclasses.replace(node, reads=early, strip=strip)
-            node.reads, node.bias = [Read(early_node), *late], None  # early_node has the bias
+            node.reads, node.bias = [Read(early_node), *late], None
             plan.nodes.append(early_node)
         plan.nodes.append(node)
 
@@ -3445,8 +3456,8 @@ def start_from(model, run):
 def begin(out, config, factors, data, args, device):
     """Write down what is trained, by which command, and on what. plan_run has looked without a
     lock, and may have read data for minutes since: say --factor 0 and --factor 1 are begun at once,
-    both as new runs. Who comes second must have had the same in mind; only where the data lie may
-    differ, and how many steps the other's minutes have become."""
+    both as new runs. The second one's settings must be the same, except where the data lie, and how
+    many steps the first one's minutes have become."""
     with locked(out, "config", wait=True):
         if (out / "config.json").exists():
             there = read_config(out)

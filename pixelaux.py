@@ -361,9 +361,9 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. Cut,
-        component k and r have together the probability w_k m_k(r) / sum_j w_j M_j(r's interval). So
-        given r, k has a weight in proportion to w_k m_k(r), as without the cut. A channel's
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. The
+        cut divides all probabilities of (k, r) by the same number, so given r component k has a
+        weight in proportion to w_k m_k(r), as without. A channel's
         probability is the mass of its value over that of its interval, both in the mixture with the
         weights so far:
 
@@ -397,9 +397,9 @@ class LogisticMixture:
 
         noise: uniform in (0, 1), (N, 6, H, W), of which
 
-                 0                1    2                3    4                5
-                 the component    R    -                G    -                B
-        tight    R's component    R    G's component    G    B's component    B    (sample_tight)
+        index     0                1    2                3    4                5
+        plain     the component    R    unused           G    unused           B
+        tight     R's component    R    G's component    G    B's component    B    (sample_tight)
 
         "random" draws values from the component, by the inverse of the logistic's cdf,
         which is the logit; "map" takes its means, and shows what the model holds most probable
@@ -425,9 +425,9 @@ class LogisticMixture:
         function, as green's interval depends on the red that was drawn.
 
         Here a component is drawn anew for each channel, then a value from it, within the interval.
-        Why anew? By p'(g | r), see log_prob, g must come from component k in proportion to w_k
-        m_k(r) M_k(g's interval | r). The component that has drawn r is k in proportion to w_k
-        m_k(r), see there, so it may not be kept. Say
+        For g's interval favours components with much mass on it: by p'(g | r), see log_prob, g must
+        come from component k in proportion to w_k m_k(r) M_k(g's interval | r), while the one that
+        has drawn r is k in proportion to w_k m_k(r). Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -579,7 +579,8 @@ class Conv(nn.Module):
                               "-first")
         self.rows, self.columns, self.stride, self.up = rows, columns, stride, up
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
-        # Of a network's first and last layers: float32 in bfloat16 training, too; Adam beside Muon.
+        # A network's first and last layers: float32 in bfloat16 training, too (and trained by Adam
+        # where others are by Muon, see Optimizer).
         self.full_precision = full_precision
         kernel = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         # Called v and g by Salimans & Kingma 2016: of a weight the direction, and the length. (No
@@ -615,9 +616,9 @@ class Conv(nn.Module):
             #     w_0 in(q)                    2 q + 1                  2 q
             #     w_-1 in(q)                   2 q + 2                  2 q + 1
             #
-            # So its output is ours, 1 further on; in general as far as the last d, `bottom` rows
-            # and `right` columns, which are cut off in front. (output_padding adds a row and a
-            # column behind, which kernels whose first d is 0 need.)
+            # So its output j is ours j - 1, in general j - the last d: the first `bottom` rows and
+            # `right` columns are dropped. (output_padding adds a row and a column behind, which
+            # kernels whose first d is 0 need.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -658,9 +659,10 @@ def data_dependent_init(network, *inputs):
 # --- Networks ----------------------------------------------------------------------------------
 #
 # A network is a row of residual blocks, in stages; in a causal one each block is two side by side,
-# a vertical and a horizontal one. Its *layout* lists the stages, each (times halved, blocks):
-# PixelCNN++ goes down to a quarter of the resolution, and comes back. There each block also reads,
-# by a *skip*, what its counterpart on the way down has made. With 2 blocks a stage, six_stages(2),
+# a vertical and a horizontal one. Its *layout* lists the stages, each (times halved, blocks). 0
+# times is the resolution of x, the image that is modelled. PixelCNN++ goes down to a quarter of the
+# resolution, and comes back. There each block also reads, by a *skip*, what its counterpart on the
+# way down has made. With 2 blocks a stage, six_stages(2),
 #
 #     ((0, 2), (1, 2), (2, 2), (2, 2), (1, 2), (0, 2))
 #
@@ -673,25 +675,21 @@ def data_dependent_init(network, *inputs):
 # The pyramid's causal networks are *light*, ((0, 3),): three blocks at one resolution. They see
 # only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near.
 #
-# The embedding f_w knows X^ whole, and has one stream. Its layout counts from X^, a causal
-# network's from x, the image that it models given X^. If X^ is gray, both are of one size, and the
-# counts the same. If x is 16x16 and X^ 8x8, f_w ends with a stage that is doubled, "-1 times
-# halved". With ((0, 3), (1, 6), (0, 3), (-1, 3)):
+# The embedding f_w knows X^ whole, and has one stream. It begins at the resolution of X^: at 1
+# times halved, if that is half as large as x. If x is 16x16, and X^ 8x8, by
 #
-#     resolution                                              16x16    8x8    4x4
-#     times halved, in f_w's layout                             -1      0      1
-#     times halved, in a causal network's layout                 0      1      2
-#     embeddings[..], f_w's last outputs, finest first           0      1      2
+#     ((1, 3), (2, 6), (1, 3), (0, 3))
 #
-# So embeddings[i] is what f_w's stages of i - 1 times halved end with; or of i, if X^ is gray.
-# (Light networks read number 0 alone, PixelCNN++'s stages that of their resolution.)
+# it has 3 blocks at 8x8, 6 at 4x4, 3 at 8x8, and 3 at 16x16. Its last output at what is i times
+# halved is embeddings[i], which goes into the causal network's blocks there; in light networks that
+# is embeddings[0] alone.
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
 #     pixelcnn's X; grayscale's gray; they have no f_w     layout          six_stages(6)
 #     X given gray, and its f_w                            layout_cond     six_stages(4)
 #     all views of a pyramid, the coarsest too             layout_light    ((0, 3),)
-#     their f_w, but the coarsest has none                 layout_embed    the example above
+#     their f_w; the coarsest has none                     layout_embed    the example above
 #
 # (In a grayscale-pyramid all gray views are a pyramid's, and X given gray has layout_cond.)
 #
@@ -704,22 +702,26 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in. In one row h[p] may know the pixels before p. At
-# half the resolution H[p] will be read by h[2 p] and h[2 p + 1], so it must know no more than those
-# before 2 p. By Conv's formulas H[p] reads h[2 p + d], d = -1 and 0, and h[p] reads H[(p + d) / 2],
-# where that is whole:
+# A change of resolution lets no later pixel in. Let h[p] be h in column p, which may know the
+# pixels before p, and H[q] what at half the resolution stands for the columns 2 q and 2 q + 1: it
+# will be read by both, and so must know no more than the pixels before 2 q. By Conv's formulas H[q]
+# reads h[2 q + d], d = -1 and 0, and h[p] reads H[(p + d) / 2], where that is whole:
 #
-#                       reads          which know       and so knows
-#     down    H[3]      h[5], h[6]     0..4, 0..5       0..5
-#     up      h[6]      H[3]           0..5             0..5
-#             h[7]      H[3]           0..5             0..5 (pixel 6 comes by the skip)
+#     down    H[3] reads h[5], which knows 0..4, and h[6], which knows 0..5: together 0..5
+#     up      h[6] reads H[(6 + 0) / 2], which knows 0..5
+#             h[7] reads H[(7 - 1) / 2], which knows 0..5 (pixel 6 comes by the skip)
 #
 # (v likewise: row 3 reads v's rows 5 and 6, and so knows the rows 0..5.)
 
 
+def six_stages(blocks):
+    """The layout of PixelCNN++: down to a quarter of the resolution, and back."""
+    return tuple((halved, blocks) for halved in (0, 1, 2, 2, 1, 0))
+
+
 def skip_source(layout, i, j):
-    """(stage, block) whose output block j of stage i reads by a skip: of the last stage before it
-    at its resolution, from the last block back. None if there is none."""
+    """Where block j of stage i has its skip from, as (stage, block): the last stage before at its
+    resolution, whose blocks are taken from the last to the first. None if there is none."""
     halved = layout[i][0]
     earlier = [k for k in range(i) if layout[k][0] == halved]
     if not earlier or j >= layout[earlier[-1]][1]:
@@ -853,8 +855,6 @@ class EmbeddingNet(nn.Module):
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
 
-    What it returns is in order, finest first: embeddings[i] has x's resolution, halved i times (see
-    the table above). Light causal networks take embeddings[0] alone.
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -877,7 +877,7 @@ class EmbeddingNet(nn.Module):
                 y = block(y, *([concat_elu(made[source])] if source else []))
                 made[i, j] = y
             last[stage.halved] = y
-        return [last[halved] for halved in sorted(last)]  # -1, 0, 1 of X^ are 0, 1, 2 of x
+        return [last[halved] for halved in sorted(last)]
 
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
@@ -908,7 +908,7 @@ def make_views(config):
     """The views of a model, coarsest first, X last."""
     halvings = config.halvings
     if halvings < 0:
-        halvings = max(0, int(math.log2(min(config.size) / 8)))
+        halvings = max(0, int(math.log2(min(config.size) / 8)))  # the shorter side to 8 .. 15
     views = [View((3, *config.size), config.levels)]
     for kind in MODELS[config.model]:
         for _ in range(halvings if kind is Half else 1):
@@ -940,7 +940,7 @@ class Factor(nn.Module):
             # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            spans += [psi.cell * 2**halved for halved, _ in layout_embed]
+            spans += [2**halved for halved, _ in layout_embed]
         self.multiple = max(spans)  # of which the height and the width of x must be multiples
 
         self.kind_of_head, nr_params = Categorical, view.levels
@@ -1147,8 +1147,9 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # Means and log-scales, in place of what data_dependent_init has made of their b.
-                # What the network adds to it is small: its deviation is 0.03, the gain of `last`.
+                # data_dependent_init has set all of last.b; the head has its own way with means and
+                # log-scales. What the network adds is small: its deviation is 0.03, the gain of
+                # `last`.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1225,11 +1226,6 @@ def evaluating(model):
 # All that a model, above, and its training, below, depend on.
 
 
-def six_stages(blocks):
-    """The layout of PixelCNN++: down to a quarter of the resolution, and back."""
-    return tuple((halved, blocks) for halved in (0, 1, 2, 2, 1, 0))
-
-
 @dataclasses.dataclass
 class Config:
     """A model and its training. The values here are the paper's for CIFAR-10, where it gives them;
@@ -1252,7 +1248,7 @@ class Config:
     layout: tuple = six_stages(6)  # PixelCNN++'s 36 blocks
     layout_cond: tuple = six_stages(4)  # 24 blocks (Sec. 4.1)
     layout_light: tuple = ((0, 3),)  # (Sec. 4.2)
-    layout_embed: tuple = ((0, 3), (1, 6), (0, 3), (-1, 3))
+    layout_embed: tuple = ((1, 3), (2, 6), (1, 3), (0, 3))
     look_right: bool = True  # False: in light networks only the first layers do (VERTICAL_LEFT)
     dropout: float = 0.5
 
@@ -1286,14 +1282,14 @@ class Config:
 # What `small`, for a CPU core, and `speedrun`, for a GPU, have in common. How it was found:
 # results/recipe.md.
 RECIPE = dict(
-    layout=six_stages(1), layout_cond=six_stages(1), layout_embed=((0, 2), (-1, 1)), dropout=0.0,
+    layout=six_stages(1), layout_cond=six_stages(1), layout_embed=((1, 2), (0, 1)), dropout=0.0,
     tight=True, lr=5e-3, muon=0.05, lr_decay=1.0, anneal=1.0, betas=(0.9, 0.99))
 # tiny, small and speedrun are for short runs: tight, as that is worth much (see the README), at
 # higher rates, averaged over fewer steps.
 PRESETS = {
     "tiny": dict(
         nr_filters=24, layout=six_stages(1), layout_cond=six_stages(1),
-        layout_embed=((0, 1), (-1, 1)), dropout=0.0, tight=True, batch_size=16, steps=(1500, 2600),
+        layout_embed=((1, 1), (0, 1)), dropout=0.0, tight=True, batch_size=16, steps=(1500, 2600),
         lr=2e-2, muon=0.03, lr_decay=1.0, warmup=50, anneal=1.0, betas=(0.9, 0.95), ema=0.98),
     "small": dict(
         RECIPE, nr_filters=48, batch_size=8, steps=(8000,), warmup=30, ema=0.99),
@@ -1312,6 +1308,10 @@ def make_config(preset="tiny", **fields):
     for name in fields:
         check_one_of("option", name, Config.__annotations__)
     fields = {"preset": preset, **PRESETS[preset], **fields}
+    # Older runs count f_w's layout from X^, so that it ends below 0.
+    end = min(0, *(halved for halved, _ in fields.get("layout_embed", Config.layout_embed)))
+    if end < 0:
+        fields["layout_embed"] = [(halved - end, n) for halved, n in fields["layout_embed"]]
     return Config(**{name: as_tuple(value) for name, value in fields.items()})
 
 
@@ -1415,7 +1415,7 @@ class Shapes:
         # Of configurations, all equally likely.
         self.log_count = math.log(len(self.masks) * len(self.pairs) * len(self.weaves))
 
-        between = np.arange(-self.farthest, self.farthest + 2) - 0.5  # levels of noise
+        between = np.arange(-self.farthest, self.farthest + 2) - 0.5  # edges of bins of noise
         cdf = 1 / (1 + np.exp(-between / self.scale))
         self.pmf = np.diff(cdf) / (cdf[-1] - cdf[0])  # of noise -farthest..farthest
 
@@ -1440,13 +1440,14 @@ class Shapes:
         (True images agree on all pixels; samples of a model may not, and this is a vote.)"""
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
-        # How many pixels of each colour are inside, and outside, of each mask: (N, 3, M).
-        inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)  # by (pixels, M)
+        # How many pixels of each colour are inside, and outside, of each mask:
+        # (N, 3, pixels) @ (pixels, M) -> (N, 3, M).
+        inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)
         outside = has.sum(2, keepdims=True) - inside
         # pixels that agree = those of the ground's colour outside + of the shape's inside the mask.
         # agree[i, p, m]: on how many pixels image i agrees with pair p and mask m.
-        ground, shape = self.pairs.T
-        agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M), as ground is (pairs,)
+        ground, shape = self.pairs.T  # the colours of each pair, (pairs,)
+        agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
         pair, mask = np.divmod(agree.reshape(len(colour), -1).argmax(1), len(masks))
         return self.colours(masks[mask], pair)
 
@@ -2087,8 +2088,8 @@ def never():
 def wrapped(factor, batch, config, compile, stop=never):
     """The factor as training calls it: compiled and distributed, where that is asked for.
 
-    stop(): whether a signal has come. It ends the compiler's processes, too, and their error is
-    then no failure.
+    stop(): whether a signal has come, which also ends the compiler's processes: their error is then
+    no failure.
     """
     forward, device = factor, factor.a_weight.device
     if compile:
@@ -2320,7 +2321,8 @@ def report(model, bound, exact, data, images, kind="test image"):
         # the column's name, the first factor that is summed, the sub-pixels that divide
         for name, first, dims in (("of_x", k, model.dims), ("own", k, own), ("cumulative", 0, own)):
             # (2, factors, N), summed over factors, the mean over images: (2,), bound and exact
-            bits = bits_per_dim(both[:, first : k + 1].sum(1).mean(1), dims)
+            nats = both[:, first : k + 1].sum(1)
+            bits = bits_per_dim(nats.mean(1), dims)
             row[f"bound_{name}"], row[f"exact_{name}"] = bits.tolist()
         numbers = ("{:8.4f}{:8.4f}  " * 3).format(*row.values())
         lines.append(f"{model.names[k]:21}{numbers}".rstrip())
@@ -2455,13 +2457,12 @@ def save_samples(model, views, path, given=0):
 # earliest.) Why as late as possible? If v's end were computed 3 steps earlier than needed, all of
 # v, and at last x, would have to come 3 earlier, and the lag would be 11.
 #
-# Last comes x. Pixel (r, c) is drawn at the end of step lag r + c, after all that this step
-# computes, so the first step that may read it is the next one: x counts as computed then, at offset
-# 1. For all other values the offset is chosen to meet the deadlines; for x it is given, and the lag
-# is chosen: the smallest at which all deadlines for x are 1 or more. v's first convolution, at -6,
-# reads (r - 1, c + 1): its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or more, as
-# above. (h_left, at 0, reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag -
-# 1.)
+# What decides the lag? x, the only one whose offset is given. Pixel (r, c) is drawn at the end of
+# step lag r + c, after all that this step computes, so the first step that may read it is the next
+# one: x counts as computed then, at offset 1. So the lag must be so large that all deadlines for x
+# are 1 or more. v's first convolution, at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1)
+# = lag - 7, so the lag must be 8 or more, as above. (h_left, at 0, reads (r, c - 1): deadline 1 at
+# any lag. h_above reads (r - 1, c + 1): lag - 1.)
 #
 # **A large lag.** If the lag is the width or more, each pixel has a wave of its own, and waves grow
 # in raster order: one pixel a step. So it is with a lag of 8 in the pyramid's 8x8, and in
@@ -2539,17 +2540,17 @@ class Read:
     If weight is None that is the value of source at (r, c). If not, it is a row of a convolution's
     kernel: v_first(x) has two of them,
 
-        Read(x, W_-2, dy=-2, left=-1, columns=3), Read(x, W_-1, dy=-1, left=-1, columns=3)
+        Read(x, W_-2, dy=-2, left=-1, nr_columns=3), Read(x, W_-1, dy=-1, left=-1, nr_columns=3)
 
-    and weight is multiplied with the values of source at so many `columns`, `apart` pixels apart,
-    from (r + dy, c + left) on. (Conv.rows and Conv.columns are ranges; here columns is a number.)
+    and weight is multiplied with the values of source in so many columns, `apart` pixels apart,
+    from (r + dy, c + left) on.
     """
 
     source: "Node"
-    weight: torch.Tensor | None = None  # (F, columns * C)
+    weight: torch.Tensor | None = None  # (F, nr_columns * C)
     dy: int = 0
     left: int = 0
-    columns: int = 1
+    nr_columns: int = 1
     apart: int = 1
     # Decided in Plan:
     at_hand: bool = False  # read it from source.latest; if not, from source.buffer
@@ -2558,7 +2559,7 @@ class Read:
     @property
     def right(self):
         """The dx of the last column."""
-        return self.left + (self.columns - 1) * self.apart
+        return self.left + (self.nr_columns - 1) * self.apart
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -2566,14 +2567,14 @@ class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
     Three distances, in pixels of x: `spacing` between its positions, Read.apart between the columns
-    that a reader takes, `grid` between the entries of its buffer.
+    that a reader takes, `grid` between the entries of its buffer. Say it has the values a, b, c:
 
-                               source's    reader's             buffer of
-                               spacing     spacing     apart    values a, b, c    grid
-        same resolution           2           2          2      a b c               2
-        the reader halves         1           2          1      a b c               1
-        the reader doubles        2           1          1      a 0 b 0 c 0         1
+                              spacing    reader's spacing    apart    buffer         grid
+        same resolution          2              2              2      a b c            2
+        the reader halves        1              2              1      a b c            1
+        the reader doubles       2              1              1      a 0 b 0 c 0      1
 
+    (In the last case the reader in column 1, with dx = -1, 0, 1, reads a 0 b.)
     So `apart` is the smaller spacing of both, and `grid` the smallest `apart` of all readers.
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
@@ -2600,6 +2601,7 @@ class Node:
 
     @property
     def is_sum(self):
+        """A convolution, too."""
         return self.function is None and len(self.reads) > 0
 
     @property
@@ -2607,8 +2609,8 @@ class Node:
         """Nodes of one group are computed in the same steps at the same positions."""
         return self.spacing, self.offset, self.strip
 
-    def window(self, places, dy=0, left=0, columns=1, apart=1):
-        """A torch view (no copy), (n, count, strip, columns, C), of `buffer`: of each image, for
+    def window(self, places, dy=0, left=0, nr_columns=1, apart=1):
+        """A torch view (no copy), (n, count, strip, nr_columns, C), of `buffer`: of each image, for
         each position (r, c) of `places`, so many columns, `apart` pixels apart, from (r + dy, c +
         left) on.
 
@@ -2630,13 +2632,12 @@ class Node:
         above, _, before, _ = self.margin
         row = (places.row + dy) // grid + above
         column = (places.column + left) // grid + before
-        # `spacing` pixels down, and lag times as many to the left, in entries of the buffer. In the
-        # example 10 - 3 * 2. If there is one place only, this is not used; but at a large
+        entries = places.spacing // grid  # of the buffer, from one position to the next
+        # In the example 10 - 3 * 2. If there is one place only, this is not used; but at a large
         # lag it would be below 0, which torch refuses.
-        next_place = max(0, places.spacing // grid * (next_row - places.lag * next_column))
-        size = (len(self.buffer), places.count, places.strip, columns, self.channels)
-        next_position = places.spacing // grid * next_column
-        strides = (next_image, next_place, next_position, apart // grid * next_column, 1)
+        next_place = max(0, entries * (next_row - places.lag * next_column))
+        size = (len(self.buffer), places.count, places.strip, nr_columns, self.channels)
+        strides = (next_image, next_place, entries * next_column, apart // grid * next_column, 1)
         return self.buffer.as_strided(size, strides, row * next_row + column * next_column)
 
 
@@ -2695,7 +2696,7 @@ class Plan:
             source = read.source
             # (strips: node.strip may differ from source's, see Plan.value.)
             same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
-            elsewhere = (read.dy, read.left, read.columns) != (0, 0, 1)
+            elsewhere = (read.dy, read.left, read.nr_columns) != (0, 0, 1)
             computed = len(source.reads) > 0  # x, and what is known, never are
             read.at_hand = same_step and not elsewhere and computed
             if not read.at_hand and not source.known:
@@ -2713,7 +2714,8 @@ class Plan:
             node.buffer = weight.new_zeros(size)
 
     def steps(self):
-        """Of each step in which something is due, in order: {group: Places to compute}."""
+        """Of each step in which something is due, in order: {group: Places to compute}. (In the
+        light network from step -6 on.)"""
         due, waves_of = collections.defaultdict(dict), {}
         for group in {node.group for node in self.nodes}:
             spacing, offset, strip = group
@@ -2757,11 +2759,11 @@ class Plan:
         return total
 
     def value(self, read, places):
-        """What is read at places, (n * positions, columns * C)."""
+        """What is read at places, (n * positions, nr_columns * C)."""
         source = read.source
         if not read.at_hand:
-            window = source.window(places, read.dy, read.left, read.columns, read.apart)
-            return window.reshape(-1, read.columns * source.channels)
+            window = source.window(places, read.dy, read.left, read.nr_columns, read.apart)
+            return window.reshape(-1, read.nr_columns * source.channels)
         if source.strip == places.strip:
             return source.latest
         return of_strips(source, places)  # (strips)
@@ -2843,11 +2845,11 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # The network's own forward pass is run on an x that is no image but a Symbol: it computes nothing,
 # and each function that it is handed to is noted as a Node. For example
 #
-#     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, columns=3),
-#                                  Read(x, W_-1, dy=-1, left=-1, columns=3)], bias=b)
+#     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, nr_columns=3),
+#                                  Read(x, W_-1, dy=-1, left=-1, nr_columns=3)], bias=b)
 #     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
-#     h + conv(v)      Node(reads=[Read(h), Read(v, W_0, dy=0, left=0, columns=1)], bias=b): a sum
-#                      takes in the sums that it is made of
+#     h + conv(v)      Node(reads=[Read(h), Read(v, W_0, dy=0, left=0, nr_columns=1)], bias=b), as a
+#                      sum takes in the sums that it is made of
 #
 # CausalNet consists of Conv, +, concat_elu, gate and F.elu. What is said here of numbers, keywords
 # and other functions is for networks of others.
@@ -2873,7 +2875,7 @@ class Symbol(torch.Tensor):
     if one of them is a Symbol, it does not run, but calls __torch_function__ of that, and returns
     what this returns. Functions in Python do not look, and would be recorded as their many small
     operations. The decorator wrap_torch_function(lambda self, x: (x,)) makes Conv.forward look at
-    its x, and concat_elu and gate have one, too. So
+    what its lambda returns of the arguments, and concat_elu and gate have one, too. So
 
         conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
                      -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
@@ -2945,7 +2947,8 @@ class Recorder:
         operands = [self.node_or_number(a, spacing) for a in args]
         nodes = [a for a in operands if isinstance(a, Node)]
         plain = len(nodes) == len(operands) and not kwargs
-        if function in (torch.add, torch.Tensor.add) and plain:  # x + y is torch.Tensor.add
+        # With a convolution in it one running total, see sum_of. (x + y is torch.Tensor.add.)
+        if function in (torch.add, torch.Tensor.add) and plain:
             channels = max(node.channels for node in nodes)
             fit = all(node.channels in (1, channels) for node in nodes)
             if fit and any(node.is_sum for node in nodes):
@@ -3063,18 +3066,23 @@ def as_list(images):
 #                    node.latest = numbers 0 and 8 of early.latest + window(row 0) W_0^T
 #     at step 9  (0, 9) and (1, 1) are due, and node: numbers 1 and 9 of early.latest + ..
 #
-# **Which kernel rows are in the bracket?** Those whose last read has been computed when the strip
-# begins, which at (r, c) is step lag r + c + offset. A kernel row dy reads source in row r + dy, up
-# to a last column. That is available as soon as column `ready` is computed: itself; or, if source
-# is computed in strips, which are computed as a whole when they begin, the first column of the
-# strip that it lies in. So the kernel row is in time if
+# **Which kernel rows are in the bracket?** Those whose rightmost read has been computed when the
+# strip begins. For example the strip (r, 0..7) of v_first, at lag 8, begins at step 8 r - 6. By its
+# kernel row -2 it reads up to pixel (r - 2, 8), which is there from step 8 (r - 2) + 8 + 1 = 8 r -
+# 7 on: in time. By row -1 it reads up to (r - 1, 8), there from 8 (r - 1) + 8 + 1 = 8 r + 1 on:
+# late.
+#
+# In general the strip from (r, c) on begins at step lag r + c + offset. By a kernel row dy it reads
+# up to a last column of source. Let `ready` be the column in whose step that one is computed: the
+# last column; or, if source is in strips itself, the first of its strip, as strips are computed as
+# a whole when they begin. The kernel row is in time if
 #
 #     lag (r + dy) + ready + offset_source <= lag r + c + offset
 #
-# At lag 8, in strips of 8, from c = 0 on, with the offsets of the light network (r plays no part;
-# no source is in strips, as all have a kernel row that is late):
+# At lag 8, in strips of 8, c = 0, without the lag r of both sides (no source is in strips, as all
+# have a kernel row that is late):
 #
-#     kernel row     ready: 7+dx    source at    lag dy + ready + that  reader at
+#     kernel row      ready    offset_source    lag dy + ready + that   offset
 #     v_first, -1       7 + 1         x:  1          -8 + 8 + 1 =  1       -6      late
 #     v_first, -2       7 + 1         x:  1         -16 + 8 + 1 = -7       -6      in time
 #     in v, -1          7 + 1         v: -6          -8 + 8 - 6 = -6       -5      in time
@@ -3087,15 +3095,19 @@ def as_list(images):
 # multiplied position by position.
 #
 # **A strip that is a row.** If the smallest lag is the width W or more, pixels are drawn one by
-# one, and a larger lag costs nothing, as steps in which nothing is due are left out. W more, and
-# v_first finds all of the row above in time; a multiple of W, and a strip is a row. For 8x8 that is
-# 16:
+# one, and a larger lag costs nothing, as steps in which nothing is due are left out. It gains that
+# all of v can be computed a row at a time, if it is
+#
+#     a multiple of W             as then gcd(lag, W) = W: a strip is a row
+#     smallest + W, or larger     as then row r - 1 of x is complete when row r of v_first begins
+#
+# For 8x8 the smallest lag is 8, and 16 is taken.
 #
 #     lag 8     v_first at (r, 0), due at step 8 r - 6, reads up to pixel (r - 1, 1), which is there
 #               from step 8 (r - 1) + 1 + 1 = 8 r - 6 on: just in time. But the row's last pixel,
 #               (r - 1, 7), is there from 8 r on, 6 = W - 2 steps too late
 #     lag 16    v_first at (r, 0) is due at step 16 r - 6, the row's last pixel is there from step
-#               16 (r - 1) + 7 + 1 = 16 r - 8 on: in time. (W - 2 more would be enough for that)
+#               16 (r - 1) + 7 + 1 = 16 r - 8 on: in time (as it would be at smallest + W - 2)
 #
 # So v_first is computed a row at a time, then all of v, as each layer finds its source's row
 # complete, that in its own row, too (ready = 0). By the inequality, in rows of 8, beyond which are
@@ -3165,7 +3177,8 @@ def of_strips(source, places):
 
 
 # From here to Command line: by which library, and by how many threads, products are computed. No
-# result and no later text depends on it.
+# later text depends on it, and no result but by rounding. (.pxa files depend on that: the machine
+# that reads them must round as the one that wrote them.)
 
 
 def choose_products(plan):
@@ -3245,7 +3258,8 @@ def product(weight, positions):
 # has found (FLAGS tells it what there is), called by main, which makes one line of what the user
 # can mend:
 #
-#     main -> command_train -> train -> plan_run       what is to be trained, and on what
+#     main -> command_train -> train -> plan_run       what is to be trained, and on what: new_run
+#                                                      or resumed_run
 #                                    -> begin          write that down
 #                                    -> train_factor   for each factor
 #                                    -> show_samples

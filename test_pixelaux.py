@@ -64,7 +64,7 @@ settings.load_profile("pixelaux")
 STAGES = tuple((halved, 1) for halved in (0, 1, 2, 2, 1, 0))  # PixelCNN++'s, one block each
 SMALL = dict(
     nr_filters=6, nr_logistic_mix=2, layout=STAGES, layout_cond=STAGES, layout_light=((0, 2),),
-    layout_embed=((0, 1), (1, 1), (0, 1), (-1, 1)), dropout=0.0)
+    layout_embed=((1, 1), (2, 1), (1, 1), (0, 1)), dropout=0.0)
 SIZES = {
     "pixelcnn": (8, 12), "grayscale": (8, 4), "pyramid": (16, 24), "grayscale-pyramid": (16, 16)}
 
@@ -799,7 +799,7 @@ def test_networks_equal_the_plain_implementation(name):
     on the way up, of which the third has no skip."""
     two = tuple((halved, 2) for halved, _ in STAGES)
     layouts = dict(layout=two, layout_cond=two, layout_light=((0, 2), (1, 1), (0, 3)),
-                   layout_embed=((0, 2), (1, 2), (0, 3), (-1, 2)))
+                   layout_embed=((1, 2), (2, 2), (1, 3), (0, 2)))
     model = small(name, **layouts)
     views = model.views_of(random_batch(2, model.views[-1].shape))
     for factor, x, x_hat in zip(model.factors, views, [None, *views]):
@@ -858,7 +858,7 @@ def test_a_pyramid_of_one_view_is_light_too():
 # --- The model: normalisation, bound, tightness --------------------------------------------------
 
 TINY = dict(nr_filters=4, layout=((0, 1), (1, 1), (0, 1)), layout_cond=((0, 1),),
-            layout_light=((0, 2),), layout_embed=((0, 1), (-1, 1)))
+            layout_light=((0, 2),), layout_embed=((1, 1), (0, 1)))
 
 
 @functools.cache
@@ -1123,7 +1123,7 @@ def test_the_light_networks_wavefront(look_right, lag, steps):
 def reads_of(node):
     """(source, dy, dx) of all values that a node of a Plan is made of."""
     for read in node.reads:
-        for column in range(read.columns):
+        for column in range(read.nr_columns):
             if not read.source.known:
                 yield read.source, read.dy, read.left + column * read.apart
 
@@ -1771,8 +1771,8 @@ def test_given_images_stay_and_coarser_views_follow():
 
 
 @pytest.mark.parametrize("name, layout, shape", [
-    ("quarter", ((0, 1), (-1, 1), (-2, 1)), (3, 2, 3)),
-    ("brightness", ((0, 1), (-1, 1)), (1, 4, 6))])
+    ("quarter", ((2, 1), (1, 1), (0, 1)), (3, 2, 3)),
+    ("brightness", ((1, 1), (0, 1)), (1, 4, 6))])
 def test_a_light_network_serves_a_view_of_any_block(name, layout, shape, new_models):
     """Of 4x4 pixels, or of 2x2 with the channels mixed: one class each; tight samples are
     consistent, fast = naive."""
@@ -1994,7 +1994,7 @@ def test_likelihoods_of_one_thread_are_those_of_before_while_another_samples():
 # A model that trains in no time. Dropout: a resumed run must also draw the same units.
 SMALL_RUN = dict(
     nr_filters=6, nr_logistic_mix=2, layout=six_stages(1), layout_cond=six_stages(1),
-    layout_light=((0, 1),), layout_embed=((0, 1), (1, 1), (0, 1), (-1, 1)), dropout=0.5, ema=0.7,
+    layout_light=((0, 1),), layout_embed=((1, 1), (2, 1), (1, 1), (0, 1)), dropout=0.5, ema=0.7,
     batch_size=2, steps=(6, 6))
 TRAIN = "train --model pyramid --steps 6 --batch-size 2"
 
@@ -2538,6 +2538,20 @@ def test_as_a_program_there_is_one_copy_of_the_module_for_the_tools(tmp_path):
 
 
 # --- Training ------------------------------------------------------------------------------------
+
+
+def test_runs_of_before_count_the_layout_of_f_w_from_its_own_input():
+    """Their configurations, weights and compressed files are read as they were."""
+    paper, other = ((0, 3), (1, 6), (0, 3), (-1, 3)), ((0, 1), (1, 1), (0, 2), (-1, 1), (-2, 4))
+    assert pixelaux.make_config("cifar10", layout_embed=paper) == pixelaux.make_config("cifar10")
+    read = pixelaux.make_config(layout_embed=[list(stage) for stage in other])
+    assert read.layout_embed == ((2, 1), (3, 1), (2, 2), (1, 1), (0, 4))
+    assert pixelaux.make_config(layout_embed=read.layout_embed) == read  # control: those of now
+    recorded = HERE / "results" / "cifar10-pyramid"
+    assert json.loads((recorded / "config.json").read_text())["layout_embed"][-1][0] == -1
+    model = pixelaux.load(recorded)
+    assert model.config.layout_embed == ((1, 2), (0, 1))
+    assert codec.mark_of(model).hex() == "6fdb081ae12b44e6"  # as files have it that it compressed
 
 
 def test_training_leaves_its_configuration_records_weights_and_pictures(run):
@@ -3113,7 +3127,7 @@ def test_training_starts_from_the_weights_of_another_run(run, tmp_path, capsys, 
     assert command(line, tmp_path / "other", "--start", run) == 2
     assert re.search(f"--start: {run} is of another model", said(capsys)[-1])
     assert not (tmp_path / "other").exists()
-    layout = pixelaux.PRESETS["tiny"]["layout_embed"][:-1] + ((-1, 0),)  # the run has blocks more
+    layout = pixelaux.PRESETS["tiny"]["layout_embed"][:-1] + ((0, 0),)  # the run has blocks more
     monkeypatch.setitem(pixelaux.PRESETS, "tiny", {**pixelaux.PRESETS["tiny"], "layout_embed": layout})
     assert command("train --steps 1 --start", run, "--out", tmp_path / "other") == 2
     assert "is of another model, preset or size: it has factors.1.embed" in said(capsys)[-1]

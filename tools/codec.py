@@ -145,8 +145,11 @@ MAGIC = b"PXA3"
 def mark_of(model):
     """8 bytes that depend on every weight and on what it is used for, not on the size of images."""
     config = model.config
+    first, _ = config.layout_embed[0]
+    # Counted as when the first files were written, from X^.
+    layout_embed = tuple((halved - first, blocks) for halved, blocks in config.layout_embed)
     use = (config.model, len(model.views), config.levels, config.look_right, config.layout,
-           config.layout_cond, config.layout_light, config.layout_embed)
+           config.layout_cond, config.layout_light, layout_embed)
     digest = hashlib.sha256(repr(use).encode())
     for name, weight in model.state_dict().items():
         digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())

@@ -534,7 +534,7 @@ PROMISES = ["causal", "normalised", "fast = naive", "psi(sample) = x_hat",
 def saved_small(out, name="pyramid", size=(8, 8), spoil=lambda model: None, **more):
     """A checkpoint of a small model, its weights far from their start."""
     options = dict(nr_filters=4, nr_logistic_mix=2, layout=six_stages(1), layout_cond=six_stages(1),
-                   layout_light=((0, 1),), layout_embed=((0, 1), (-1, 1)))
+                   layout_light=((0, 1),), layout_embed=((1, 1), (0, 1)))
     halvings = 1 if "pyramid" in name else -1
     model = build(name, size, halvings=halvings, **{**options, **more})
     generator = torch.Generator().manual_seed(1)

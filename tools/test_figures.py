@@ -24,7 +24,7 @@ settings.load_profile("figures")
 
 SMALL = dict(
     nr_filters=4, nr_logistic_mix=2, layout=((0, 1),), layout_cond=((0, 1),),
-    layout_light=((0, 1),), layout_embed=((0, 1), (-1, 1)))
+    layout_light=((0, 1),), layout_embed=((1, 1), (0, 1)))
 MODELS = {
     "pixelcnn": dict(size=8),
     "grayscale": dict(size=(8, 4), tight=False),

@@ -67,7 +67,7 @@ def test_bands_are_the_image_drawn_whole(monkeypatch, rows):
     """Where the network looks no further than neighbouring bands share. Control: where they share
     too few rows, they are not."""
     model = small("pyramid", (112, 8), halvings=1, layout_light=((0, 1),), look_right=False,
-                  layout_embed=((0, 1), (-1, 1)))
+                  layout_embed=((1, 1), (0, 1)))
     x = random_batch(2, (3, 112, 8))
     numbers = torch.arange(2)
 
@@ -204,7 +204,7 @@ def test_as_many_pixels_are_shown_as_were_counted(monkeypatch, name):
     number of candidates they are others."""
     more = dict(halvings=1) if "pyramid" in name else {}
     model = small(name, (16, 8), layout=((0, 1),), layout_light=((0, 1),), layout_cond=((0, 1),),
-                  layout_embed=((0, 1), (-1, 1)), **more)
+                  layout_embed=((1, 1), (0, 1)), **more)
     x, shown = random_batch(2, (3, 16, 8)), []
     for banded in (False, True):
         if banded:

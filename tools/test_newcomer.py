@@ -39,7 +39,7 @@ settings.load_profile("newcomer")
 STAGES = pixelaux.six_stages(1)
 SMALL = dict(
     nr_filters=6, nr_logistic_mix=2, layout=STAGES, layout_cond=STAGES, layout_light=((0, 1),),
-    layout_embed=((0, 1), (1, 1), (0, 1), (-1, 1)), dropout=0.0, batch_size=2, steps=(4, 3))
+    layout_embed=((1, 1), (2, 1), (1, 1), (0, 1)), dropout=0.0, batch_size=2, steps=(4, 3))
 
 
 @pytest.fixture(scope="module", autouse=True)

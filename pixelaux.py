@@ -133,13 +133,14 @@ def feasible(values, weights, low, high, top):
     There always is such a v; who does not doubt it may go on. Suppose that before v, with `rest` as
     it is after v,
 
-        (1) high >= 0    (2) low <= rest + w top    (3) high - low + 1 >= w
+        (1) high >= 0    (2) low <= rest + w top    (3) low + w - 1 <= high
 
     If low - rest <= 0, v = 0 will do, by (1). If not, take the first multiple w v from low - rest
-    on. It is at most low - rest + w - 1 <= high - rest <= high, by (3); without that, of Gray's
-    multiples of 150 there might be none. And it is at most w top, as that is a multiple, too, and
-    no less than low - rest, by (2). After any such v (1) to (3) hold for the next one: high >= 0;
-    low <= rest, which is the next one's rest + w top; and they are as far apart as before.
+    on. It is at most low - rest + w - 1, and so at most high - rest, by (3); without that, of
+    Gray's multiples of 150 there might be none. And it is at most w top, as that is a multiple,
+    too, and no less than low - rest, by (2). After any such v (1) to (3) hold for the next one:
+    high >= 0; low <= rest, which is the next one's rest + w top; and they are as far apart as
+    before.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -361,11 +362,11 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. The
-        cut divides all probabilities of (k, r) by the same number, so given r component k has a
-        weight in proportion to w_k m_k(r), as without. A channel's
-        probability is the mass of its value over that of its interval, both in the mixture with the
-        weights so far:
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. After the
+        cut k and r have the probability w_k m_k(r) / Z, with Z = sum_k w_k M_k(r's interval). Z is
+        the same for all k, so given r component k has a weight in proportion to w_k m_k(r), as
+        without the cut. A channel's probability is the mass of its value over that of its interval,
+        both in the mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
@@ -608,17 +609,17 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # Here self.v is in reverse order, as torch goes from the input: in(q), times w_d, is to
-            # be added to out(2 q - d). In a row with d = -1, 0, 1 self.v holds w_1, w_0, w_-1, and
-            # torch adds
+            # torch adds weight[j] in(q) to its output 2 q + j, j = 0, 1, .. We want w_d in(q) in
+            # out(2 q - d). So self.v is in reverse order, and torch's output is ours, some further
+            # on. In a row with d = -1, 0, 1:
             #
-            #     w_1 in(q)      to its output 2 q        we want it in 2 q - 1
-            #     w_0 in(q)                    2 q + 1                  2 q
-            #     w_-1 in(q)                   2 q + 2                  2 q + 1
+            #     weight[0] = w_1       to its output 2 q        wanted in 2 q - 1
+            #     weight[1] = w_0                     2 q + 1              2 q
+            #     weight[2] = w_-1                    2 q + 2              2 q + 1
             #
-            # So its output j is ours j - 1, in general j - the last d: the first `bottom` rows and
-            # `right` columns are dropped. (output_padding adds a row and a column behind, which
-            # kernels whose first d is 0 need.)
+            # In general it is by the last d: the first `bottom` rows and `right` columns are
+            # dropped. (output_padding adds a row and a column behind, which kernels whose first d
+            # is 0 need.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -673,16 +674,17 @@ def data_dependent_init(network, *inputs):
 #     H/4 x W/4                  c1 c2   d1(c2) d2(c1)
 #
 # The pyramid's causal networks are *light*, ((0, 3),): three blocks at one resolution. They see
-# only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near.
+# only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near. They are
+# sampled fast, see there.
 #
 # The embedding f_w knows X^ whole, and has one stream. It begins at the resolution of X^: at 1
 # times halved, if that is half as large as x. If x is 16x16, and X^ 8x8, by
 #
 #     ((1, 3), (2, 6), (1, 3), (0, 3))
 #
-# it has 3 blocks at 8x8, 6 at 4x4, 3 at 8x8, and 3 at 16x16. Its last output at what is i times
-# halved is embeddings[i], which goes into the causal network's blocks there; in light networks that
-# is embeddings[0] alone.
+# it has 3 blocks at 8x8, 6 at 4x4, 3 at 8x8, and 3 at 16x16. embeddings[i] is the last output that
+# it makes at x's resolution halved i times, and goes into the causal network's blocks there; in
+# light networks that is embeddings[0] alone.
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
@@ -691,7 +693,7 @@ def data_dependent_init(network, *inputs):
 #     all views of a pyramid, the coarsest too             layout_light    ((0, 3),)
 #     their f_w; the coarsest has none                     layout_embed    the example above
 #
-# (In a grayscale-pyramid all gray views are a pyramid's, and X given gray has layout_cond.)
+# (In a grayscale-pyramid all gray views are as a pyramid's, and X given gray has layout_cond.)
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -702,10 +704,11 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in. Let h[p] be h in column p, which may know the
-# pixels before p, and H[q] what at half the resolution stands for the columns 2 q and 2 q + 1: it
-# will be read by both, and so must know no more than the pixels before 2 q. By Conv's formulas H[q]
-# reads h[2 q + d], d = -1 and 0, and h[p] reads H[(p + d) / 2], where that is whole:
+# A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
+# pixels before p (and rows above, which kernels read as well, and which do no harm). Let H[q] stand
+# for the columns 2 q and 2 q + 1 at half the resolution. Both will read it, so it may know the
+# pixels before 2 q alone. By Conv's formulas H[q] reads h[2 q + d], d = -1 and 0, and h[p] reads
+# H[(p + d) / 2], where that is whole. H[3], which may know 0..5:
 #
 #     down    H[3] reads h[5], which knows 0..4, and h[6], which knows 0..5: together 0..5
 #     up      h[6] reads H[(6 + 0) / 2], which knows 0..5
@@ -920,6 +923,20 @@ def make_views(config):
     return views
 
 
+def is_light(config, view):
+    """Whether a view has a light network:
+
+        pixelcnn             X: no
+        grayscale            gray: no; X given gray: no
+        pyramid              all, the coarsest one too
+        grayscale-pyramid    all gray ones; X given gray: no
+    """
+    if view.psi is not None:
+        return view.psi.cell > 1  # it is given a smaller view
+    kinds = MODELS[config.model]  # view is the coarsest, which the last kind has made
+    return len(kinds) > 0 and kinds[-1].cell > 1
+
+
 class Factor(nn.Module):
     """p(x), or p(x | x_hat), of a view x: a causal network, a head, and for x_hat an embedding.
     config: see Configuration, which comes next.
@@ -1042,20 +1059,6 @@ def sample_naive(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     return x
 
 
-def is_light(config, view):
-    """Whether a view has a light network:
-
-        pixelcnn             X: no
-        grayscale            gray: no; X given gray: no
-        pyramid              all, the coarsest one too
-        grayscale-pyramid    all gray ones; X given gray: no
-    """
-    if view.psi is not None:
-        return view.psi.cell > 1
-    kinds = MODELS[config.model]  # view is the coarsest, which the last kind has made
-    return len(kinds) > 0 and kinds[-1].cell > 1
-
-
 class PixelAux(nn.Module):
     """p(X_0, X_1, ..), see the top of the file. `build` makes it. Lists are coarsest first."""
 
@@ -1158,10 +1161,10 @@ class PixelAux(nn.Module):
 
         They are a function of the weights, the seed and the image's number. mode: "random"
         (ancestral) or "map" (Sec. 4.2). shift: added to the log-scales. tight: each view is psi of
-        the next. given: images of some view, (n, C, h, w), from which the coarser ones are computed
-        and the finer ones sampled; given_view: its number, where the shape does not tell.
-        fast=False: by sample_naive. until: that many views only. progress: is called with the
-        pixels just done.
+        the next (mind: False also for a model that was trained tight). given: images of some view,
+        (n, C, h, w), from which the coarser ones are computed and the finer ones sampled;
+        given_view: its number, where the shape does not tell. fast=False: by sample_naive. until:
+        that many views only. progress: is called with the pixels just done.
         """
         if n < 1 or (given is not None and len(given) != n):
             got = f"n = {n}" if given is None else f"n = {n} and {len(given)} given"
@@ -1308,7 +1311,7 @@ def make_config(preset="tiny", **fields):
     for name in fields:
         check_one_of("option", name, Config.__annotations__)
     fields = {"preset": preset, **PRESETS[preset], **fields}
-    # Older runs count f_w's layout from X^, so that it ends below 0.
+    # Older runs count f_w's layout from X^: ((0, 3), (1, 6), (0, 3), (-1, 3)) for the paper's.
     end = min(0, *(halved for halved, _ in fields.get("layout_embed", Config.layout_embed)))
     if end < 0:
         fields["layout_embed"] = [(halved - end, n) for halved, n in fields["layout_embed"]]
@@ -1477,6 +1480,7 @@ class Shapes:
         for _ in range(4):
             pmf_of_sum = np.convolve(pmf_of_sum, self.pmf)  # of four noises, in the end
         total = np.arange(-4 * self.farthest, 4 * self.farthest + 1)
+        # At i: the probability of i - farthest.
         pmf = np.bincount((total + 2) // 4 + self.farthest, weights=pmf_of_sum)
         noise = x_hat - self.palette[self.fit(nearest(x_hat, self.palette), self.masks_half)]
         log_count = self.log_count - math.log(len(self.weaves))
@@ -1960,9 +1964,10 @@ class Stopwatch:
         left / the time that a step takes. math.inf until 3% of the minutes tell that. (Until then
         there is a look after each step.)
 
-        A process's first step does not count, as much happens only once. Say of 3 minutes 4 s were
-        spent before, and its looks are at 13, 14 and 15 s: the first step took 9 s, so 15 - 9 = 6 s
-        are spent, more than 3%, and a step takes 1 s: 174 s, or steps, are left.
+        A process's first step does not count, as much happens only once. Say an earlier process has
+        spent 4 s of 3 minutes, and this one has looks at 13, 14 and 15 s, in all. Its first step
+        took 9 s, so 15 - 9 = 6 s are spent, more than 3% of 180, and a step takes 1 s: 174 s, or
+        steps, are left.
         """
         if len(self.at_looks) < 3:
             return math.inf
@@ -2033,9 +2038,10 @@ class Optimizer:
 
     @torch.no_grad()
     def step_of_muon(self):
-        """Rows of v are scaled to length 1, then Muon makes its step. For weight() divides by |v|,
-        so the gradient is at right angles to v. A step at right angles, even roughly, makes v
-        longer (Pythagoras), and a longer v is turned less by the next: learning would fade."""
+        """Rows of v are scaled to length 1, then Muon makes its step. For as weight() is the same
+        for a longer v, the gradient has no part along v, and Muon's step hardly any. So each step
+        makes v longer (Pythagoras), and a longer v is turned less by the next: learning would fade.
+        """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
             matrix.grad = None if v.grad is None else v.grad.flatten(1)  # None: it was not used
@@ -2096,7 +2102,7 @@ def wrapped(factor, batch, config, compile, stop=never):
         try:
             torch.compiler.reset()  # what earlier factors were compiled to
             forward = torch.compile(factor, dynamic=False)
-            nats_of(forward, batch, config).sum().backward()
+            nats_of(forward, batch, config).sum().backward()  # it compiles when it is called
         except Exception as error:  # compilers raise many kinds
             if stop():
                 raise KeyboardInterrupt("stopped while compiling; --resume goes on") from None
@@ -2188,6 +2194,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
             decided = steps < math.inf
         quarter = has_ended(4, last_look, step, steps)
         log.write(step, steps, bits, seconds, measurements(model, k, data, last_look, step, steps))
+        # (The last step ends the last quarter.)
         if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
             save_training(path, config, k, trained, average, optimizer, step, seconds)
             save_at = time.monotonic() + save_every
@@ -2203,9 +2210,8 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
 
 
 def measurements(model, k, data, step_before, step, steps):
-    """What the model, as it is now, has on images that it is not trained on, as a dict: after each
-    twentieth of the steps bits/dim of X of those held out; if there are none, after each quarter of
-    test images."""
+    """{name: bits/dim of X} on images that the model is not trained on: after each twentieth of the
+    steps those held out; if there are none, after each quarter test images. {} at other looks."""
     if len(data.held_out):
         over = has_ended(20, step_before, step, steps)
         return {"held_out_bits_per_dim": bits_of(model, k, data.held_out)} if over else {}
@@ -2426,9 +2432,9 @@ def save_samples(model, views, path, given=0):
 # The lag is 2, and 128x128 take 382 steps. The price is a blind spot, as v sees no more than one
 # column to the upper right; of the rest X^ tells much, where there is one.)
 #
-# **Offsets.** Each value inside the network has its step, too: at (r, c) it is computed at step
-# lag r + c + offset. A value of offset -2 exists two steps before its pixel is drawn; in other
-# words, in the step that draws (r, c) it is computed at (r, c + 2).
+# **Offsets.** Each value inside the network has its step, too: at (r, c) it is computed at step lag
+# r + c + offset. A value of offset -2 exists two steps before its pixel is drawn; in other words,
+# in the step that draws (r, c) it is computed at (r, c + 2): lag r + (c + 2) - 2 = lag r + c.
 #
 # Say a reader is v's last convolution, at offset 0, and (r, c) is of wave 24. It reads its source
 # at (r, c + 1), of wave 25, which is computed at step 25 + offset_source. That must be 24 or less,
@@ -2573,8 +2579,9 @@ class Node:
         same resolution          2              2              2      a b c            2
         the reader halves        1              2              1      a b c            1
         the reader doubles       2              1              1      a 0 b 0 c 0      1
+        both                     2           2 and 1        2 and 1   a 0 b 0 c 0      1
 
-    (In the last case the reader in column 1, with dx = -1, 0, 1, reads a 0 b.)
+    (The reader that doubles, in column 1, with dx = -1, 0, 1, reads a 0 b.)
     So `apart` is the smaller spacing of both, and `grid` the smallest `apart` of all readers.
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
@@ -2601,7 +2608,7 @@ class Node:
 
     @property
     def is_sum(self):
-        """A convolution, too."""
+        """A convolution, or several added up."""
         return self.function is None and len(self.reads) > 0
 
     @property
@@ -2636,6 +2643,7 @@ class Node:
         # In the example 10 - 3 * 2. If there is one place only, this is not used; but at a large
         # lag it would be below 0, which torch refuses.
         next_place = max(0, entries * (next_row - places.lag * next_column))
+        # By image, place on the diagonal, position in the strip, column that is read, channel:
         size = (len(self.buffer), places.count, places.strip, nr_columns, self.channels)
         strides = (next_image, next_place, entries * next_column, apart // grid * next_column, 1)
         return self.buffer.as_strided(size, strides, row * next_row + column * next_column)
@@ -2732,7 +2740,8 @@ class Plan:
         starts = collections.defaultdict(list)
         for r, c in itertools.product(range(0, height, spacing), range(0, width, spacing * strip)):
             starts[self.lag * r + c].append((r, c))
-        # The first one is the topmost, the others lie down the diagonal.
+        # The first one is the topmost; the others lie down the diagonal, without gaps, as strip
+        # divides the lag.
         return {wave: Places(*rc[0], len(rc), spacing, strip, self.lag)
                 for wave, rc in starts.items()}
 
@@ -2873,9 +2882,9 @@ def traced(net, x, n, size, embeddings):
 class Symbol(torch.Tensor):
     """Stands for a node while a network is traced. Every function of torch looks at its arguments:
     if one of them is a Symbol, it does not run, but calls __torch_function__ of that, and returns
-    what this returns. Functions in Python do not look, and would be recorded as their many small
-    operations. The decorator wrap_torch_function(lambda self, x: (x,)) makes Conv.forward look at
-    what its lambda returns of the arguments, and concat_elu and gate have one, too. So
+    what this returns. Functions in Python do not look: concat_elu(symbol) would run, and torch.cat
+    and F.elu in it would be recorded. The decorator wrap_torch_function makes such a function look,
+    at those arguments that its lambda returns, and be recorded as a whole. So
 
         conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
                      -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
@@ -2994,9 +3003,10 @@ class Recorder:
         """How many channels it returns, or None if it will not do.
 
         The sampler will call it on lists of positions, (N, C). So it is tried on two images, (2, C,
-        H, W), and on the list of all positions of the first one: a function of values at one
-        position makes the same of both (elu does; a mean over the image, or a softmax over columns,
-        does not). And it must leave the list as it is, as others read that, too.
+        H, W), as it might mix images, and on the list of all positions of the first one: a function
+        of values at one position makes the same of both (elu does; a mean over the image, or a
+        softmax over columns, does not). And it must leave the list as it is, as others read that,
+        too.
         """
         sizes = [(2, node.channels, 2, 3) for node in nodes]
         images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(self.weight) for s in sizes]
@@ -3079,10 +3089,10 @@ def as_list(images):
 #
 #     lag (r + dy) + ready + offset_source <= lag r + c + offset
 #
-# At lag 8, in strips of 8, c = 0, without the lag r of both sides (no source is in strips, as all
-# have a kernel row that is late):
+# At lag 8, in strips of 8, c = 0, without the lag r of both sides. `ready` is the last column here,
+# 7 + dx, as each sum has a kernel row that is late, and so is computed position by position:
 #
-#     kernel row      ready    offset_source    lag dy + ready + that   offset
+#     kernel row       7 + dx   offset_source   lag dy + ready + that   <= offset?
 #     v_first, -1       7 + 1         x:  1          -8 + 8 + 1 =  1       -6      late
 #     v_first, -2       7 + 1         x:  1         -16 + 8 + 1 = -7       -6      in time
 #     in v, -1          7 + 1         v: -6          -8 + 8 - 6 = -6       -5      in time
@@ -3101,24 +3111,24 @@ def as_list(images):
 #     a multiple of W             as then gcd(lag, W) = W: a strip is a row
 #     smallest + W, or larger     as then row r - 1 of x is complete when row r of v_first begins
 #
-# For 8x8 the smallest lag is 8, and 16 is taken.
+# For v_first at (r, 0) reads up to pixel (r - 1, 1), which at the smallest lag is just in time; and
+# the row's last pixel comes W - 2 steps later. Say W = 4, the smallest lag 8, and 12 is taken:
 #
-#     lag 8     v_first at (r, 0), due at step 8 r - 6, reads up to pixel (r - 1, 1), which is there
-#               from step 8 (r - 1) + 1 + 1 = 8 r - 6 on: just in time. But the row's last pixel,
-#               (r - 1, 7), is there from 8 r on, 6 = W - 2 steps too late
-#     lag 16    v_first at (r, 0) is due at step 16 r - 6, the row's last pixel is there from step
-#               16 (r - 1) + 7 + 1 = 16 r - 8 on: in time (as it would be at smallest + W - 2)
+#     lag 8     v_first at (r, 0) is due at step 8 r - 6; pixel (r - 1, 1) is there from step
+#               8 (r - 1) + 1 + 1 = 8 r - 6 on, but (r - 1, 3) from 8 r - 4 on, 2 steps too late
+#     lag 12    it is due at step 12 r - 6; and (r - 1, 3) is there from 12 (r - 1) + 3 + 1 =
+#               12 r - 8 on, in time (as it would be at smallest + W - 2)
 #
 # So v_first is computed a row at a time, then all of v, as each layer finds its source's row
-# complete, that in its own row, too (ready = 0). By the inequality, in rows of 8, beyond which are
-# zeros that are always there (so ready is 7 at most):
+# complete, that in its own row, too (ready = 0). By the inequality, in rows of 4, beyond which are
+# zeros that are always there (so ready is 3 at most):
 #
-#     v_first, -1         7           x:  1         -16 + 7 + 1 = -8       -6      in time
+#     v_first, -1         3           x:  1         -12 + 3 + 1 = -8       -6      in time
 #     in v, 0             0           v: -6           0 + 0 - 6 = -6       -5      in time
-#     h_left, 0         7 - 1         x:  1           0 + 6 + 1 =  7        0      late
+#     h_left, 0         3 - 1         x:  1           0 + 2 + 1 =  3        0      late
 #
-# h waits for x of its own row. (In somebody else's network W may not be enough; then fewer sums are
-# in strips, that is all.)
+# h waits for x of its own row. (In somebody else's network smallest + W may not be enough; then
+# fewer sums are in strips, that is all.)
 
 
 def lag_for_strips(smallest, width):
@@ -3140,7 +3150,7 @@ def set_strips(plan):
     nodes, plan.nodes = plan.nodes, []
     for node in nodes:  # sources before readers: in_time asks for source.strip
         # In a row there are width / spacing positions; and a diagonal goes lag of them to the left
-        # with each step down.
+        # with each row down.
         strip = math.gcd(plan.lag, plan.size[1] // node.spacing)
         early = [read for read in node.reads if in_time(plan, node, read, strip)]
         late = [read for read in node.reads if read not in early]
@@ -3344,7 +3354,8 @@ def new_run(fields):
 
 
 def resumed_run(out, fields):
-    """Where the data lie may have changed since the run was begun, and nothing else."""
+    """The run that is in `out`, to go on with or for a factor more. Where the data lie may have
+    changed since it was begun, and nothing else."""
     config = read_config(out)
     for name, new in fields.items():
         flag, old = f"--{name.replace('_', '-')}", getattr(config, name)

@@ -128,7 +128,7 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. Required: high >= 0, low
     <= top sum(weights), high - low + 1 >= any weight (low .. high has 4 numbers for Half, 4096 for
-    Gray). -> lists lo, hi.
+    Gray), or no multiple of it might lie between. -> lists lo, hi.
 
     There always is such a v; who does not doubt it may go on. Suppose that before v, with `rest` as
     it is after v,
@@ -138,8 +138,8 @@ def feasible(values, weights, low, high, top):
     If low - rest <= 0, v = 0 will do, by (1). If not, take the first multiple w v from low - rest
     on. It is at most low - rest + w - 1, and so at most high - rest, by (3); without that, of
     Gray's multiples of 150 there might be none. And it is at most w top, as that is a multiple,
-    too, and no less than low - rest, by (2). After any such v (1) to (3) hold for the next one:
-    high >= 0; low <= rest, which is the next one's rest + w top; and they are as far apart as
+    too, and no less than low - rest, by (2). After any v of lo..hi (1) to (3) hold for the next
+    one: high >= 0; low <= rest, which is the next one's rest + w top; and they are as far apart as
     before.
     """
     lo, hi = [], []
@@ -229,8 +229,8 @@ class Gray(Psi):
         return torch.cat(lo, 1), torch.cat(hi, 1)
 
 
-# A model is its list of psi, in the order in which they are applied, from X on (finest first). Half
-# stands for as many of it as `halvings` says.
+# A model is its list of psi, in the order in which they are applied, from X on (the one list that
+# is finest first). Half stands for as many of it as `halvings` says.
 MODELS = {
     "pixelcnn": [],
     "grayscale": [Gray],
@@ -318,7 +318,8 @@ class LogisticMixture:
         B's means, log-scales;  coefficients of G in B's mean
 
     (mind: G's row has the coefficients for B's mean). levels: of a sub-pixel.
-    shift: added to the log-scales to reduce the variance (Sec. 4.2 subtracts constants).
+    shift: added to the log-scales; below 0 it reduces the variance (Sec. 4.2 subtracts
+    constants).
     """
 
     def __init__(self, params, levels=256, shift=0.0):
@@ -362,11 +363,11 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. After the
-        cut k and r have the probability w_k m_k(r) / Z, with Z = sum_k w_k M_k(r's interval). Z is
-        the same for all k, so given r component k has a weight in proportion to w_k m_k(r), as
-        without the cut. A channel's probability is the mass of its value over that of its interval,
-        both in the mixture with the weights so far:
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. After the cut
+        the pair of component k and red r has the probability w_k m_k(r) / Z, with Z = sum_k w_k
+        M_k(r's interval). Z does not depend on k: so seeing r changes the weights from w_k to w_k
+        m_k(r), but for a factor, cut or not. A channel's probability is the mass of its value over
+        that of its interval, both in the mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
@@ -426,9 +427,10 @@ class LogisticMixture:
         function, as green's interval depends on the red that was drawn.
 
         Here a component is drawn anew for each channel, then a value from it, within the interval.
-        For g's interval favours components with much mass on it: by p'(g | r), see log_prob, g must
-        come from component k in proportion to w_k m_k(r) M_k(g's interval | r), while the one that
-        has drawn r is k in proportion to w_k m_k(r). Say
+        For the mixture is cut as a whole, so that of what is left a component's share depends on
+        its mass on the interval, which is another for each channel: by p'(g | r), see log_prob, g
+        must come from component k in proportion to w_k m_k(r) M_k(g's interval | r), while the one
+        that has drawn r is k in proportion to w_k m_k(r). Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -503,7 +505,7 @@ class Categorical:
     """Softmax over the levels of a one-channel image (Sec. 3.1): 16 are few enough to learn each by
     itself. params: (N, levels, H, W).
 
-    shift reduces the variance as it does of a log-scale: the logits are divided by exp(shift).
+    shift: the logits are divided by exp(shift), so that below 0 it reduces the variance, too.
     """
 
     def __init__(self, params, levels=None, shift=0.0):
@@ -924,7 +926,7 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network:
+    """Whether a view has a light network: those that Half has made, or that are given what it has:
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1013,8 +1015,8 @@ class Factor(nn.Module):
 class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
-    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1). rows, columns: P pixels
-    in each of n images; sample_naive draws one (P = 1), sample_fast several at once. A head expects
+    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of the P pixels (rows,
+    columns) in each of n images: of one in sample_naive, of several in sample_fast. A head expects
     images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in all,
     first the P of image 0, then those of image 1, .. (A decoder of compressed images can take the
     place of a Draw.)
@@ -1232,9 +1234,9 @@ def evaluating(model):
 @dataclasses.dataclass
 class Config:
     """A model and its training. The values here are the paper's for CIFAR-10, where it gives them;
-    the number of filters is that of its grayscale models, its pyramids have 100. Config() is the
-    preset cifar10. But `train`, `build` and make_config() take tiny, if not told otherwise, as the
-    paper's takes days.
+    the number of filters is that of its grayscale models, its pyramids have 100. So Config() is the
+    preset cifar10. (What `train`, `build` and make_config() take if not told otherwise is tiny, as
+    the paper's takes days.)
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1447,7 +1449,7 @@ class Shapes:
         # (N, 3, pixels) @ (pixels, M) -> (N, 3, M).
         inside = has @ masks.reshape(len(masks), -1).T.astype(np.float32)
         outside = has.sum(2, keepdims=True) - inside
-        # pixels that agree = those of the ground's colour outside + of the shape's inside the mask.
+        # Pixels that agree: of the ground's colour outside the mask, or of the shape's inside it.
         # agree[i, p, m]: on how many pixels image i agrees with pair p and mask m.
         ground, shape = self.pairs.T  # the colours of each pair, (pairs,)
         agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
@@ -1941,7 +1943,8 @@ def steps_of(config, k, data):
 
 class Stopwatch:
     """How long a factor has been trained, in seconds: of steps alone, without what is done at
-    looks. At a look: look(the mean over processes of seconds()); all else; go_on()."""
+    looks. There it is asked for seconds(), told by look() their mean over processes, and runs
+    again from go_on() on."""
 
     def __init__(self, before):
         """before: by earlier processes."""
@@ -1965,9 +1968,9 @@ class Stopwatch:
         there is a look after each step.)
 
         A process's first step does not count, as much happens only once. Say an earlier process has
-        spent 4 s of 3 minutes, and this one has looks at 13, 14 and 15 s, in all. Its first step
-        took 9 s, so 15 - 9 = 6 s are spent, more than 3% of 180, and a step takes 1 s: 174 s, or
-        steps, are left.
+        spent 4 s of 3 minutes, and this one looks when 13, 14 and 15 s are spent, these 4 included.
+        Its first step took 9 s, so 15 - 9 = 6 s are spent, more than 3% of 180, and a step takes 1
+        s: 174 s, or steps, are left.
         """
         if len(self.at_looks) < 3:
             return math.inf
@@ -2038,9 +2041,9 @@ class Optimizer:
 
     @torch.no_grad()
     def step_of_muon(self):
-        """Rows of v are scaled to length 1, then Muon makes its step. For as weight() is the same
-        for a longer v, the gradient has no part along v, and Muon's step hardly any. So each step
-        makes v longer (Pythagoras), and a longer v is turned less by the next: learning would fade.
+        """Rows of v are scaled to length 1, then Muon makes its step. weight() does not
+        depend on |v|. So the gradient has no part along v, Muon's step hardly any, and each step
+        makes v longer (Pythagoras). A longer v is turned less by the next: learning would fade.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2434,7 +2437,14 @@ def save_samples(model, views, path, given=0):
 #
 # **Offsets.** Each value inside the network has its step, too: at (r, c) it is computed at step lag
 # r + c + offset. A value of offset -2 exists two steps before its pixel is drawn; in other words,
-# in the step that draws (r, c) it is computed at (r, c + 2): lag r + (c + 2) - 2 = lag r + c.
+# in the step that draws (r, c) it is computed at (r, c + 2): lag r + (c + 2) - 2 = lag r + c. What
+# comes of the following, for step 24 in row 0 (in row 1 it is the same 8 columns further left, ..):
+#
+#     column       24                    25      26      ..     30
+#     offset        0                    -1      -2      ..     -6
+#     computed     v's end, h, the       v within the blocks    v_first
+#                  output; then the
+#                  pixel is drawn
 #
 # Say a reader is v's last convolution, at offset 0, and (r, c) is of wave 24. It reads its source
 # at (r, c + 1), of wave 25, which is computed at step 25 + offset_source. That must be 24 or less,
@@ -2463,16 +2473,16 @@ def save_samples(model, views, path, given=0):
 # earliest.) Why as late as possible? If v's end were computed 3 steps earlier than needed, all of
 # v, and at last x, would have to come 3 earlier, and the lag would be 11.
 #
-# What decides the lag? x, the only one whose offset is given. Pixel (r, c) is drawn at the end of
+# What decides the lag? For all others the deadline becomes the offset; for x the offset is given,
+# and the lag must be so large that the deadline is no earlier. Pixel (r, c) is drawn at the end of
 # step lag r + c, after all that this step computes, so the first step that may read it is the next
-# one: x counts as computed then, at offset 1. So the lag must be so large that all deadlines for x
-# are 1 or more. v's first convolution, at -6, reads (r - 1, c + 1): its deadline is -6 - (-lag + 1)
-# = lag - 7, so the lag must be 8 or more, as above. (h_left, at 0, reads (r, c - 1): deadline 1 at
-# any lag. h_above reads (r - 1, c + 1): lag - 1.)
+# one: x counts as computed then, at offset 1. v's first convolution, at -6, reads (r - 1, c + 1):
+# its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or more, as above. (h_left, at 0,
+# reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag - 1.)
 #
 # **A large lag.** If the lag is the width or more, each pixel has a wave of its own, and waves grow
-# in raster order: one pixel a step. So it is with a lag of 8 in the pyramid's 8x8, and in
-# PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing else
+# in raster order: one pixel a step. So it is in the pyramid's 8x8, where the smallest lag is 8, and
+# in PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing else
 # changes, but that there are steps in which nothing is due, which are left out. (So a still larger
 # lag costs nothing, and one is taken that is good for strips, see there.)
 #
@@ -2572,14 +2582,15 @@ class Read:
 class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
-    Three distances, in pixels of x: `spacing` between its positions, Read.apart between the columns
-    that a reader takes, `grid` between the entries of its buffer. Say it has the values a, b, c:
+    Three distances, in pixels of x, which are all 1 in light networks: `spacing` between its
+    positions, Read.apart between the columns that a reader takes, `grid` between the entries of its
+    buffer, where entries without a value are 0. Say it has the values a, b, c:
 
                               spacing    reader's spacing    apart    buffer         grid
         same resolution          2              2              2      a b c            2
         the reader halves        1              2              1      a b c            1
         the reader doubles       2              1              1      a 0 b 0 c 0      1
-        both                     2           2 and 1        2 and 1   a 0 b 0 c 0      1
+        two, first and last      2           2 and 1        2 and 1   a 0 b 0 c 0      1
 
     (The reader that doubles, in column 1, with dx = -1, 0, 1, reads a 0 b.)
     So `apart` is the smaller spacing of both, and `grid` the smallest `apart` of all readers.
@@ -2623,7 +2634,7 @@ class Node:
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
         reads at a position is a vector. With 2 channels, in a row that begins at element 0 of the
-        buffer, and 3 columns:
+        buffer, and 3 columns from c on:
 
             column      0     1     2     3     4
             element    0 1   2 3   4 5   6 7   8 9
@@ -2784,10 +2795,10 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     differ.
     """
     channels, height, width = factor.view.shape
-    # When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not know
-    # of that, as it is no read of the network: so at lag 1 the upper right and the lower left one
-    # of a 2x2 cell would be drawn together. (In networks of others: CausalNet's lag is 2 or more,
-    # as h_above reads (r - 1, c + 1).)
+    # (Matters for networks of others; CausalNet's lag is 2 or more, as h_above reads (r - 1, c +
+    # 1).) When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not
+    # know of that, as it is no read of the network: so at lag 1 the upper right and the lower left
+    # one of a 2x2 cell would be drawn together.
     least_lag = factor.view.psi.cell if tight else 1
     # (threads_for is for speed alone, see Strips.)
     with threads_for(n * height * width * largest_layer(factor.net)):
@@ -2835,6 +2846,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
     all_columns = (columns - cell_column)[:, None, None] + inside  # (P, 1, cell)
     cells = x[:, :, all_rows, all_columns]  # a copy, (n, C, P, cell, cell)
     cells = cells.transpose(1, 2).flatten(0, 1)  # (n P, C, cell, cell)
+    # Cells and pixels are in the order image 0's P, image 1's P, ..
     pixels = x_hat[:, :, rows // psi.cell, columns // psi.cell]  # (n, C^, P)
     pixels = pixels.transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (n P, C^, 1, 1)
     each = torch.arange(len(cells), device=x.device)
@@ -2857,8 +2869,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, nr_columns=3),
 #                                  Read(x, W_-1, dy=-1, left=-1, nr_columns=3)], bias=b)
 #     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
-#     h + conv(v)      Node(reads=[Read(h), Read(v, W_0, dy=0, left=0, nr_columns=1)], bias=b), as a
-#                      sum takes in the sums that it is made of
+#     conv_in(a) + conv_aux(b)    one Node, with the Reads of both, and bias=b_in + b_aux
 #
 # CausalNet consists of Conv, +, concat_elu, gate and F.elu. What is said here of numbers, keywords
 # and other functions is for networks of others.
@@ -2882,9 +2893,9 @@ def traced(net, x, n, size, embeddings):
 class Symbol(torch.Tensor):
     """Stands for a node while a network is traced. Every function of torch looks at its arguments:
     if one of them is a Symbol, it does not run, but calls __torch_function__ of that, and returns
-    what this returns. Functions in Python do not look: concat_elu(symbol) would run, and torch.cat
-    and F.elu in it would be recorded. The decorator wrap_torch_function makes such a function look,
-    at those arguments that its lambda returns, and be recorded as a whole. So
+    what this returns. Functions in Python do not look: concat_elu(symbol) would run, and what it
+    calls would be recorded, or refused. The decorator wrap_torch_function makes such a function
+    look, at those arguments that its lambda returns, and be recorded as a whole. So
 
         conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
                      -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
@@ -3083,14 +3094,18 @@ def as_list(images):
 # late.
 #
 # In general the strip from (r, c) on begins at step lag r + c + offset. By a kernel row dy it reads
-# up to a last column of source. Let `ready` be the column in whose step that one is computed: the
-# last column; or, if source is in strips itself, the first of its strip, as strips are computed as
-# a whole when they begin. The kernel row is in time if
+# up to a last column of source. Let `ready` be the column in whose step this one is computed:
+#
+#     source is computed position by position    the last column itself
+#     source is in strips                        the first of its strip, computed as a whole then
+#
+# (Sources are decided before their readers, so it is known which.) The kernel row is in time if
 #
 #     lag (r + dy) + ready + offset_source <= lag r + c + offset
 #
-# At lag 8, in strips of 8, c = 0, without the lag r of both sides. `ready` is the last column here,
-# 7 + dx, as each sum has a kernel row that is late, and so is computed position by position:
+# At lag 8, in strips of 8, c = 0, without the lag r of both sides. `ready` is the last column, 7 +
+# dx: each source here is a sum with a kernel row that is late, or made of such, or x, and so is
+# computed position by position:
 #
 #     kernel row       7 + dx   offset_source   lag dy + ready + that   <= offset?
 #     v_first, -1       7 + 1         x:  1          -8 + 8 + 1 =  1       -6      late
@@ -3101,8 +3116,8 @@ def as_list(images):
 #     h_left, -1        7 - 1         x:  1          -8 + 6 + 1 = -1        0      in time
 #
 # (in v: the first layer of block 1, from -6 to -5; the next ones are from -5 to -4, .., and compare
-# alike.) Row 0 comes 8 steps later, and is always late, as is what h reads of v: these are
-# multiplied position by position.
+# alike.) For kernel row 0 the left side is 8 more, and so always late, as it is for what h reads of
+# v: these are multiplied position by position.
 #
 # **A strip that is a row.** If the smallest lag is the width W or more, pixels are drawn one by
 # one, and a larger lag costs nothing, as steps in which nothing is due are left out. It gains that
@@ -3110,6 +3125,7 @@ def as_list(images):
 #
 #     a multiple of W             as then gcd(lag, W) = W: a strip is a row
 #     smallest + W, or larger     as then row r - 1 of x is complete when row r of v_first begins
+#                                 (smallest + W - 2 would do; W is simpler, and costs nothing)
 #
 # For v_first at (r, 0) reads up to pixel (r - 1, 1), which at the smallest lag is just in time; and
 # the row's last pixel comes W - 2 steps later. Say W = 4, the smallest lag 8, and 12 is taken:
@@ -3117,7 +3133,7 @@ def as_list(images):
 #     lag 8     v_first at (r, 0) is due at step 8 r - 6; pixel (r - 1, 1) is there from step
 #               8 (r - 1) + 1 + 1 = 8 r - 6 on, but (r - 1, 3) from 8 r - 4 on, 2 steps too late
 #     lag 12    it is due at step 12 r - 6; and (r - 1, 3) is there from 12 (r - 1) + 3 + 1 =
-#               12 r - 8 on, in time (as it would be at smallest + W - 2)
+#               12 r - 8 on: in time
 #
 # So v_first is computed a row at a time, then all of v, as each layer finds its source's row
 # complete, that in its own row, too (ready = 0). By the inequality, in rows of 4, beyond which are

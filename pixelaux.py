@@ -7,7 +7,7 @@ The problem: a model that predicts an image pixel by pixel spends its capacity w
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel). The shape of things, which is all that a person sees, is hardly any of them: a model
 that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
-(On the built-in data the shape is 10.3 of 4,193 bits; but there a plain PixelCNN learns both in two
+(On the built-in data the shape is 10.3 of 4,194 bits; but there a plain PixelCNN learns both in two
 minutes, see `python pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
@@ -579,7 +579,7 @@ class Conv(nn.Module):
         for first, last in (rows, columns):
             if not first <= last <= -first or (up and last < 0):
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
-                              "-first")
+                              f"-first{', last of 0 or more' if up else ''}")
         self.rows, self.columns, self.stride, self.up = rows, columns, stride, up
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
         # A network's first and last layers: float32 in bfloat16 training, too (and trained by Adam
@@ -2424,8 +2424,8 @@ def save_samples(model, views, path, given=0):
 # further to the right. Choose a number, the lag, call lag r + c the *wave* of (r, c), and draw its
 # pixel at the end of the step of that number. Waves grow to the right, and with each row by the
 # lag, so it is enough that (r - 1, c + 7) comes before: lag (r - 1) + c + 7 < lag r + c. The
-# smallest lag is 8. The pixels of a wave lie on a diagonal, and 128x128 take 8 * 127 + 128 = 1,144
-# steps. The wave of each pixel, wave 8 in brackets:
+# smallest lag is 8. The pixels of a wave lie on a diagonal, and 128x128 are drawn in 8 * 127 + 128
+# = 1,144 steps. The wave of each pixel, wave 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
@@ -2483,8 +2483,9 @@ def save_samples(model, views, path, given=0):
 # **A large lag.** If the lag is the width or more, each pixel has a wave of its own, and waves grow
 # in raster order: one pixel a step. So it is in the pyramid's 8x8, where the smallest lag is 8, and
 # in PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing else
-# changes, but that there are steps in which nothing is due, which are left out. (So a still larger
-# lag costs nothing, and one is taken that is good for strips, see there.)
+# changes, but that there are steps in which nothing is due, which are left out. (A still larger lag
+# costs nothing, as each value is computed once either way; and one is taken that is good for
+# strips, see there.)
 #
 # **How it is done.** Some values are computed for a *strip* of neighbours in a row at once. That is
 # for speed alone, and explained in Strips, further down: until then read `strip` as 1, and skip
@@ -2500,7 +2501,7 @@ def save_samples(model, views, path, given=0):
 #
 #     where     what it has                   for
 #     latest    the values computed last      readers of the same offset at the same position,
-#                                             in the same step (strips: up to strip - 1 steps later)
+#                                             in the same step (strips: until the last one is due)
 #     buffer    an image of all positions     all other readers
 #
 # For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
@@ -2508,12 +2509,12 @@ def save_samples(model, views, path, given=0):
 #
 #     node                                 offset    buffer, and for whom
 #     v_first(x)                             -2      for v's gate, two steps later
-#     concat_elu of that                     -2      for conv_in, which reads (r, c + 1), too
+#     h_above(x) + h_left(x): one sum         0      none
+#     concat_elu of v_first                  -2      for conv_in, which reads (r, c + 1), too
 #     v's conv_in                            -1      none: concat_elu, at -1 as well, takes `latest`
 #     concat_elu of that                     -1      for conv_out
 #     v's conv_out; gate; concat_elu          0      none: h reads it at its own position
-#     h_above(x) + h_left(x): one sum         0      none
-#     concat_elu of that                      0      for conv_in, which reads (r - 1, c), too
+#     concat_elu of h's sum                   0      for conv_in, which reads (r - 1, c), too
 #     h's conv_in, and v by a conv_aux        0      none: this is one sum, too
 #     concat_elu of that                      0      for conv_out
 #     h's conv_out; gate; elu; last           0      none
@@ -2570,7 +2571,7 @@ class Read:
     apart: int = 1
     # Decided in Plan:
     at_hand: bool = False  # read it from source.latest; if not, from source.buffer
-    add: object = None  # the function (total, values) -> total + values weight^T, like torch.addmm
+    add: object = None  # (total, values) -> total + values weight^T, or, without one, + values
 
     @property
     def right(self):
@@ -2593,7 +2594,8 @@ class Node:
         two, first and last      2           2 and 1        2 and 1   a 0 b 0 c 0      1
 
     (The reader that doubles, in column 1, with dx = -1, 0, 1, reads a 0 b.)
-    So `apart` is the smaller spacing of both, and `grid` the smallest `apart` of all readers.
+    So `apart` of a convolution is the smaller spacing of both, and `grid` the smallest `apart` of
+    the convolutions that read it. (Other reads are of one value, without an `apart`.)
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
@@ -2871,7 +2873,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
 #     conv_in(a) + conv_aux(b)    one Node, with the Reads of both, and bias=b_in + b_aux
 #
-# CausalNet consists of Conv, +, concat_elu, gate and F.elu. What is said here of numbers, keywords
+# CausalNet consists of Conv, +, concat_elu, gate and F.elu (and F.dropout, which does nothing
+# here). What is said here of numbers, keywords
 # and other functions is for networks of others.
 
 
@@ -2883,6 +2886,8 @@ def traced(net, x, n, size, embeddings):
     recorder.recorded.clear()  # Symbols and recorder hold each other, and so all buffers
     if not isinstance(output, Symbol) or output.node.spacing > 1:
         raise Problem("sample_fast: the network's output does not depend on x, or is smaller")
+    if any(side % node.spacing for side in size for node in recorder.nodes):
+        raise Problem(f"sample_fast: the network halves {size[0]}x{size[1]} more often than it can")
     needed = {output.node}  # what sums have taken in is not
     for node in reversed(recorder.nodes):
         if node in needed:
@@ -2893,7 +2898,7 @@ def traced(net, x, n, size, embeddings):
 class Symbol(torch.Tensor):
     """Stands for a node while a network is traced. Every function of torch looks at its arguments:
     if one of them is a Symbol, it does not run, but calls __torch_function__ of that, and returns
-    what this returns. Functions in Python do not look: concat_elu(symbol) would run, and what it
+    what this returns. Functions of our own do not look: concat_elu(symbol) would run, and what it
     calls would be recorded, or refused. The decorator wrap_torch_function makes such a function
     look, at those arguments that its lambda returns, and be recorded as a whole. So
 
@@ -2950,6 +2955,8 @@ class Recorder:
             source            a   0   b   0   c   0       out(1) = w_-1 a + w_0 0 + w_1 b
         """
         spacing, kernel = source.spacing * conv.stride, conv.weight()
+        if conv.up and spacing == 1:
+            raise Problem("sample_fast: values of more than the resolution of x")
         if conv.up:
             # self.v has the kernel in reverse order
             spacing, kernel = spacing // 2, kernel.flip(2, 3)
@@ -2963,7 +2970,9 @@ class Recorder:
     def call(self, function, args, kwargs):
         """A Node that is a sum, or calls any other function: in CausalNet concat_elu, gate, F.elu.
         (`tried` tells the number of channels, too.)"""
-        spacing = next(a.node.spacing for a in args if isinstance(a, Symbol))
+        spacing, *others = {a.node.spacing for a in args if isinstance(a, Symbol)}
+        if others:
+            raise Problem(f"sample_fast: {function} of values at two resolutions")
         operands = [self.node_or_number(a, spacing) for a in args]
         nodes = [a for a in operands if isinstance(a, Node)]
         plain = len(nodes) == len(operands) and not kwargs
@@ -3120,7 +3129,8 @@ def as_list(images):
 # v: these are multiplied position by position.
 #
 # **A strip that is a row.** If the smallest lag is the width W or more, pixels are drawn one by
-# one, and a larger lag costs nothing, as steps in which nothing is due are left out. It gains that
+# one, and a larger lag costs nothing: each node is still computed once at each position, only in
+# other steps. It gains that
 # all of v can be computed a row at a time, if it is
 #
 #     a multiple of W             as then gcd(lag, W) = W: a strip is a row
@@ -3234,7 +3244,7 @@ def set_threads(plan, due):
 
 def largest_layer(net):
     """Multiplications at a position."""
-    return max(conv.v.numel() for conv in net.modules() if isinstance(conv, Conv))
+    return max((conv.v.numel() for conv in net.modules() if isinstance(conv, Conv)), default=0)
 
 
 @contextlib.contextmanager

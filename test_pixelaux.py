@@ -819,6 +819,14 @@ def test_networks_equal_the_plain_implementation(name):
         assert not torch.allclose(ours, expected.roll(1, 0), atol=1e-3)  # control
 
 
+def test_skips_are_from_the_last_stage_before_at_the_resolution():
+    """Each of its blocks once, the last one first; more blocks than it has get none."""
+    layout = ((0, 2), (1, 2), (0, 3), (1, 1), (0, 2))
+    found = [[pixelaux.skip_source(layout, i, j) for j in range(blocks)]
+             for i, (_, blocks) in enumerate(layout)]
+    assert found == [[None] * 2, [None] * 2, [(0, 1), (0, 0), None], [(1, 1)], [(2, 2), (2, 1)]]
+
+
 def test_block_counts_are_the_papers():
     """36 and 24 blocks, 3 light ones, 15 of an embedding, and the embedding reaches all of them."""
     blocks = lambda net: [module for module in net.modules() if isinstance(module, Block)]
@@ -1165,6 +1173,8 @@ def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size
     for step, due in enumerate(steps):
         pixels = due.get(plan.output.group)
         for when, places in due.items():
+            firsts = [rc for rc in positions_of(places._replace(strip=1))]
+            assert list(zip(*places.starts())) == firsts
             for position in positions_of(places):
                 assert (when, position) not in done
                 done[when, position] = step
@@ -1195,9 +1205,10 @@ def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size
     if lag is None:  # and these are rows: pixels are drawn one by one
         assert len(drawn) == sum(plan.output.group in due for due in steps)
         rows_back = {plan.x: 0}  # the fewest, over all paths to x
-        for node in plan.nodes if len(layout) == 1 else ():
+        for node in plan.nodes:
             rows_back[node] = min(rows_back[source] - dy for source, dy, _ in reads_of(node))
-            assert (node.strip == size[1]) == (rows_back[node] > 0 and node is not plan.output)
+            rows = node.strip == size[1] // node.spacing
+            assert rows == (rows_back[node] > 0 and node is not plan.output)
 
 
 class Own:
@@ -1648,6 +1659,45 @@ def test_networks_that_make_no_image_are_refused_when_they_are_planned(change):
         change(net)
         with pytest.raises(Problem, match="sample_fast"):
             Plan(net.double(), 2, 1, (6, 14))
+
+
+class Forward(nn.Module):
+    """A network of one channel: run(self, x), with these convolutions."""
+
+    def __init__(self, run, **convs):
+        super().__init__()
+        self.run = run
+        for name, conv in convs.items():
+            self.add_module(name, conv)
+
+    def forward(self, x, embeddings):
+        return self.run(self, x)
+
+
+def down_and_up(x_part):
+    """The convolutions of a network that goes down and up; x_part: what its run does with both."""
+    point = dict(rows=(0, 0), columns=(0, 0))
+    return Forward(
+        x_part, above=Conv(2, 3, rows=(-1, -1), columns=(-1, 1)), last=Conv(3, 6, **point),
+        down=Conv(3, 3, rows=(-1, 0), columns=(-1, 0), stride=2),
+        up=Conv(3, 3, rows=(-1, 0), columns=(-1, 0), up=True)).double()
+
+
+@pytest.mark.parametrize("run, size, message", [
+    (lambda net, h: net.last(net.up(net.down(h)) + h), (5, 8), "5x8"),
+    (lambda net, h: net.last(net.up(net.down(h)) + h), (4, 7), "4x7"),
+    (lambda net, h: net.last(h + net.down(h)), (2, 2), "two resolutions"),
+    (lambda net, h: net.last(net.down(h) + h), (4, 8), "two resolutions"),
+    (lambda net, h: net.last(net.down(net.up(h))), (4, 8), "more than the resolution")])
+def test_resolutions_that_do_not_fit_are_refused(run, size, message):
+    """Also where torch would broadcast them to images, and where naive samples more than it may."""
+    torch.manual_seed(0)
+    net = down_and_up(lambda net, x: run(net, net.above(x)))
+    fitting = down_and_up(lambda net, x: net.last(net.up(net.down(net.above(x))) + net.above(x)))
+    ours, expected = fast_and_slow(Own(fitting, (4, 8)), 2)  # control
+    assert torch.equal(ours, expected)
+    with torch.no_grad(), pytest.raises(Problem, match=message):
+        Plan(net, 2, 1, size)
 
 
 @pytest.mark.parametrize("options", [dict(stride=3), dict(stride=0), dict(stride=2, up=True)])
@@ -5466,6 +5516,21 @@ def test_a_tilde_in_a_flag_is_the_home(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command(f"sample {run} --n 1 --out=~/there/x") == 0
     assert (tmp_path / "there" / "x.npz").exists() and not (tmp_path / "~").exists()
+
+
+def test_threads_are_put_back_if_a_draw_fails():
+    def failing(*args):
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    model, seen, before = small("pyramid", (16, 16)), [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            pixelaux.sample_fast(model.factors[0], 1, None, failing)
+        assert torch.get_num_threads() == 3 and seen == [1]  # control: it was changed
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_small_products_run_on_one_thread_and_the_count_is_put_back(monkeypatch):

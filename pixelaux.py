@@ -133,14 +133,13 @@ def feasible(values, weights, low, high, top):
     There always is such a v; who does not doubt it may go on. Suppose that before v, with `rest` as
     it is after v,
 
-        (1) high >= 0    (2) low <= rest + w top    (3) low + w - 1 <= high
+        (1) high >= 0    (2) low <= rest + w top    (3) high - low + 1 >= each weight
 
     If low - rest <= 0, v = 0 will do, by (1). If not, take the first multiple w v from low - rest
-    on. It is at most low - rest + w - 1, and so at most high - rest, by (3); without that, of
-    Gray's multiples of 150 there might be none. And it is at most w top, as that is a multiple,
-    too, and no less than low - rest, by (2). After any v of lo..hi (1) to (3) hold for the next
-    one: high >= 0; low <= rest, which is the next one's rest + w top; and they are as far apart as
-    before.
+    on. It is at most low - rest + w - 1 <= high - rest <= high, by (3). And it is at most w top, as
+    that is a multiple, too, and no less than low - rest, by (2). After any v of lo..hi (1) to (3)
+    hold for the next one: high >= 0; low <= rest, which is the next one's rest + w top; and high -
+    low has not changed.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -280,6 +279,7 @@ def log_mass(means, log_scales, lo, hi, levels):
     """Log of a logistic's mass on the levels lo..hi. All arguments broadcast.
 
     As sigma(b) - sigma(a) = (e^b - e^a) / ((1 + e^b) (1 + e^a)) = sigma(b) sigma(-a) (1 - e^(a-b)),
+    sigma(b) being e^b / (1 + e^b), and sigma(-a) = 1 / (1 + e^a),
 
         its log = log sigma(b) + log sigma(-a) + log(1 - e^(a-b))
 
@@ -365,8 +365,8 @@ class LogisticMixture:
 
         Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. After the cut
         the pair of component k and red r has the probability w_k m_k(r) / Z, with Z = sum_k w_k
-        M_k(r's interval). Z does not depend on k: so seeing r changes the weights from w_k to w_k
-        m_k(r), but for a factor, cut or not. A channel's probability is the mass of its value over
+        M_k(r's interval). Z does not depend on k: so after r, by Bayes, component k has a weight in
+        proportion to w_k m_k(r), cut or not. A channel's probability is the mass of its value over
         that of its interval, both in the mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
@@ -707,14 +707,14 @@ def data_dependent_init(network, *inputs):
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
 # A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
-# pixels before p (and rows above, which kernels read as well, and which do no harm). Let H[q] stand
-# for the columns 2 q and 2 q + 1 at half the resolution. Both will read it, so it may know the
-# pixels before 2 q alone. By Conv's formulas H[q] reads h[2 q + d], d = -1 and 0, and h[p] reads
-# H[(p + d) / 2], where that is whole. H[3], which may know 0..5:
+# pixels before p (and rows above, which kernels read as well, and which do no harm). Let half[q] be
+# h at half the resolution, for the columns 2 q and 2 q + 1. On the way up both will read it, so it
+# may know the pixels before 2 q alone. By Conv's formulas half[q] reads h[2 q + d], d = -1 and 0,
+# and on the way up h[p] reads half[(p + d) / 2], where that is whole. half[3], which may know 0..5:
 #
-#     down    H[3] reads h[5], which knows 0..4, and h[6], which knows 0..5: together 0..5
-#     up      h[6] reads H[(6 + 0) / 2], which knows 0..5
-#             h[7] reads H[(7 - 1) / 2], which knows 0..5 (pixel 6 comes by the skip)
+#     down    half[3] reads h[5], which knows 0..4, and h[6], which knows 0..5: together 0..5
+#     up      h[6] reads half[(6 + 0) / 2], which knows 0..5
+#             h[7] reads half[(7 - 1) / 2], which knows 0..5 (pixel 6 comes by the skip)
 #
 # (v likewise: row 3 reads v's rows 5 and 6, and so knows the rows 0..5.)
 
@@ -926,7 +926,8 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: those that Half has made, or that are given what it has:
+    """Whether a view has a light network. Those have that Half has made, and those that are given a
+    view that Half has made:
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1121,10 +1122,10 @@ class PixelAux(nn.Module):
         """[X_K, .., x] of images x of view k, -1 being X: coarsest first, uint8 (N, C, H, W) each.
         (views[k].psi makes those of views[k - 1].)"""
         k = k % len(self.views)
-        views = [self.check(x, k)]
+        images = [self.check(x, k)]
         for view in self.views[k:0:-1]:
-            views.insert(0, view.psi(views[0]))
-        return views
+            images.insert(0, view.psi(images[0]))
+        return images
 
     def pairs(self, x):
         """Of each factor what it models and what it is given: [(X_K, None), .., (X, X_1)]."""
@@ -1234,9 +1235,8 @@ def evaluating(model):
 @dataclasses.dataclass
 class Config:
     """A model and its training. The values here are the paper's for CIFAR-10, where it gives them;
-    the number of filters is that of its grayscale models, its pyramids have 100. So Config() is the
-    preset cifar10. (What `train`, `build` and make_config() take if not told otherwise is tiny, as
-    the paper's takes days.)
+    the number of filters is that of its grayscale models, its pyramids have 100. (What `train`,
+    `build` and make_config() take if not told otherwise is tiny, as the paper's takes days.)
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1261,8 +1261,8 @@ class Config:
     # How long each factor is trained: the first of these three that is not 0.
     steps: tuple = (0,)
     minutes: tuple = (0.0,)  # become steps when the pace is known (--minutes also sets anneal = 1)
-    # The paper's, of gray and of X given gray; it tells none for CIFAR-10's pyramid. (Where images
-    # are made on the fly, 50,000 are an epoch.)
+    # The paper's, of gray and of X given gray; it tells none for CIFAR-10's pyramid, which takes
+    # these as well. (Where images are made on the fly, 50,000 are an epoch.)
     epochs: tuple = (30, 200)
     lr: float = 1e-3
     lr_decay: float = 0.99999  # the learning rate is multiplied by it after each step
@@ -1541,7 +1541,7 @@ class Dataset:
         if self.train is None or n >= len(self.train):
             there = "made on the fly" if self.train is None else f"{len(self.train)} in number"
             raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
-        # Another seed than split's: there the lowest digests have gone to the test.
+        # A draw of its own: by split's seed the lowest digests have gone to the test.
         values = digests(self.train, seed=1)
         lowest = np.argsort(values, kind="stable")[:n]
         rest = np.flatnonzero(values > values[lowest[-1]])  # not >=: a copy has the same value
@@ -1901,8 +1901,8 @@ def progress_bar(iterable=None, **options):
 # and its loop is
 #
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
-#     at a look     every 20 steps, or more often in a short run, as reading the loss means to wait
-#                   for the device (a single process also looks when a signal has come):
+#     at a look     which is not at each step, as reading the loss means to wait for the device, but
+#                   every 20, or fewer in a short run (and, of a single process, at a signal):
 #                     is the loss finite?
 #                     with --minutes: how many steps are they?
 #                     loss on test images (each quarter), or on those held out (each twentieth); log
@@ -1943,8 +1943,7 @@ def steps_of(config, k, data):
 
 class Stopwatch:
     """How long a factor has been trained, in seconds: of steps alone, without what is done at
-    looks. There it is asked for seconds(), told by look() their mean over processes, and runs
-    again from go_on() on."""
+    looks. At a look: s = seconds(); look(mean of s over the processes); what is done; go_on()."""
 
     def __init__(self, before):
         """before: by earlier processes."""
@@ -1967,10 +1966,10 @@ class Stopwatch:
         left / the time that a step takes. math.inf until 3% of the minutes tell that. (Until then
         there is a look after each step.)
 
-        A process's first step does not count, as much happens only once. Say an earlier process has
-        spent 4 s of 3 minutes, and this one looks when 13, 14 and 15 s are spent, these 4 included.
-        Its first step took 9 s, so 15 - 9 = 6 s are spent, more than 3% of 180, and a step takes 1
-        s: 174 s, or steps, are left.
+        A process's first step does not count, as much happens only once. Say before is 4 s, of an
+        earlier process, and at_looks 13, 14 and 15 s, of 3 minutes. Then first_step is 13 - 4 = 9
+        s, spent 15 - 9 = 6 s, more than 3% of 180, and pace (15 - 13) / 2 = 1 s: 174 s, or steps,
+        are left.
         """
         if len(self.at_looks) < 3:
             return math.inf
@@ -2492,7 +2491,7 @@ def save_samples(model, views, path, given=0):
 # what is marked (strips). Words:
 #
 #     position    one (r, c)
-#     group       nodes that are due together: of the same spacing, offset and strip
+#     group       nodes that are due together: of the same offset, strip and spacing (below; mostly 1)
 #
 # Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
 # network will do that consists of Conv and of functions of values at one position. `traced`, of the
@@ -2584,18 +2583,17 @@ class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
     Three distances, in pixels of x, which are all 1 in light networks: `spacing` between its
-    positions, Read.apart between the columns that a reader takes, `grid` between the entries of its
-    buffer, where entries without a value are 0. Say it has the values a, b, c:
+    positions; Read.apart between the columns that a convolution reads, the smaller spacing of the
+    two; `grid` between the entries of its buffer, the smallest `apart` of the convolutions that
+    read it. Say it has the values a, b, c (entries without a value are 0):
 
-                              spacing    reader's spacing    apart    buffer         grid
-        same resolution          2              2              2      a b c            2
-        the reader halves        1              2              1      a b c            1
-        the reader doubles       2              1              1      a 0 b 0 c 0      1
-        two, first and last      2           2 and 1        2 and 1   a 0 b 0 c 0      1
+        it is read by what has     its spacing    apart      buffer         grid
+        the same resolution             2         2          a b c            2
+        half of it                      1         1          a b c            1
+        twice as much                   2         1          a 0 b 0 c 0      1
+        the same; and twice             2         2; 1       a 0 b 0 c 0      1
 
-    (The reader that doubles, in column 1, with dx = -1, 0, 1, reads a 0 b.)
-    So `apart` of a convolution is the smaller spacing of both, and `grid` the smallest `apart` of
-    the convolutions that read it. (Other reads are of one value, without an `apart`.)
+    (What has twice as much, in column 1, with dx = -1, 0, 1, reads a 0 b.)
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
@@ -2687,7 +2685,7 @@ class Plan:
             return self.deadlines(lag)[self.x] >= self.x.offset
 
         # At so large a lag every row above is complete. If the test still fails, something reads
-        # its own pixel, to the right of it, or below.
+        # its own pixel, to the right of it, or below (and no lag would do).
         if not good(2**20):
             raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
         lag = smallest = next(filter(good, itertools.count(least_lag)))
@@ -2718,7 +2716,7 @@ class Plan:
             # (strips: node.strip may differ from source's, see Plan.value.)
             same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
             elsewhere = (read.dy, read.left, read.nr_columns) != (0, 0, 1)
-            computed = len(source.reads) > 0  # x, and what is known, never are
+            computed = len(source.reads) > 0  # not x, and what is known (and has its buffer)
             read.at_hand = same_step and not elsewhere and computed
             if not read.at_hand and not source.known:
                 buffered.add(source)
@@ -2797,10 +2795,10 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     differ.
     """
     channels, height, width = factor.view.shape
-    # (Matters for networks of others; CausalNet's lag is 2 or more, as h_above reads (r - 1, c +
-    # 1).) When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not
-    # know of that, as it is no read of the network: so at lag 1 the upper right and the lower left
-    # one of a 2x2 cell would be drawn together.
+    # When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not know
+    # of that, as it is no read of the network: so at lag 1 the upper right and the lower left one
+    # of a 2x2 cell would be drawn together. (CausalNet's lag is 2 or more anyway, as h_above reads
+    # (r - 1, c + 1).)
     least_lag = factor.view.psi.cell if tight else 1
     # (threads_for is for speed alone, see Strips.)
     with threads_for(n * height * width * largest_layer(factor.net)):
@@ -2970,9 +2968,10 @@ class Recorder:
     def call(self, function, args, kwargs):
         """A Node that is a sum, or calls any other function: in CausalNet concat_elu, gate, F.elu.
         (`tried` tells the number of channels, too.)"""
-        spacing, *others = {a.node.spacing for a in args if isinstance(a, Symbol)}
-        if others:
+        spacings = {a.node.spacing for a in args if isinstance(a, Symbol)}
+        if len(spacings) > 1:
             raise Problem(f"sample_fast: {function} of values at two resolutions")
+        spacing = min(spacings)
         operands = [self.node_or_number(a, spacing) for a in args]
         nodes = [a for a in operands if isinstance(a, Node)]
         plain = len(nodes) == len(operands) and not kwargs
@@ -3103,12 +3102,10 @@ def as_list(images):
 # late.
 #
 # In general the strip from (r, c) on begins at step lag r + c + offset. By a kernel row dy it reads
-# up to a last column of source. Let `ready` be the column in whose step this one is computed:
-#
-#     source is computed position by position    the last column itself
-#     source is in strips                        the first of its strip, computed as a whole then
-#
-# (Sources are decided before their readers, so it is known which.) The kernel row is in time if
+# up to a last column of source, say 6. Let `ready` be the column in whose step this is computed: 6;
+# or, if source is in strips, say of 4, the first of its strip, 4, as 4..7 are computed together
+# then. (Sources are decided before their readers, so it is known which.) The kernel row is in time
+# if
 #
 #     lag (r + dy) + ready + offset_source <= lag r + c + offset
 #
@@ -3116,7 +3113,7 @@ def as_list(images):
 # dx: each source here is a sum with a kernel row that is late, or made of such, or x, and so is
 # computed position by position:
 #
-#     kernel row       7 + dx   offset_source   lag dy + ready + that   <= offset?
+#     kernel row        ready   offset_source   lag dy + ready + that   <= offset?
 #     v_first, -1       7 + 1         x:  1          -8 + 8 + 1 =  1       -6      late
 #     v_first, -2       7 + 1         x:  1         -16 + 8 + 1 = -7       -6      in time
 #     in v, -1          7 + 1         v: -6          -8 + 8 - 6 = -6       -5      in time
@@ -3145,10 +3142,11 @@ def as_list(images):
 #     lag 12    it is due at step 12 r - 6; and (r - 1, 3) is there from 12 (r - 1) + 3 + 1 =
 #               12 r - 8 on: in time
 #
-# So v_first is computed a row at a time, then all of v, as each layer finds its source's row
-# complete, that in its own row, too (ready = 0). By the inequality, in rows of 4, beyond which are
-# zeros that are always there (so ready is 3 at most):
+# So v_first is computed a row at a time. v's next layer then finds rows of it, that in which it
+# stands included, which is one strip, there as soon as its column 0 is: ready = 0. And so on
+# through v. (Beyond column 3 are zeros, always there, so the last column is 3 at most.)
 #
+#     kernel row        ready   offset_source   lag dy + ready + that   <= offset?
 #     v_first, -1         3           x:  1         -12 + 3 + 1 = -8       -6      in time
 #     in v, 0             0           v: -6           0 + 0 - 6 = -6       -5      in time
 #     h_left, 0         3 - 1         x:  1           0 + 2 + 1 =  3        0      late
@@ -3184,7 +3182,7 @@ def set_strips(plan):
         if not late and node is not plan.output:
             node.strip = strip
         elif multiplies and strip > 1:
-            # A copy otherwise: of the same offset, and with the bias.
+            # But for these a copy of node, its offset and its bias included.
             early_node = dataclasses.replace(node, reads=early, strip=strip)
             node.reads, node.bias = [Read(early_node), *late], None
             plan.nodes.append(early_node)
@@ -3198,6 +3196,7 @@ def in_time(plan, node, read, strip):
     if source.known:
         return True
     for first in range(0, width, node.spacing * strip):
+        # Beyond the last column of the image are zeros, always there.
         last = min(first + node.spacing * (strip - 1) + read.right, width - 1)
         ready = last - last % (source.spacing * source.strip)
         if plan.lag * read.dy + ready + source.offset > first + node.offset:
@@ -3505,10 +3504,13 @@ def start_from(model, run):
 
 
 def begin(out, config, factors, data, args, device):
-    """Write down what is trained, by which command, and on what. plan_run has looked without a
-    lock, and may have read data for minutes since: say --factor 0 and --factor 1 are begun at once,
-    both as new runs. The second one's settings must be the same, except where the data lie, and how
-    many steps the first one's minutes have become."""
+    """Write down what is trained, by which command, and on what.
+
+    plan_run has looked without a lock, and may have read data for minutes since. Say --factor 0 and
+    --factor 1 are begun at once, and both are planned as new runs. The second one to come here
+    takes over the number of steps that the first one's minutes may have become; its settings must
+    be the same otherwise, but for where the data lie; and its factor must not be there.
+    """
     with locked(out, "config", wait=True):
         if (out / "config.json").exists():
             there = read_config(out)

@@ -2491,7 +2491,7 @@ def save_samples(model, views, path, given=0):
 # what is marked (strips). Words:
 #
 #     position    one (r, c)
-#     group       nodes that are due together: of the same offset, strip and spacing (below; mostly 1)
+#     group       nodes due together: of the same offset, strip and spacing (see below; mostly 1)
 #
 # Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
 # network will do that consists of Conv and of functions of values at one position. `traced`, of the

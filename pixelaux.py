@@ -3462,7 +3462,7 @@ def train(args, device):
         n = config.batch_size
         raise Problem(f"--batch-size: {world_size()} processes cannot share {n} images equally")
     if len(data.test) < 32:
-        warn(f"{counted(len(data.test), 'test image')} only: bits/dim. will be rough")
+        warn(f"{counted(len(data.test), 'test image')} only: bits/dim will be rough")
     with contextlib.ExitStack() as held:
         if rank() == 0:
             for k in factors:

@@ -426,11 +426,12 @@ class LogisticMixture:
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each: a
         function, as green's interval depends on the red that was drawn.
 
-        Here a component is drawn anew for each channel, then a value from it, within the interval.
-        For the mixture is cut as a whole, so that of what is left a component's share depends on
-        its mass on the interval, which is another for each channel: by p'(g | r), see log_prob, g
-        must come from component k in proportion to w_k m_k(r) M_k(g's interval | r), while the one
-        that has drawn r is k in proportion to w_k m_k(r). Say
+        Without cuts one component serves all channels. Here one is drawn anew for each, then a
+        value from it, within the interval. For the mixture is cut as a whole, so that of what is
+        left a component's share depends on its mass on the interval, which is another for each
+        channel: by p'(g | r), see log_prob, g must come from component k in proportion to w_k
+        m_k(r) M_k(g's interval | r), while the one that has drawn r is k in proportion to w_k
+        m_k(r). Say
 
                                       w      m(r)    w m(r)    M(g's interval | r)    product
             the first component      1/2     0.2      0.10            0.1               0.01
@@ -882,7 +883,7 @@ class EmbeddingNet(nn.Module):
                 y = block(y, *([concat_elu(made[source])] if source else []))
                 made[i, j] = y
             last[stage.halved] = y
-        return [last[halved] for halved in sorted(last)]
+        return [last[halved] for halved in sorted(last)]  # 0, 1, .. times, without gaps
 
 
 # --- The model: a chain of views, a factor for each --------------------------------------------
@@ -896,8 +897,8 @@ class EmbeddingNet(nn.Module):
 
 @dataclasses.dataclass
 class View:
-    """One of the X_i. views[k].psi(images of views[k]) are images of views[k - 1], the next coarser
-    view; psi is None for the coarsest."""
+    """What one of the X_i is; its images are tensors. views[k].psi makes images of views[k - 1],
+    the next coarser view, of images of views[k]; psi is None for the coarsest."""
 
     shape: tuple  # (C, H, W)
     levels: int
@@ -2472,12 +2473,15 @@ def save_samples(model, views, path, given=0):
 # earliest.) Why as late as possible? If v's end were computed 3 steps earlier than needed, all of
 # v, and at last x, would have to come 3 earlier, and the lag would be 11.
 #
-# What decides the lag? For all others the deadline becomes the offset; for x the offset is given,
-# and the lag must be so large that the deadline is no earlier. Pixel (r, c) is drawn at the end of
-# step lag r + c, after all that this step computes, so the first step that may read it is the next
-# one: x counts as computed then, at offset 1. v's first convolution, at -6, reads (r - 1, c + 1):
-# its deadline is -6 - (-lag + 1) = lag - 7, so the lag must be 8 or more, as above. (h_left, at 0,
-# reads (r, c - 1): deadline 1 at any lag. h_above reads (r - 1, c + 1): lag - 1.)
+# What decides the lag? For all others the deadline becomes the offset; for x the offset is given.
+# Pixel (r, c) is drawn at the end of step lag r + c, after all that this step computes, so the
+# first step that may read it is the next one: x counts as computed then, at offset 1. So the lag
+# must be so large that all deadlines for x are 1 or more:
+#
+#     reader of x    at               its offset    deadline for x
+#     v_first        (r - 1, c + 1)       -6        -6 - (-lag + 1) = lag - 7     lag >= 8, as above
+#     h_above        (r - 1, c + 1)        0        lag - 1                       lag >= 2
+#     h_left         (r, c - 1)            0        1                             any lag
 #
 # **A large lag.** If the lag is the width or more, each pixel has a wave of its own, and waves grow
 # in raster order: one pixel a step. So it is in the pyramid's 8x8, where the smallest lag is 8, and
@@ -2752,7 +2756,7 @@ class Plan:
         for r, c in itertools.product(range(0, height, spacing), range(0, width, spacing * strip)):
             starts[self.lag * r + c].append((r, c))
         # The first one is the topmost; the others lie down the diagonal, without gaps, as strip
-        # divides the lag.
+        # divides the lag (strips).
         return {wave: Places(*rc[0], len(rc), spacing, strip, self.lag)
                 for wave, rc in starts.items()}
 
@@ -3102,10 +3106,10 @@ def as_list(images):
 # late.
 #
 # In general the strip from (r, c) on begins at step lag r + c + offset. By a kernel row dy it reads
-# up to a last column of source, say 6. Let `ready` be the column in whose step this is computed: 6;
-# or, if source is in strips, say of 4, the first of its strip, 4, as 4..7 are computed together
-# then. (Sources are decided before their readers, so it is known which.) The kernel row is in time
-# if
+# up to a last column of source, say 6. If source is in strips, say of 4, columns 4..7 are computed
+# when 4 is due: so column 4 has to be waited for. Let `ready` be that, 4; or, if source is computed
+# position by position, the last column, 6. (Sources are decided before their readers, so it is
+# known which.) The kernel row is in time if
 #
 #     lag (r + dy) + ready + offset_source <= lag r + c + offset
 #
@@ -3125,10 +3129,10 @@ def as_list(images):
 # alike.) For kernel row 0 the left side is 8 more, and so always late, as it is for what h reads of
 # v: these are multiplied position by position.
 #
-# **A strip that is a row.** If the smallest lag is the width W or more, pixels are drawn one by
-# one, and a larger lag costs nothing: each node is still computed once at each position, only in
-# other steps. It gains that
-# all of v can be computed a row at a time, if it is
+# **A strip that is a row.** v reads rows above alone. So a row of v can be computed at once, when
+# the row above of x is complete. If the smallest lag is the width W or more, pixels are drawn one
+# by one, and a larger lag costs nothing: each node is still computed once at each position, only in
+# other steps. So for that the lag is made
 #
 #     a multiple of W             as then gcd(lag, W) = W: a strip is a row
 #     smallest + W, or larger     as then row r - 1 of x is complete when row r of v_first begins

@@ -818,8 +818,8 @@ class CausalNet(nn.Module):
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
         self.layout, self.conditional = layout, conditional
-        # h's first layer reads no rectangle, so it is two (h_above, as in PixelCNN++, though h
-        # could have row -1 from v). look_right: see VERTICAL_LEFT.
+        # h's first layer reads no rectangle, so it is two. (h could have row -1 from v; but so it
+        # is in PixelCNN++.) look_right: see VERTICAL_LEFT.
         self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), full_precision=True)
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
@@ -927,8 +927,8 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network. Those have that Half has made, and those that are given a
-    view that Half has made:
+    """Whether a view has a light network: if Half has made it, or if it is given a view that Half
+    has made.
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1352,6 +1352,9 @@ def build(name, size, preset="tiny", seed=0, **overrides):
 # told in bits, and it can be counted how often a sample is a thing at all: so the built-in data are
 # made from a known distribution. Other images come from .npy files, or by way of tools/images.py.
 # A batch is a function of the seed and the step, so that a resumed run sees the same ones.
+#
+# An image's *digest*, a hash of its bytes, decides whether it is for training or for the test; all
+# digests together are the fingerprint by which --resume knows the data again.
 
 
 class Shapes:
@@ -1542,7 +1545,7 @@ class Dataset:
         if self.train is None or n >= len(self.train):
             there = "made on the fly" if self.train is None else f"{len(self.train)} in number"
             raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
-        # A draw of its own: by split's seed the lowest digests have gone to the test.
+        # By a seed of its own, as by split's (below) the lowest digests have gone to the test.
         values = digests(self.train, seed=1)
         lowest = np.argsort(values, kind="stable")[:n]
         rest = np.flatnonzero(values > values[lowest[-1]])  # not >=: a copy has the same value
@@ -2495,7 +2498,8 @@ def save_samples(model, views, path, given=0):
 # what is marked (strips). Words:
 #
 #     position    one (r, c)
-#     group       nodes due together: of the same offset, strip and spacing (see below; mostly 1)
+#     node        a value inside the network, as v_first(x), at all positions, C channels at each
+#     group       nodes due together: of the same offset, strip and spacing (1 in light networks)
 #
 # Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
 # network will do that consists of Conv and of functions of values at one position. `traced`, of the
@@ -2591,13 +2595,13 @@ class Node:
     two; `grid` between the entries of its buffer, the smallest `apart` of the convolutions that
     read it. Say it has the values a, b, c (entries without a value are 0):
 
-        it is read by what has     its spacing    apart      buffer         grid
-        the same resolution             2         2          a b c            2
-        half of it                      1         1          a b c            1
-        twice as much                   2         1          a 0 b 0 c 0      1
-        the same; and twice             2         2; 1       a 0 b 0 c 0      1
+        it is read by a Conv that         its spacing    apart      buffer         grid
+        keeps the resolution                   2         2          a b c            2
+        halves it (stride 2)                   1         1          a b c            1
+        doubles it (up)                        2         1          a 0 b 0 c 0      1
+        one that keeps, one that doubles       2         2; 1       a 0 b 0 c 0      1
 
-    (What has twice as much, in column 1, with dx = -1, 0, 1, reads a 0 b.)
+    (That which doubles, in column 1, with dx = -1, 0, 1, reads a 0 b.)
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
@@ -2720,7 +2724,7 @@ class Plan:
             # (strips: node.strip may differ from source's, see Plan.value.)
             same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
             elsewhere = (read.dy, read.left, read.nr_columns) != (0, 0, 1)
-            computed = len(source.reads) > 0  # not x, and what is known (and has its buffer)
+            computed = len(source.reads) > 0  # x and known nodes are read from their buffers
             read.at_hand = same_step and not elsewhere and computed
             if not read.at_hand and not source.known:
                 buffered.add(source)
@@ -3146,9 +3150,9 @@ def as_list(images):
 #     lag 12    it is due at step 12 r - 6; and (r - 1, 3) is there from 12 (r - 1) + 3 + 1 =
 #               12 r - 8 on: in time
 #
-# So v_first is computed a row at a time. v's next layer then finds rows of it, that in which it
-# stands included, which is one strip, there as soon as its column 0 is: ready = 0. And so on
-# through v. (Beyond column 3 are zeros, always there, so the last column is 3 at most.)
+# So v_first is computed a row at a time. v's next layer reads its rows r - 1 and r. Row r is one
+# strip, so that all of it is there as soon as its column 0 is: ready = 0. And so on through v. At
+# lag 12, W = 4, in strips of 4 (beyond column 3 are zeros, always there):
 #
 #     kernel row        ready   offset_source   lag dy + ready + that   <= offset?
 #     v_first, -1         3           x:  1         -12 + 3 + 1 = -8       -6      in time

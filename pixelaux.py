@@ -2718,22 +2718,24 @@ class Plan:
         """Decides which reads are of source.latest. All other sources get a buffer, with margins of
         zeros as wide as the kernels that read it; and with zeros between its values, where a
         convolution that doubles the resolution reads it."""
-        buffered, reads = {self.x}, [(node, read) for node in self.nodes for read in node.reads]
-        for node, read in reads:
-            source = read.source
-            # (strips: node.strip may differ from source's, see Plan.value.)
-            same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
-            elsewhere = (read.dy, read.left, read.nr_columns) != (0, 0, 1)
-            computed = len(source.reads) > 0  # x and known nodes are read from their buffers
-            read.at_hand = same_step and not elsewhere and computed
-            if not read.at_hand and not source.known:
-                buffered.add(source)
-            if read.weight is not None:
-                source.grid = min(source.grid, read.apart)
-        for _, read in reads:
-            beyond = (-read.dy, read.dy, -read.left, read.right)  # no margin if below 0
-            entries = [pixels // read.source.grid for pixels in beyond]
-            read.source.margin = tuple(map(max, read.source.margin, entries))
+        buffered = {self.x}
+        for node in self.nodes:
+            for read in node.reads:
+                source = read.source
+                # (strips: node.strip may differ from source's, see Plan.value.)
+                same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
+                elsewhere = (read.dy, read.left, read.nr_columns) != (0, 0, 1)
+                computed = len(source.reads) > 0  # x and known nodes are read from their buffers
+                read.at_hand = same_step and not elsewhere and computed
+                if not read.at_hand and not source.known:
+                    buffered.add(source)
+                if read.weight is not None:
+                    source.grid = min(source.grid, read.apart)
+        for node in self.nodes:
+            for read in node.reads:
+                beyond = (-read.dy, read.dy, -read.left, read.right)  # no margin if below 0
+                entries = [pixels // read.source.grid for pixels in beyond]
+                read.source.margin = tuple(map(max, read.source.margin, entries))
         for node in buffered:
             above, below, left, right = node.margin
             height, width = (side // node.grid for side in self.size)
@@ -2892,8 +2894,9 @@ def traced(net, x, n, size, embeddings):
     recorder.recorded.clear()  # Symbols and recorder hold each other, and so all buffers
     if not isinstance(output, Symbol) or output.node.spacing > 1:
         raise Problem("sample_fast: the network's output does not depend on x, or is smaller")
-    if any(side % node.spacing for side in size for node in recorder.nodes):
-        raise Problem(f"sample_fast: the network halves {size[0]}x{size[1]} more often than it can")
+    for node in recorder.nodes:
+        if size[0] % node.spacing or size[1] % node.spacing:
+            raise Problem(f"sample_fast: {size[0]}x{size[1]} cannot be halved as the network wants")
     needed = {output.node}  # what sums have taken in is not
     for node in reversed(recorder.nodes):
         if node in needed:

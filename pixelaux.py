@@ -1314,10 +1314,6 @@ def make_config(preset="tiny", **fields):
     for name in fields:
         check_one_of("option", name, Config.__annotations__)
     fields = {"preset": preset, **PRESETS[preset], **fields}
-    # Older runs count f_w's layout from X^: ((0, 3), (1, 6), (0, 3), (-1, 3)) for the paper's.
-    end = min(0, *(halved for halved, _ in fields.get("layout_embed", Config.layout_embed)))
-    if end < 0:
-        fields["layout_embed"] = [(halved - end, n) for halved, n in fields["layout_embed"]]
     return Config(**{name: as_tuple(value) for name, value in fields.items()})
 
 
@@ -1762,6 +1758,18 @@ def read_checkpoint(path):
         raise Problem(f"{path}: not a checkpoint of ours, or a damaged one ({reason})") from None
 
 
+def recorded_config(fields):
+    """The Config that a run has written down. Raises Problem.
+
+    Older runs count f_w's layout from X^, so that ((0, 3), (1, 6), (0, 3), (-1, 3)) is the paper's:
+    it ends below 0, where those of now end at 0.
+    """
+    config = make_config(**fields)
+    end = min(0, *(halved for halved, _ in config.layout_embed))
+    layout = tuple((halved - end, blocks) for halved, blocks in config.layout_embed)
+    return dataclasses.replace(config, layout_embed=layout)
+
+
 def load(run, device="cpu"):
     """The model of a run, with averaged weights; model.files are the files that they are from.
     Raises Problem.
@@ -1779,7 +1787,7 @@ def load(run, device="cpu"):
             raise Problem(f"{run} holds no run: expected factor-0.pt, .. or weights.pt there")
     first = read_checkpoint(paths[0])
     try:
-        model = PixelAux(make_config(**first["config"]))
+        model = PixelAux(recorded_config(first["config"]))
     except (Problem, TypeError) as error:
         raise Problem(f"{paths[0]}: {error}") from None
     if run.is_file() and len(first["factors"]) < len(model.factors):
@@ -1805,7 +1813,7 @@ def read_config(out):
     """The Config of the run in folder `out`. Raises Problem."""
     path = out / "config.json"
     try:
-        return make_config(**json.loads(path.read_text()))
+        return recorded_config(json.loads(path.read_text()))
     except FileNotFoundError:
         raise Problem(f"{out} holds no run: {path} is missing") from None
     except (ValueError, TypeError) as error:

@@ -2597,10 +2597,11 @@ def test_as_a_program_there_is_one_copy_of_the_module_for_the_tools(tmp_path):
 def test_runs_of_before_count_the_layout_of_f_w_from_its_own_input():
     """Their configurations, weights and compressed files are read as they were."""
     paper, other = ((0, 3), (1, 6), (0, 3), (-1, 3)), ((0, 1), (1, 1), (0, 2), (-1, 1), (-2, 4))
-    assert pixelaux.make_config("cifar10", layout_embed=paper) == pixelaux.make_config("cifar10")
-    read = pixelaux.make_config(layout_embed=[list(stage) for stage in other])
-    assert read.layout_embed == ((2, 1), (3, 1), (2, 2), (1, 1), (0, 4))
-    assert pixelaux.make_config(layout_embed=read.layout_embed) == read  # control: those of now
+    read = pixelaux.recorded_config
+    assert read(dict(preset="cifar10", layout_embed=paper)) == pixelaux.make_config("cifar10")
+    config = read(dict(layout_embed=[list(stage) for stage in other]))
+    assert config.layout_embed == ((2, 1), (3, 1), (2, 2), (1, 1), (0, 4))
+    assert read(vars(config)) == config  # control: those of now
     recorded = HERE / "results" / "cifar10-pyramid"
     assert json.loads((recorded / "config.json").read_text())["layout_embed"][-1][0] == -1
     model = pixelaux.load(recorded)

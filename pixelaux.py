@@ -63,6 +63,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 import platform
@@ -79,9 +80,10 @@ import typing
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import wrap_torch_function
+from torch.fx.node import map_aggregate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 __version__ = "1.0"
@@ -127,19 +129,19 @@ def feasible(values, weights, low, high, top):
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. Required: high >= 0, low
-    <= top sum(weights), high - low + 1 >= any weight (low .. high has 4 numbers for Half, 4096 for
-    Gray), or no multiple of it might lie between. -> lists lo, hi.
+    <= top sum(weights), and high - low + 1 >= each weight, as else low .. high might have no
+    multiple of one (it has 4 numbers for Half, 4096 for Gray). -> lists lo, hi.
 
-    There always is such a v; who does not doubt it may go on. Suppose that before v, with `rest` as
-    it is after v,
+    No interval is empty; who does not doubt it may go on. Suppose that before v, with `rest` what
+    those after v can add,
 
         (1) high >= 0    (2) low <= rest + w top    (3) high - low + 1 >= each weight
 
     If low - rest <= 0, v = 0 will do, by (1). If not, take the first multiple w v from low - rest
     on. It is at most low - rest + w - 1 <= high - rest <= high, by (3). And it is at most w top, as
-    that is a multiple, too, and no less than low - rest, by (2). After any v of lo..hi (1) to (3)
-    hold for the next one: high >= 0; low <= rest, which is the next one's rest + w top; and high -
-    low has not changed.
+    that is a multiple, too, and no less than low - rest, by (2). After any v of lo..hi, for the
+    reduced low and high, (1) to (3) hold again: high >= 0; low <= rest, which is what the next one
+    and those after it can add; and high - low has not changed.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -317,8 +319,8 @@ class LogisticMixture:
         G's means, log-scales;  coefficients of R in B's mean
         B's means, log-scales;  coefficients of G in B's mean
 
-    (mind: G's row has the coefficients for B's mean). levels: of a sub-pixel.
-    shift: added to the log-scales; below 0 it reduces the variance (Sec. 4.2 subtracts
+    (mind: coefficients are for the mean of another channel than their row's). levels: of a
+    sub-pixel. shift: added to the log-scales; below 0 it reduces the variance (Sec. 4.2 subtracts
     constants).
     """
 
@@ -363,11 +365,12 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval. After the cut
-        the pair of component k and red r has the probability w_k m_k(r) / Z, with Z = sum_k w_k
-        M_k(r's interval). Z does not depend on k: so after r, by Bayes, component k has a weight in
-        proportion to w_k m_k(r), cut or not. A channel's probability is the mass of its value over
-        that of its interval, both in the mixture with the weights so far:
+        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval; p' are
+        probabilities with the cut. p'(k, r) = w_k m_k(r) / Z for r in its interval, Z = sum_k w_k
+        M_k(r's interval). Z does not depend on k, so that p'(k | r) is in proportion to w_k m_k(r):
+        a red that was cut tells as much of the component as one that was not. A channel's
+        probability is the mass of its value over that of its interval, both in the mixture with the
+        weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
@@ -403,11 +406,11 @@ class LogisticMixture:
         plain     the component    R    unused           G    unused           B
         tight     R's component    R    G's component    G    B's component    B    (sample_tight)
 
-        "random" draws values from the component, by the inverse of the logistic's cdf,
-        which is the logit; "map" takes its means, and shows what the model holds most probable
-        without the noise around it (the paper's MAP sampling, Sec. 4.2, though the component is
-        still drawn). Each channel is rounded before the next is conditioned on it; without that,
-        samples have another distribution than log_prob. interval_of: see sample_tight.
+        "random" draws values from the component, by the inverse of the logistic's cdf, which is the
+        logit; "map" takes the means of the component, which is still drawn: the image without the
+        noise around it (the paper's MAP sampling, Sec. 4.2). Each channel is rounded before the
+        next is conditioned on it; without that, samples have another distribution than log_prob.
+        interval_of: see sample_tight.
         """
         if interval_of is not None:
             return self.sample_tight(noise, mode, interval_of)
@@ -427,13 +430,12 @@ class LogisticMixture:
         function, as green's interval depends on the red that was drawn.
 
         Without cuts one component serves all channels. Here one is drawn anew for each, then a
-        value from it, within the interval. For the mixture is cut as a whole, so that of what is
-        left a component's share depends on its mass on the interval, which is another for each
-        channel: by p'(g | r), see log_prob, g must come from component k in proportion to w_k
-        m_k(r) M_k(g's interval | r), while the one that has drawn r is k in proportion to w_k
-        m_k(r). Say
+        value from it, within the interval. For r was drawn by component k with a probability in
+        proportion to w_k m_k(r); but by p'(g | r), see log_prob, g must come from k in proportion
+        to w_k m_k(r) M_k(g's interval | r), as the mixture is cut as a whole. Say
 
-                                      w      m(r)    w m(r)    M(g's interval | r)    product
+                                                    of r                              of g
+                                      w      m(r)    w m(r)    M(g's interval | r)    w m(r) M
             the first component      1/2     0.2      0.10            0.1               0.01
             the second               1/2     0.1      0.05            0.8               0.04
 
@@ -465,7 +467,8 @@ class LogisticMixture:
     def component(self, k):
         """Component k, (N, 1, H, W), of each pixel's mixture, as a mixture of one. (Its
         logit_probs, still those of all, are not used.)"""
-        one, k = copy.copy(self), k.unsqueeze(1).expand(-1, 3, -1, -1, -1)  # for R, G and B
+        one = copy.copy(self)
+        k = k.unsqueeze(1).expand(-1, 3, -1, -1, -1)  # for R, G and B
         one.means, one.log_scales = self.means.gather(2, k), self.log_scales.gather(2, k)
         one.coeffs = self.coeffs.gather(2, k)
         return one
@@ -488,8 +491,8 @@ def logistic_between(a, b, u):
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
     u = torch.where(flip, 1 - u, u)
-    # sigma(z) = sigma(low) + u (sigma(high) - sigma(low)) = sigma(high) (ratio + u (1 - ratio)),
-    # and z is its logit.
+    # With sigma(low) = ratio sigma(high), sigma(z) = sigma(low) + u (sigma(high) - sigma(low)) is
+    # sigma(high) (ratio + u (1 - ratio)), and z is its logit.
     ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
@@ -532,10 +535,11 @@ class Categorical:
 # --- Causal convolutions -----------------------------------------------------------------------
 #
 # By Eq. 1 what the network says of pixel o may depend on the pixels before o, in raster order, and
-# on no others. A kernel that reads the row above, and in its own row what is left of o, sees to
-# that. But a stack of such layers is blind: a step to the right is to be had only together with a
-# step up, so that however many layers there are, the pixels marked "?" are never seen, though they
-# come before o. Therefore PixelCNN++ (after Gated PixelCNN) has two streams of layers:
+# on no others. A kernel that reads the row above, up to one column to the right, and in its own
+# row what is left of o, sees to that. But a stack of such layers is blind: a step to the right is
+# to be had only together with a step up, so that however many layers there are, the pixels marked
+# "?" are never seen, though they come before o. Therefore PixelCNN++ (after Gated PixelCNN) has two
+# streams of layers:
 #
 #     one stream, blind        v, the vertical stream     h, the horizontal stream
 #     x x x x x x x x          x x x x x x x x            reads h to the left and above,
@@ -597,9 +601,6 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # For sample_fast, which notes calls in place of running them (see Symbol, in Tracing; skip it
-    # until then). With ordinary tensors it changes nothing.
-    @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
         if not self.full_precision:
@@ -613,16 +614,15 @@ class Conv(nn.Module):
         height, width = x.shape[2:]
         if self.up:
             # torch adds weight[j] in(q) to its output 2 q + j, j = 0, 1, .. We want w_d in(q) in
-            # out(2 q - d). So self.v is in reverse order, and torch's output is ours, some further
-            # on. In a row with d = -1, 0, 1:
+            # out(2 q - d). So let weight[j] be w_d with d = last - j: torch's output is 2 q - d +
+            # last, which is ours, `last` further on. In a row with d = -1, 0, 1:
             #
             #     weight[0] = w_1       to its output 2 q        wanted in 2 q - 1
             #     weight[1] = w_0                     2 q + 1              2 q
             #     weight[2] = w_-1                    2 q + 2              2 q + 1
             #
-            # In general it is by the last d: the first `bottom` rows and `right` columns are
-            # dropped. (output_padding adds a row and a column behind, which kernels whose first d
-            # is 0 need.)
+            # So its first `bottom` rows and `right` columns are dropped. (output_padding adds a row
+            # and a column behind, for kernels of which the first d is 0.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -632,8 +632,8 @@ class Conv(nn.Module):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# With look_right=False light networks look less far right, and are sampled in fewer steps (see
-# Sampling fast).
+# With look_right=False light networks look less far right, and are sampled in fewer steps, but have
+# a blind spot again (see Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s: with row -1, which v has as well
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -709,15 +709,21 @@ def data_dependent_init(network, *inputs):
 #
 # A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
 # pixels before p (and rows above, which kernels read as well, and which do no harm). Let half[q] be
-# h at half the resolution, for the columns 2 q and 2 q + 1. On the way up both will read it, so it
-# may know the pixels before 2 q alone. By Conv's formulas half[q] reads h[2 q + d], d = -1 and 0,
-# and on the way up h[p] reads half[(p + d) / 2], where that is whole. half[3], which may know 0..5:
+# h at half the resolution, for the columns 2 q and 2 q + 1. On the way up both columns will read
+# it, and 2 q must not see itself, so it may know the pixels before 2 q alone:
+#
+#     pixel    0  1  2  3  4  5 | 6  7       half[3] stands for 6 and 7,
+#              may be known     |            and may know what is left of the line
+#
+# By Conv's formulas half[q] reads h[2 q + d], d = -1 and 0, and on the way up h[p] reads half[(p +
+# d) / 2], where that is whole:
 #
 #     down    half[3] reads h[5], which knows 0..4, and h[6], which knows 0..5: together 0..5
 #     up      h[6] reads half[(6 + 0) / 2], which knows 0..5
-#             h[7] reads half[(7 - 1) / 2], which knows 0..5 (pixel 6 comes by the skip)
+#             h[7] reads half[(7 - 1) / 2], which knows 0..5 (pixel 6, which h[7] may know as
+#             well, is told by the skip)
 #
-# (v likewise: row 3 reads v's rows 5 and 6, and so knows the rows 0..5.)
+# (v likewise: its row 3 at half the resolution reads v's rows 5 and 6, and so knows the rows 0..5.)
 
 
 def six_stages(blocks):
@@ -735,13 +741,11 @@ def skip_source(layout, i, j):
     return earlier[-1], layout[earlier[-1]][1] - 1 - j
 
 
-@wrap_torch_function(lambda x: (x,))  # as Conv.forward
 def concat_elu(x):
     """(N, C, ..) -> (N, 2 C, ..): elu of x and of -x, so that neither sign is lost (PixelCNN++)."""
     return F.elu(torch.cat([x, -x], 1), inplace=True)
 
 
-@wrap_torch_function(lambda x, y: (x, y))
 def gate(x, y):
     """x + a sigmoid(b), where a and b are the halves of y: (N, C, ..), (N, 2 C, ..) -> (N, C, ..).
     b decides how much of a is let through, value by value."""
@@ -920,7 +924,7 @@ def make_views(config):
         for _ in range(halvings if kind is Half else 1):
             finer = views[0]
             channels, height, width = finer.shape
-            psi = finer.psi = kind(channels, finer.levels)
+            psi = finer.psi = kind(channels, finer.levels)  # psi_0, psi_1, ..
             shape = (psi.channels_out, height // psi.cell, width // psi.cell)
             views.insert(0, View(shape, psi.levels_out, psi.label or finer.label))
     return views
@@ -955,13 +959,16 @@ class Factor(nn.Module):
         # Which layout: see the table in Networks.
         full_layout = config.layout if psi is None else config.layout_cond
         layout = config.layout_light if light else full_layout
-        spans = [2**halved for halved, _ in layout]  # pixels of x that a value stands for, by stage
+        # Pixels of x that a value stands for, by stage: powers of 2.
+        spans = [2**halved for halved, _ in layout]
         if psi is not None:
             # Gray is as large as X: f_w has X's layout, so each stage finds an embedding of its
             # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            spans += [2**halved for halved, _ in layout_embed]
+            # 0. (Runs of an older version count from X^, so that x is at -1.)
+            finest = min(halved for halved, _ in layout_embed)
+            spans += [2 ** (halved - finest) for halved, _ in layout_embed]
         self.multiple = max(spans)  # of which the height and the width of x must be multiples
 
         self.kind_of_head, nr_params = Categorical, view.levels
@@ -1018,7 +1025,7 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of the P pixels (rows,
-    columns) in each of n images: of one in sample_naive, of several in sample_fast. A head expects
+    columns) in each of n images: in sample_naive one, [r], [c]; in sample_fast more. A head expects
     images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in all,
     first the P of image 0, then those of image 1, .. (A decoder of compressed images can take the
     place of a Draw.)
@@ -1137,14 +1144,14 @@ class PixelAux(nn.Module):
         """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], nats per image, (N,) each.
 
         tight: factors are cut to what their x_hat leaves possible; the sum is then log p(X) itself,
-        of that model (see psi). (Mind: False also for a model that was trained tight. Commands go
-        by config.tight.)
+        of that model (see psi). (By default the paper's bound, also of a model that was
+        trained tight. Commands go by config.tight.)
         """
         return [factor(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
 
     def log_prob(self, x, tight=False):
-        """x: uint8 (N, 3, H, W) -> log p(X, X_1, ..), at most log p(X) (tight: equal to it), nats
-        per image, (N,)."""
+        """x: uint8 (N, 3, H, W) -> the bound, log p(X, X_1, ..) <= log p(X), nats per image, (N,);
+        tight: of the model that is cut, log p(X) itself."""
         return sum(self.log_prob_factors(x, tight))
 
     @torch.no_grad()
@@ -1210,7 +1217,8 @@ def noise_for(seed, k, images, shape):
     return torch.from_numpy(noise).clamp_(1e-16)  # as the logit of 0 is infinite
 
 
-IN_TURN = threading.RLock()  # what `evaluating` changes belongs to all threads of a program
+# Modes of modules, flags of cuDNN, and fx while it traces are of all threads: they come in turn.
+IN_TURN = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -1476,7 +1484,8 @@ class Shapes:
         """True log p(X_1) of X_1 = Half(X), uint8 (N, H/2, W/2, 3), nats (N,); -inf likewise.
 
         The four sub-pixels of a cell are colour + noise, the weave cancels, and Half makes of them
-        colour + (sum of the four noises + 2) // 4: again a colour with independent noise.
+        colour + (sum of the four noises + 2) // 4: again a colour with independent noise, of
+        -40..40, and colours are 93 apart.
         """
         x_hat, pmf_of_sum = np.asarray(x_hat).astype(np.int16), np.ones(1)
         for _ in range(4):
@@ -1541,7 +1550,7 @@ class Dataset:
         if self.train is None or n >= len(self.train):
             there = "made on the fly" if self.train is None else f"{len(self.train)} in number"
             raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
-        # By a seed of its own, as by split's (below) the lowest digests have gone to the test.
+        # By a seed of its own: by split's the images of the lowest digests have gone to the test.
         values = digests(self.train, seed=1)
         lowest = np.argsort(values, kind="stable")[:n]
         rest = np.flatnonzero(values > values[lowest[-1]])  # not >=: a copy has the same value
@@ -1758,18 +1767,6 @@ def read_checkpoint(path):
         raise Problem(f"{path}: not a checkpoint of ours, or a damaged one ({reason})") from None
 
 
-def recorded_config(fields):
-    """The Config that a run has written down. Raises Problem.
-
-    Older runs count f_w's layout from X^, so that ((0, 3), (1, 6), (0, 3), (-1, 3)) is the paper's:
-    it ends below 0, where those of now end at 0.
-    """
-    config = make_config(**fields)
-    end = min(0, *(halved for halved, _ in config.layout_embed))
-    layout = tuple((halved - end, blocks) for halved, blocks in config.layout_embed)
-    return dataclasses.replace(config, layout_embed=layout)
-
-
 def load(run, device="cpu"):
     """The model of a run, with averaged weights; model.files are the files that they are from.
     Raises Problem.
@@ -1787,7 +1784,7 @@ def load(run, device="cpu"):
             raise Problem(f"{run} holds no run: expected factor-0.pt, .. or weights.pt there")
     first = read_checkpoint(paths[0])
     try:
-        model = PixelAux(recorded_config(first["config"]))
+        model = PixelAux(make_config(**first["config"]))
     except (Problem, TypeError) as error:
         raise Problem(f"{paths[0]}: {error}") from None
     if run.is_file() and len(first["factors"]) < len(model.factors):
@@ -1813,7 +1810,7 @@ def read_config(out):
     """The Config of the run in folder `out`. Raises Problem."""
     path = out / "config.json"
     try:
-        return recorded_config(json.loads(path.read_text()))
+        return make_config(**json.loads(path.read_text()))
     except FileNotFoundError:
         raise Problem(f"{out} holds no run: {path} is missing") from None
     except (ValueError, TypeError) as error:
@@ -1913,15 +1910,22 @@ def progress_bar(iterable=None, **options):
 # and its loop is
 #
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
-#     at a look     which is not at each step, as reading the loss means to wait for the device, but
-#                   every 20, or fewer in a short run (and, of a single process, at a signal):
-#                     is the loss finite?
-#                     with --minutes: how many steps are they?
-#                     loss on test images (each quarter), or on those held out (each twentieth); log
-#                     checkpoint: each quarter; every two minutes (--save-every); when minutes have
-#                     become steps; when a signal tells to stop
-#                     stop, if told to
-#                     pictures (each quarter)
+#     at a look     what follows, in this order
+#
+# To read the loss means to wait for the device, so there is a look every 20 steps only. More often
+# in short runs; after each step while their number is not known (--minutes); and, of a single
+# process, when a signal comes.
+#
+#     what is done at a look                            at which looks
+#     is the loss finite?                               all
+#     how many steps are they?                          with --minutes, until that is known
+#     loss on images held out; if none, on test images  each twentieth; each quarter
+#     a line in metrics.jsonl                           all
+#     checkpoint                                        each quarter; every two minutes
+#                                                       (--save-every); when minutes have become
+#                                                       steps; at a signal
+#     stop                                              at a signal
+#     pictures                                          each quarter
 #
 # (It goes on from any factor-k.pt that it finds. plan_run lets it find one only with --resume.)
 #
@@ -1979,15 +1983,14 @@ class Stopwatch:
         there is a look after each step.)
 
         A process's first step does not count, as much happens only once. Say before is 4 s, of an
-        earlier process, and at_looks 13, 14 and 15 s, of 3 minutes. Then first_step is 13 - 4 = 9
-        s, spent 15 - 9 = 6 s, more than 3% of 180, and pace (15 - 13) / 2 = 1 s: 174 s, or steps,
-        are left.
+        earlier process, and at_looks 13, 14 and 15 s, of 3 minutes. Then the first step took 13 - 4
+        = 9 s, spent is 15 - 9 = 6 s, more than 3% of 180, and pace (15 - 13) / 2 = 1 s: 174 s are
+        left, or as many steps.
         """
         if len(self.at_looks) < 3:
             return math.inf
         first, last = self.at_looks[0], self.at_looks[-1]
-        first_step = first - self.before
-        spent = last - first_step
+        spent = last - (first - self.before)
         if spent < 0.03 * 60 * minutes:
             return math.inf
         pace = (last - first) / (len(self.at_looks) - 1)
@@ -2020,8 +2023,8 @@ class Optimizer:
     Adam sees numbers, each with a step of its own. Muon sees a matrix, a convolution's outputs by
     what it reads: if P S Q^T is the singular value decomposition of the gradient's running mean,
     its step is P Q^T, with all singular values 1. So what the gradient shows faintly is learnt as
-    fast as what dominates it, in a fraction of the steps (results/recipe.md). (That is torch's;
-    what is ours is step_of_muon.)
+    fast as what dominates it, in a fraction of the steps (results/recipe.md). (All this is
+    torch's; ours is step_of_muon.)
     """
 
     def __init__(self, factor, config):
@@ -2052,9 +2055,11 @@ class Optimizer:
 
     @torch.no_grad()
     def step_of_muon(self):
-        """Rows of v are scaled to length 1, then Muon makes its step. weight() does not
-        depend on |v|. So the gradient has no part along v, Muon's step hardly any, and each step
-        makes v longer (Pythagoras). A longer v is turned less by the next: learning would fade.
+        """Rows of v are scaled to length 1, then Muon makes its step.
+
+        Without that learning would fade: as weight() does not depend on |v|, the gradient is at a
+        right angle to v; so is Muon's step, or nearly so; then it makes v longer, and a longer v is
+        turned less by the next.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2087,8 +2092,8 @@ def share_of_rate(config, step, steps):
 
 
 def bfloat16(config, device):
-    """Whether networks compute in bfloat16 in training. Weights, heads, which cast what they get to
-    float32, and the loss never do."""
+    """Whether networks compute in bfloat16 in training. Weights and the loss are always float32,
+    and so are heads, which cast what they get."""
     if config.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return config.precision == "bfloat16"
@@ -2160,7 +2165,7 @@ def training_step(forward, batch, optimizer, share, average, config, dims):
     return loss.detach()
 
 
-@torch.random.fork_rng()  # dropout takes its noise from torch's own generators
+@torch.random.fork_rng()  # it seeds torch's generators, for dropout: the caller is not to see it
 def train_factor(model, k, data, out, stop=never, compile=False, save_every=120, show=None):
     """Train factor k of `model` on `data`, or go on from its checkpoint in the folder `out`.
 
@@ -2179,7 +2184,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     trained = model.factors[k].train()
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
-    model.factors[k] = average.module  # a copy; `trained` is held here alone
+    model.factors[k] = average.module  # a copy; only `trained` is changed by steps
     optimizer = Optimizer(trained, config)
     first_step, seconds = restore(saved, path, trained, average, optimizer)
     step, steps = first_step, steps_of(config, k, data)
@@ -2256,7 +2261,7 @@ def restore(saved, path, trained, average, optimizer):
         training, (weights,) = saved["training"], saved["factors"].values()
         trained.load_state_dict(training["weights"])
         average.module.load_state_dict(weights)
-        average.n_averaged.fill_(training["step"])  # at 0 the next update would begin it anew
+        average.n_averaged.fill_(training["step"])  # at 0 an update copies the weights
         optimizer.load_state_dict(training["optimizer"])
         return training["step"], training["seconds"]
     except (KeyError, RuntimeError, ValueError):
@@ -2326,15 +2331,22 @@ own: bits / sub-pixels of the view. cumulative: bits of all views so far / sub-p
 (as in the paper's Table 2).
 bound: the paper's, <=. exact: log p(X) itself, =, of the tight model (the same weights).
 
-                             of X              own           cumulative
-factor                  bound   exact     bound   exact     bound   exact"""
+{:{wide}}        of X              own           cumulative
+{:{wide}}   bound   exact     bound   exact     bound   exact"""
+
+
+def widest(model):
+    """Of the table's first column, in characters."""
+    return max(21, *map(len, model.names))
 
 
 def report(model, bound, exact, data, images, kind="test image"):
     """The table of `eval` -> (text, the same as a dict). bound, exact: of images of `data`."""
     both = np.stack([bound, exact])  # (2, factors, N)
     n = both.shape[2]
-    lines, factors = [REPORT.format(counted(n, kind), model.dims)], []
+    wide = widest(model)
+    heading = REPORT.format(counted(n, kind), model.dims, "", "factor", wide=wide)
+    lines, factors = [heading], []
     for k, view in enumerate(model.views):
         own = math.prod(view.shape)
         row = {}
@@ -2345,16 +2357,16 @@ def report(model, bound, exact, data, images, kind="test image"):
             bits = bits_per_dim(nats.mean(1), dims)
             row[f"bound_{name}"], row[f"exact_{name}"] = bits.tolist()
         numbers = ("{:8.4f}{:8.4f}  " * 3).format(*row.values())
-        lines.append(f"{model.names[k]:21}{numbers}".rstrip())
+        lines.append(f"{model.names[k]:{wide}}{numbers}".rstrip())
         factors.append(dict(factor=model.names[k], shape=view.shape, **row))
     bits = bits_per_dim(both.sum(1), model.dims)  # (2, N)
     # Bootstrap: 1000 times n of the images, with replacement, (2, 1000, n); means, (2, 1000).
     resampled = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)
     confidence = np.percentile(resampled, [2.5, 97.5], axis=1).T.tolist()
     total = bits.mean(1).tolist()
-    lines.append("{:21}{:8.4f}{:8.4f}".format("total", *total))
+    lines.append("{:{wide}}{:8.4f}{:8.4f}".format("total", *total, wide=wide))
     in_nats = [of_kind * math.log(2) for of_kind in total]
-    lines.append("{:21}{:8.4f}{:8.4f}".format("total in nats/dim", *in_nats))
+    lines.append("{:{wide}}{:8.4f}{:8.4f}".format("total in nats/dim", *in_nats, wide=wide))
     if n > 1:
         of_bound, of_exact = ["{:.4f}..{:.4f}".format(*ends) for ends in confidence]
         lines.append(f"95% interval over the images: bound {of_bound}, exact {of_exact}")
@@ -2375,8 +2387,10 @@ def distance_to_truth(model, bound, exact, shapes, images):
     true = shapes.log_prob(images)
     bits = float(bits_per_dim(true.mean(), model.dims))
     shape_bits = shapes.log_count / math.log(2)
-    lines = [f"{'true p(X)':21}{bits:8.4f}{bits:8.4f}  the limit: {shape_bits:.1f} bits an image "
-             "for what is shown,", "the rest is noise. excess over the limit, bits per image:"]
+    wide = widest(model)
+    lines = [f"{'true p(X)':{wide}}{bits:8.4f}{bits:8.4f}  the limit: {shape_bits:.1f} bits an "
+             "image for what is shown,",
+             "the rest is noise. excess over the limit, bits per image:"]
     parts, result = [("total", true, bound.sum(0), exact.sum(0))], dict(true=bits)
     # In a pyramid of two views the truth of each factor is known.
     if [type(view.psi) for view in model.views] == [type(None), Half]:
@@ -2386,7 +2400,7 @@ def distance_to_truth(model, bound, exact, shapes, images):
                  (model.names[1], true - coarse, bound[1], exact[1]), *parts]
     for name, truth, *of_model in parts:
         excess = [float((truth - nats).mean()) / math.log(2) for nats in of_model]
-        lines.append(f"{name:21}{excess[0]:8.1f}{excess[1]:8.1f}")
+        lines.append(f"{name:{wide}}{excess[0]:8.1f}{excess[1]:8.1f}")
         result[f"excess_bits {name}"] = excess
     return lines, result
 
@@ -2446,16 +2460,10 @@ def save_samples(model, views, path, given=0):
 # The lag is 2, and 128x128 take 382 steps. The price is a blind spot, as v sees no more than one
 # column to the upper right; of the rest X^ tells much, where there is one.)
 #
-# **Offsets.** Each value inside the network has its step, too: at (r, c) it is computed at step lag
-# r + c + offset. A value of offset -2 exists two steps before its pixel is drawn; in other words,
-# in the step that draws (r, c) it is computed at (r, c + 2): lag r + (c + 2) - 2 = lag r + c. What
-# comes of the following, for step 24 in row 0 (in row 1 it is the same 8 columns further left, ..):
-#
-#     column       24                    25      26      ..     30
-#     offset        0                    -1      -2      ..     -6
-#     computed     v's end, h, the       v within the blocks    v_first
-#                  output; then the
-#                  pixel is drawn
+# **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
+# one is its *reader*, the other one the *source*. At (r, c) a node is computed at step lag r + c +
+# offset. A value of offset -2 exists two steps before its pixel is drawn; in other words,
+# in the step that draws (r, c) it is computed at (r, c + 2): lag r + (c + 2) - 2 = lag r + c.
 #
 # Say a reader is v's last convolution, at offset 0, and (r, c) is of wave 24. It reads its source
 # at (r, c + 1), of wave 25, which is computed at step 25 + offset_source. That must be 24 or less,
@@ -2480,50 +2488,77 @@ def save_samples(model, views, path, given=0):
 #     ..
 #     v after its first convolution                                              -6
 #
-# (Kernels read the row above as well, dy = -1. That deadline is later by the lag, and so never the
-# earliest.) Why as late as possible? If v's end were computed 3 steps earlier than needed, all of
-# v, and at last x, would have to come 3 earlier, and the lag would be 11.
+# So step 24 has, in row 0, at column 24 - offset (and in row 1 8 columns further left, ..):
 #
-# What decides the lag? For all others the deadline becomes the offset; for x the offset is given.
-# Pixel (r, c) is drawn at the end of step lag r + c, after all that this step computes, so the
-# first step that may read it is the next one: x counts as computed then, at offset 1. So the lag
-# must be so large that all deadlines for x are 1 or more:
+#     column    24                        25         26         27        ..    30
+#     value     v's end, h, the output    within     after      within    ..    v_first
+#               (then the pixel is        block 3    block 2    block 2
+#               drawn)
+#
+# (These kernels read the row above as well, dy = -1. That deadline is later by the lag, and so not
+# the earliest. Of x it may be, see below.) Why as late as possible? If v's end were computed 3
+# steps earlier than needed, all of v, and at last x, would have to come 3 earlier, and the lag
+# would be 11.
+#
+# What decides the lag? The step of x is not chosen, it is given. Pixel (r, c) is drawn at the end
+# of step lag r + c, after all that this step computes, so that the next step is the first that may
+# read it: the offset of x is 1. It must not be later than the deadlines that its readers set; so
+# the lag is the smallest for which all of these are 1 or more:
 #
 #     reader of x    at               its offset    deadline for x
 #     v_first        (r - 1, c + 1)       -6        -6 - (-lag + 1) = lag - 7     lag >= 8, as above
 #     h_above        (r - 1, c + 1)        0        lag - 1                       lag >= 2
 #     h_left         (r, c - 1)            0        1                             any lag
 #
-# **A large lag.** If the lag is the width or more, each pixel has a wave of its own, and waves grow
-# in raster order: one pixel a step. So it is in the pyramid's 8x8, where the smallest lag is 8, and
-# in PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing else
-# changes, but that there are steps in which nothing is due, which are left out. (A still larger lag
-# costs nothing, as each value is computed once either way; and one is taken that is good for
-# strips, see there.)
+# **Raster order.** If the lag is the width W or more, each pixel has a wave of its own, and waves
+# grow in raster order: one pixel a step. So it is in the pyramid's 8x8, where the smallest lag is
+# 8, and in PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing
+# else changes, but that steps in which nothing is due are left out. So a larger lag costs nothing,
+# and one is taken that is far larger: then a row is complete, with all values of the network,
+# before the next one is begun.
 #
-# **How it is done.** Some values are computed for a *strip* of neighbours in a row at once. That is
-# for speed alone, and explained in Strips, further down: until then read `strip` as 1, and skip
-# what is marked (strips). Words:
+# **A row at once.** In raster order a step has one position, so its products are small; and one
+# large product takes half the time of many small ones. Now v depends on the rows above alone: so a
+# whole row of it can be computed when the row is begun. In general this is so of a value if all
+# that it reads is of rows above, or is itself computed a row at once, or is known from the start,
+# as what is made of X^. If it is so of some of a sum, the sum is split. For example h's conv_in, to
+# which v is added by a conv_aux:
 #
-#     position    one (r, c)
-#     node        a value inside the network, as v_first(x), at all positions, C channels at each
-#     group       nodes due together: of the same offset, strip and spacing (1 in light networks)
+#     out = [bias + kernel row -1 of h + v by conv_aux, a row at once]
+#           + kernel row 0 of h, position by position
 #
-# Of CausalNet nothing is known here, so that no change of it can leave the sampler behind: any
-# network will do that consists of Conv and of functions of values at one position. `traced`, of the
-# next section, makes a list of Nodes of it. Plan decides all that can be decided beforehand, and
-# sample_by is the loop over the steps. Where a node's values are read:
+# **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
+# fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
+# have step lag r + c + offset, and all distances are counted in pixels of x: a kernel of 3 columns
+# reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands. Values are
+# kept in images as large as x, with zeros between them; so a convolution that doubles the
+# resolution is an ordinary one, that reads these zeros as well. What a kernel multiplies is `apart`
+# pixels apart, the smaller spacing of source and result. With kernels of columns -1 and 0:
 #
-#     where     what it has                   for
-#     latest    the values computed last      readers of the same offset at the same position,
-#                                             in the same step (strips: until the last one is due)
-#     buffer    an image of all positions     all other readers
+#     a convolution       source, columns 0 .. 5    apart    for example
+#     halves it, to 2     a b c d e f               1        out in column 2 is of b and c
+#     keeps it at 2       a 0 b 0 c 0               2        out in column 2 is of a and b
+#     doubles it, to 1    a 0 b 0 c 0               1        out in column 2 is of 0 and b,
+#                                                            in column 3 of b and 0
 #
-# For example a light network of one block, without X^. Its lag is 4. Its nodes, in the order in
-# which they are computed within a step:
+# **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
+# sampler behind: any network will do that consists of Conv and of functions of values at one
+# position. Words:
+#
+#     node      as above, for example v_first(x): C channels at each of its positions
+#     group     nodes due together, at the same positions: of the same offset and spacing, and by
+#               rows or not
+#     latest    the values that a node has computed last, for readers at the same position in the
+#               same step (or, of a row that was computed at once, in the steps of that row)
+#     buffer    an image of all that it has computed, for all other readers
+#
+# `traced`, in the next section, makes a list of Nodes of a network. Plan decides all that can be
+# decided beforehand, and sample_fast is the loop over the steps. For example a light network of one
+# block, without X^. Its lag is 4. Its nodes, in the order in which they are computed within a step
+# (no buffer: `latest` will do):
 #
 #     node                                 offset    buffer, and for whom
-#     v_first(x)                             -2      for v's gate, two steps later
+#     v_first(x)                             -2      for v's gate (x + a sigmoid(b)), at offset 0
 #     h_above(x) + h_left(x): one sum         0      none
 #     concat_elu of v_first                  -2      for conv_in, which reads (r, c + 1), too
 #     v's conv_in                            -1      none: concat_elu, at -1 as well, takes `latest`
@@ -2538,78 +2573,76 @@ def save_samples(model, views, path, given=0):
 # At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at (5,
 # 5), all that has offset 0 at (5, 4), and after it pixel (5, 4) is drawn; and the same in row 4,
 # four columns further to the right, ..
-#
-# **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
-# fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
-# have step lag r + c + offset. All distances are counted in pixels of x: a kernel of 3 columns
-# reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands. A
-# convolution that doubles the resolution reads its source as if there were zeros between the
-# values; so the source's buffer has them.
+
+
+FAR = 2**20  # a lag at which a row is complete long before the next is begun
 
 
 class Places(typing.NamedTuple):
-    """The positions at which a group is due in one step: `count` along a diagonal, (row, column),
-    then (row + spacing, column - lag * spacing), .. (strips: at each a strip begins, of `strip`
-    positions in a row, `spacing` columns apart.)"""
+    """Where a group is due in a step: `count` positions (row, column), (row + down, column +
+    right), .. in pixels of x. On a diagonal down = spacing, right = -lag * spacing; in a row
+    down = 0, right = spacing."""
 
     row: int
     column: int
     count: int
-    spacing: int
-    strip: int
-    lag: int
+    down: int
+    right: int
 
-    def starts(self):
+    def positions(self):
         """The rows and the columns of the `count`."""
-        down = range(0, self.count * self.spacing, self.spacing)
-        return [self.row + i for i in down], [self.column - i * self.lag for i in down]
+        rows = [self.row + i * self.down for i in range(self.count)]
+        columns = [self.column + i * self.right for i in range(self.count)]
+        return rows, columns
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Read:
     """What a node reads of `source` for its position (r, c).
 
-    If weight is None that is the value of source at (r, c). If not, it is a row of a convolution's
-    kernel: v_first(x) has two of them,
-
-        Read(x, W_-2, dy=-2, left=-1, nr_columns=3), Read(x, W_-1, dy=-1, left=-1, nr_columns=3)
-
-    and weight is multiplied with the values of source in so many columns, `apart` pixels apart,
-    from (r + dy, c + left) on.
+    If weight is None that is the value of source at (r, c). If not, it is a rectangle of values,
+    those that a convolution's kernel multiplies: nr_rows x nr_columns, `apart` pixels apart, the
+    first at (r + top, c + left). For v_first: Read(x, weight, top=-2, left=-1, nr_rows=2,
+    nr_columns=3).
     """
 
     source: "Node"
-    weight: torch.Tensor | None = None  # (F, nr_columns * C)
-    dy: int = 0
+    weight: torch.Tensor | None = None  # (F, nr_rows, nr_columns * C)
+    top: int = 0
     left: int = 0
+    nr_rows: int = 1
     nr_columns: int = 1
     apart: int = 1
-    # Decided in Plan:
-    at_hand: bool = False  # read it from source.latest; if not, from source.buffer
-    add: object = None  # (total, values) -> total + values weight^T, or, without one, + values
+    # Decided in Plan.allocate: read it from source.latest; if not, from source.buffer
+    at_hand: bool = False
+    # Decided in choose_products: with a weight (total, values) -> total + values weight^T
+    add: object = operator.add
+
+    @property
+    def bottom(self):
+        """The dy of the last row."""
+        return self.top + (self.nr_rows - 1) * self.apart
 
     @property
     def right(self):
         """The dx of the last column."""
         return self.left + (self.nr_columns - 1) * self.apart
 
+    @property
+    def nr_above(self):
+        """How many of the rows are above the node's own."""
+        return min(self.nr_rows, -self.top // self.apart)
+
+    def of_rows(self, first, end):
+        """The same of the rectangle's rows first .. end - 1."""
+        weight = None if self.weight is None else self.weight[:, first:end]
+        return dataclasses.replace(
+            self, weight=weight, top=self.top + first * self.apart, nr_rows=end - first)
+
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
-
-    Three distances, in pixels of x, which are all 1 in light networks: `spacing` between its
-    positions; Read.apart between the columns that a convolution reads, the smaller spacing of the
-    two; `grid` between the entries of its buffer, the smallest `apart` of the convolutions that
-    read it. Say it has the values a, b, c (entries without a value are 0):
-
-        it is read by a Conv that         its spacing    apart      buffer         grid
-        keeps the resolution                   2         2          a b c            2
-        halves it (stride 2)                   1         1          a b c            1
-        doubles it (up)                        2         1          a 0 b 0 c 0      1
-        one that keeps, one that doubles       2         2; 1       a 0 b 0 c 0      1
-
-    (That which doubles, in column 1, with dx = -1, 0, 1, reads a 0 b.)
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
@@ -2621,17 +2654,12 @@ class Node:
     reads: list = dataclasses.field(default_factory=list)
     function: object = None
     bias: torch.Tensor | None = None  # (C,)
-    known: bool = False
     # Decided in Plan:
     offset: int = 0
-    strip: int = 1  # how many neighbours in a row are computed together
+    by_rows: bool = False  # computed a row at once; or known from the start
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
-    grid: int = 0
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if read elsewhere or later
     latest: torch.Tensor | None = None  # the values computed last, (n * positions, C)
-
-    def __post_init__(self):
-        self.grid = self.spacing
 
     @property
     def is_sum(self):
@@ -2641,12 +2669,11 @@ class Node:
     @property
     def group(self):
         """Nodes of one group are computed in the same steps at the same positions."""
-        return self.spacing, self.offset, self.strip
+        return self.spacing, self.offset, self.by_rows
 
-    def window(self, places, dy=0, left=0, nr_columns=1, apart=1):
-        """A torch view (no copy), (n, count, strip, nr_columns, C), of `buffer`: of each image, for
-        each position (r, c) of `places`, so many columns, `apart` pixels apart, from (r + dy, c +
-        left) on.
+    def window(self, places, read=None):
+        """A torch view (no copy), (n, count, nr_rows, nr_columns, C), of `buffer`: of each image,
+        for each position of `places`, the rectangle that `read` tells, or the position alone.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
         reads at a position is a vector. With 2 channels, in a row that begins at element 0 of the
@@ -2657,29 +2684,34 @@ class Node:
             c = 1           |---------------|            2..7
             c = 2                 |---------------|      4..9
 
-        Neighbouring vectors overlap, and begin at equal distances, 2 elements. So do those of the
-        places of a diagonal: from one to the next it is a row down, + 10 elements if rows have 5
-        columns, and lag, say 3, columns to the left, - 6, so + 4. So a view with these strides is
-        all that is needed: no copy, and no table of indices.
+        Neighbouring vectors overlap, and begin at equal distances, 2 elements. So do those of a
+        diagonal, here of lag 3, in rows of 5 columns, 10 elements:
+
+            place 0    row 0, column 3    element 6
+            place 1    row 1, column 0    element 10, + 4: a row down, + 10; 3 columns left, - 6
+
+        So a view with such strides is all that is needed: no copy, and no table of indices.
+        (as_strided: element i, j, .. is number start + i strides[0] + j strides[1] + .. of the
+        memory.)
         """
-        grid, (next_image, next_row, next_column, _) = self.grid, self.buffer.stride()
+        read = read or Read(self)
+        next_image, next_row, next_column, _ = self.buffer.stride()
         above, _, before, _ = self.margin
-        row = (places.row + dy) // grid + above
-        column = (places.column + left) // grid + before
-        entries = places.spacing // grid  # of the buffer, from one position to the next
-        # In the example 10 - 3 * 2. If there is one place only, this is not used; but at a large
-        # lag it would be below 0, which torch refuses.
-        next_place = max(0, entries * (next_row - places.lag * next_column))
-        # By image, place on the diagonal, position in the strip, column that is read, channel:
-        size = (len(self.buffer), places.count, places.strip, nr_columns, self.channels)
-        strides = (next_image, next_place, entries * next_column, apart // grid * next_column, 1)
-        return self.buffer.as_strided(size, strides, row * next_row + column * next_column)
+        start = (places.row + read.top + above) * next_row
+        start += (places.column + read.left + before) * next_column
+        # (Of one place it is not used. There it may be below 0, at a lag of W or more, which torch
+        # refuses.)
+        next_place = max(0, places.down * next_row + places.right * next_column)
+        size = (len(self.buffer), places.count, read.nr_rows, read.nr_columns, self.channels)
+        strides = (next_image, next_place, read.apart * next_row, read.apart * next_column, 1)
+        return self.buffer.as_strided(size, strides, start)
 
 
 class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
-    nodes: in the order of computation within a step, without x; the last one is the output.
+    nodes: in the order of computation within a step, without x and what is known from the start,
+    which they read, but which is not computed; the last one is the output.
     least_lag: see sample_fast.
     """
 
@@ -2688,95 +2720,120 @@ class Plan:
         self.x = Node(1, channels, offset=1)  # a pixel is known only after its step
         self.nodes = traced(net, self.x, n, size, embeddings)
         self.output = self.nodes[-1]
-        self.lag = self.set_offsets(least_lag)
-        set_strips(self)  # for speed alone, see Strips
+        self.lag = self.smallest_lag(least_lag)
+        if self.lag >= size[1]:  # raster order
+            self.lag = FAR
+            self.set_rows()
+        offsets = self.offsets(self.lag)
+        for node in self.nodes:
+            node.offset = offsets[node]
         self.allocate(next(net.parameters()))
-        self.work = choose_products(self)  # gives each read its `add`; work: for set_threads
+        self.work = choose_products(self)  # for set_threads
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
-    def set_offsets(self, least_lag):
-        """Gives every node its offset -> the lag: the smallest that will do, if it is below the
-        width."""
+    def smallest_lag(self, least_lag):
         def good(lag):
-            return self.deadlines(lag)[self.x] >= self.x.offset
+            return self.offsets(lag)[self.x] >= self.x.offset
 
-        # At so large a lag every row above is complete. If the test still fails, something reads
-        # its own pixel, to the right of it, or below (and no lag would do).
-        if not good(2**20):
+        # Even then it fails if something reads its own pixel, or to the right of it.
+        if not good(FAR):
             raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
-        lag = smallest = next(filter(good, itertools.count(least_lag)))
-        width = self.size[1]
-        if smallest >= width:
-            lag = lag_for_strips(smallest, width)  # larger, for speed alone
-        deadlines = self.deadlines(lag)
-        for node in self.nodes:
-            node.offset = deadlines[node]
-        return lag
+        return next(filter(good, itertools.count(least_lag)))
 
-    def deadlines(self, lag):
-        """{node: the latest offset that serves all its readers}, from the output back."""
-        deadlines = collections.defaultdict(lambda: math.inf, {self.output: 0})
+    def offsets(self, lag):
+        """{node: the latest offset that serves all its readers}, from the output back. (For x that
+        is a deadline only, see What decides the lag.)"""
+        # No later than the width: so in raster order a row is complete before the next is begun.
+        offsets = collections.defaultdict(lambda: self.size[1], {self.output: 0})
         for node in reversed(self.nodes):
+            if node.by_rows:
+                offsets[node] = -FAR // 2  # when the row is begun
             for read in node.reads:
-                deadline = deadlines[node] - (lag * read.dy + read.right)
-                deadlines[read.source] = min(deadlines[read.source], deadline)
-        return deadlines
+                # Of what a kernel reads lag dy + dx is largest on the lower right.
+                deadline = offsets[node] - (lag * read.bottom + read.right)
+                offsets[read.source] = min(offsets[read.source], deadline)
+        return offsets
+
+    def set_rows(self):
+        """Decides which nodes are computed a row at once, and splits sums of which a part can be:
+        this part becomes a new node. As in the example:
+
+            before       conv_in     reads h, rows -1 and 0; v          bias
+            after        a new one   reads h, row -1; v                 bias    a row at once
+                         conv_in     reads the new one; h, row 0
+
+        (The output is wanted pixel by pixel. If its whole sum can be computed a row at once, it is
+        split all the same, and the new node has all of it.)
+        """
+        nodes, self.nodes = self.nodes, []
+        for node in nodes:  # sources before readers
+            early, late = [], []
+            for read in node.reads:
+                above = read.nr_rows if read.source.by_rows else read.nr_above
+                if above > 0:
+                    early.append(read.of_rows(0, above))
+                if above < read.nr_rows:
+                    late.append(read.of_rows(above, read.nr_rows))
+            multiplies = any(read.weight is not None for read in early)  # mere sums gain nothing
+            if not late and node is not self.output:
+                node.by_rows = True
+            elif multiplies:  # and so is a sum; other functions of what is late stay as they are
+                early_node = dataclasses.replace(node, reads=early, by_rows=True)
+                node.reads, node.bias = [Read(early_node), *late], None
+                self.nodes.append(early_node)
+            self.nodes.append(node)
 
     def allocate(self, weight):
         """Decides which reads are of source.latest. All other sources get a buffer, with margins of
-        zeros as wide as the kernels that read it; and with zeros between its values, where a
-        convolution that doubles the resolution reads it."""
+        zeros as wide as the kernels that read it."""
         buffered = {self.x}
         for node in self.nodes:
             for read in node.reads:
                 source = read.source
-                # (strips: node.strip may differ from source's, see Plan.value.)
-                same_step = (source.spacing, source.offset) == (node.spacing, node.offset)
-                elsewhere = (read.dy, read.left, read.nr_columns) != (0, 0, 1)
-                computed = len(source.reads) > 0  # x and known nodes are read from their buffers
-                read.at_hand = same_step and not elsewhere and computed
-                if not read.at_hand and not source.known:
+                here = (read.top, read.left, read.nr_rows, read.nr_columns) == (0, 0, 1, 1)
+                computed = len(source.reads) > 0  # x and what is known are read from their buffers
+                # A row stays in `latest` until the next one is begun.
+                there = source.offset == node.offset or source.by_rows
+                read.at_hand = here and computed and there and source.spacing == node.spacing
+                if computed and not read.at_hand:
                     buffered.add(source)
-                if read.weight is not None:
-                    source.grid = min(source.grid, read.apart)
-        for node in self.nodes:
-            for read in node.reads:
-                beyond = (-read.dy, read.dy, -read.left, read.right)  # no margin if below 0
-                entries = [pixels // read.source.grid for pixels in beyond]
-                read.source.margin = tuple(map(max, read.source.margin, entries))
+                beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
+                source.margin = tuple(map(max, source.margin, beyond))
         for node in buffered:
             above, below, left, right = node.margin
-            height, width = (side // node.grid for side in self.size)
+            height, width = self.size
             size = (self.n, above + height + below, left + width + right, node.channels)
-            node.buffer = weight.new_zeros(size)
+            node.buffer = zeros(size, weight)
 
     def steps(self):
         """Of each step in which something is due, in order: {group: Places to compute}. (In the
         light network from step -6 on.)"""
         due, waves_of = collections.defaultdict(dict), {}
         for group in {node.group for node in self.nodes}:
-            spacing, offset, strip = group
-            if (spacing, strip) not in waves_of:
-                waves_of[spacing, strip] = self.places_by_wave(spacing, strip)
-            for wave, places in waves_of[spacing, strip].items():
+            spacing, offset, by_rows = group
+            if (spacing, by_rows) not in waves_of:
+                waves_of[spacing, by_rows] = self.places_by_wave(spacing, by_rows)
+            for wave, places in waves_of[spacing, by_rows].items():
                 due[wave + offset][group] = places
         for step in sorted(due):
             yield due[step]
 
-    def places_by_wave(self, spacing, strip):
-        """{wave: Places}: where strips begin at lag r + c = wave."""
+    def places_by_wave(self, spacing, by_rows):
+        """{wave: Places}: what is due together, a diagonal or a row, begins at lag r + c = wave."""
         height, width = self.size
-        starts = collections.defaultdict(list)
-        for r, c in itertools.product(range(0, height, spacing), range(0, width, spacing * strip)):
-            starts[self.lag * r + c].append((r, c))
-        # The first one is the topmost; the others lie down the diagonal, without gaps, as strip
-        # divides the lag (strips).
-        return {wave: Places(*rc[0], len(rc), spacing, strip, self.lag)
-                for wave, rc in starts.items()}
+        rows, columns = range(0, height, spacing), range(0, width, spacing)
+        if by_rows:
+            return {self.lag * r: Places(r, 0, len(columns), 0, spacing) for r in rows}
+        waves = collections.defaultdict(list)
+        for r, c in itertools.product(rows, columns):
+            waves[self.lag * r + c].append((r, c))
+        # The first position is the topmost; the others lie down the diagonal, without gaps.
+        return {wave: Places(*positions[0], len(positions), spacing, -self.lag * spacing)
+                for wave, positions in waves.items()}
 
     def run_step(self, due):
         """Compute what is due, {group: Places}."""
-        set_threads(self, due)  # for speed alone
+        set_threads(self, due)
         groups = tuple(due)
         if groups not in self.nodes_of:
             self.nodes_of[groups] = [node for node in self.nodes if node.group in due]
@@ -2789,22 +2846,26 @@ class Plan:
 
     def compute(self, node, places):
         """The node's values at places, (n * positions, C)."""
+        values = [self.value(node, read, places) for read in node.reads]
         if node.function is not None:
-            return node.function(*[self.value(read, places) for read in node.reads])
-        total = node.bias  # (strips: None if it was split. Then its first read begins the sum)
-        for read in node.reads:
-            total = read.add(total, self.value(read, places))
+            return node.function(*values)
+        total = node.bias
+        for read, value in zip(node.reads, values):
+            # Without a bias the sum begins with a part that was computed before, see set_rows.
+            total = value if total is None else read.add(total, value)
         return total
 
-    def value(self, read, places):
-        """What is read at places, (n * positions, nr_columns * C)."""
+    def value(self, node, read, places):
+        """What node reads at places, (n * positions, nr_rows * nr_columns * C)."""
         source = read.source
         if not read.at_hand:
-            window = source.window(places, read.dy, read.left, read.nr_columns, read.apart)
-            return window.reshape(-1, read.nr_columns * source.channels)
-        if source.strip == places.strip:
+            window = source.window(places, read)
+            return window.reshape(-1, math.prod(window.shape[2:]))
+        if source.by_rows == node.by_rows:
             return source.latest
-        return of_strips(source, places)  # (strips)
+        # Of a row that was computed at once the one position that is due.
+        row = source.latest.view(self.n, -1, source.channels)
+        return row[:, places.column // source.spacing]
 
 
 def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
@@ -2818,35 +2879,30 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     # of a 2x2 cell would be drawn together. (CausalNet's lag is 2 or more anyway, as h_above reads
     # (r - 1, c + 1).)
     least_lag = factor.view.psi.cell if tight else 1
-    # (threads_for is for speed alone, see Strips.)
-    with threads_for(n * height * width * largest_layer(factor.net)):
-        embeddings = factor.embeddings(x_hat)
+    embeddings = factor.embeddings(x_hat)
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
-    with threads_for(math.inf):  # all for now, each step sets them; put back in the end
-        return sample_by(plan, factor, n, x_hat, draw, tight, shift, progress)
-
-
-def sample_by(plan, factor, n, x_hat, draw, tight, shift, progress):
-    """The loop: each step computes what is due; if pixels are, they are drawn, and written to x and
-    to the plan's x, on -1 .. 1 with the plane of ones."""
-    channels = factor.view.shape[0]
-    x = torch.zeros(n, *factor.view.shape, dtype=torch.uint8, device=factor.a_weight.device)
-    for due in plan.steps():
-        plan.run_step(due)
-        pixels = due.get(plan.output.group)
-        if pixels is None:
-            continue
-        rows, columns = pixels.starts()
-        params = plan.output.latest.double()
-        head = factor.head(params[:, :, None, None], shift)
-        interval_of = intervals_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
-        drawn = draw(head, rows, columns, interval_of).view(n, -1, channels)  # (n, count, C)
-        x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
-        unit = to_unit(drawn, factor.view.levels, factor.a_weight.dtype)
-        planes = F.pad(unit, (0, 1), value=1.0)  # (n, count, C + 1)
-        plan.x.window(pixels).copy_(planes[:, :, None, None])  # strips of 1, one column
-        if progress:
-            progress(n * pixels.count)
+    x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.a_weight.device)
+    try:
+        for due in plan.steps():
+            plan.run_step(due)
+            pixels = due.get(plan.output.group)
+            if pixels is None:
+                continue
+            rows, columns = pixels.positions()
+            params = plan.output.latest.double()
+            head = factor.head(params[:, :, None, None], shift)
+            interval_of = intervals_at(factor.view.psi, x, x_hat, rows, columns) if tight else None
+            drawn = draw(head, rows, columns, interval_of).view(n, -1, channels)  # (n, count, C)
+            x[:, :, rows, columns] = drawn.transpose(1, 2).to(torch.uint8)
+            # To the plan's x as well, on -1 .. 1 with the plane of ones. (Pixels not drawn yet are
+            # 0 there, -1 in sample_naive: what is computed does not read them.)
+            unit = to_unit(drawn, factor.view.levels, factor.a_weight.dtype)
+            planes = F.pad(unit, (0, 1), value=1.0)  # (n, count, C + 1)
+            plan.x.window(pixels).copy_(planes[:, :, None, None])
+            if progress:
+                progress(n * pixels.count)
+    finally:
+        torch.set_num_threads(plan.threads)  # which steps have changed
     return x
 
 
@@ -2881,161 +2937,225 @@ def intervals_at(psi, x, x_hat, rows, columns):
 
 # --- Tracing: what a network computes, as a list of nodes -----------------------------------------
 #
-# The network's own forward pass is run on an x that is no image but a Symbol: it computes nothing,
-# and each function that it is handed to is noted as a Node. For example
+# torch.fx runs the network's own forward pass on a stand-in for x, and notes what is called. A note
+# has a kind of call (op), what is called (target), and its arguments, which may be other notes:
 #
-#     v_first(x)       Node(reads=[Read(x, W_-2, dy=-2, left=-1, nr_columns=3),
-#                                  Read(x, W_-1, dy=-1, left=-1, nr_columns=3)], bias=b)
+#     v_first       call_module      "v_first"       (x,)
+#     h_above       call_module      "h_above"       (x,)
+#     h_left        call_module      "h_left"        (x,)
+#     add           call_function    operator.add    (h_above, h_left)
+#     concat_elu    call_function    concat_elu      (v_first,)
+#
+# (Loops and ifs run as ever, and are not noted: only what is called with a stand-in is.)
+# fx.Interpreter goes through the notes, calls its run_node for each, and keeps what that returns in
+# `env`. NodeMaker's run_node returns a Node in place of a tensor where something depends on x. (All
+# else, as what is made of f_w(X^) alone, is computed at once, for the whole image.)
+#
+#     v_first(x)       Node(reads=[Read(x, weight, top=-2, left=-1, nr_rows=2, nr_columns=3)], ..)
 #     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
-#     conv_in(a) + conv_aux(b)    one Node, with the Reads of both, and bias=b_in + b_aux
+#     conv_in(a) + conv_aux(b)    one Node, with the Reads of both, and bias=b_in + b_aux. (The two
+#                                 are Nodes first, which nobody reads then: traced drops them)
+#     conv_in(a) + conv_aux(e), where e is of f_w(X^), and so conv_aux(e) a tensor: likewise, and
+#                                 the tensor becomes a Node that has its buffer from the start
 #
 # CausalNet consists of Conv, +, concat_elu, gate and F.elu (and F.dropout, which does nothing
-# here). What is said here of numbers, keywords
-# and other functions is for networks of others.
+# here). What is said here of numbers, keywords and other functions is for networks of others.
 
 
 def traced(net, x, n, size, embeddings):
     """The Nodes of net(x, embeddings), x being a Node, for n images of size (H, W): in the order of
     computation, the output last. Raises Problem."""
-    recorder = Recorder(n, size, next(net.parameters()))
-    output = net(recorder.symbol(x), embeddings)
-    recorder.recorded.clear()  # Symbols and recorder hold each other, and so all buffers
-    if not isinstance(output, Symbol) or output.node.spacing > 1:
+    net = copy.copy(net)  # fx hangs constants that it meets on the module
+    # autowrap: concat_elu is noted as such, and not as the cat, neg and elu that it calls.
+    tracer = Tracer(autowrap_functions=(concat_elu, gate))
+    try:
+        with IN_TURN:
+            graph = tracer.trace(net)
+    except Problem:
+        raise
+    except Exception as error:  # it raises many kinds
+        raise Problem(f"sample_fast: torch.fx cannot trace the network: {error}") from None
+    maker = NodeMaker(net, graph, n, size)
+    output = maker.run(x, embeddings)
+    if not isinstance(output, Node) or output.spacing > 1:
         raise Problem("sample_fast: the network's output does not depend on x, or is smaller")
-    for node in recorder.nodes:
-        if size[0] % node.spacing or size[1] % node.spacing:
-            raise Problem(f"sample_fast: {size[0]}x{size[1]} cannot be halved as the network wants")
-    needed = {output.node}  # what sums have taken in is not
-    for node in reversed(recorder.nodes):
+    needed = {output}  # convolutions that a sum has taken in are read by nobody
+    for node in reversed(maker.nodes):
         if node in needed:
             needed.update(read.source for read in node.reads)
-    return [node for node in recorder.nodes if node in needed]
+    return [node for node in maker.nodes if node in needed]
 
 
-class Symbol(torch.Tensor):
-    """Stands for a node while a network is traced. Every function of torch looks at its arguments:
-    if one of them is a Symbol, it does not run, but calls __torch_function__ of that, and returns
-    what this returns. Functions of our own do not look: concat_elu(symbol) would run, and what it
-    calls would be recorded, or refused. The decorator wrap_torch_function makes such a function
-    look, at those arguments that its lambda returns, and be recorded as a whole. So
+class Tracer(torch.fx.Tracer):
+    """Notes a Conv as a whole; of other modules what they call.
 
-        conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
-                     -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
-        conv(tensor) -> a tensor, as ever: what does not depend on x is computed at once
+    While it traces, fx has changed calls of nn.Module, and what its attributes are, for all
+    threads: modules that another thread calls would be noted, too. So a call without a StandIn (see
+    there) among its arguments goes to the module as ever, and parameters are themselves.
     """
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        symbols = [a for a in args if isinstance(a, Symbol)]
-        if not symbols:
-            raise Problem(f"sample_fast: {function} takes values in a list or by keyword")
-        return symbols[0].recorder.record(function, args, kwargs or {})
+    def is_leaf_module(self, module, name):
+        return isinstance(module, Conv)
+
+    def call_module(self, module, forward, args, kwargs):
+        if any(isinstance(value, StandIn) for value in (*args, *kwargs.values())):
+            return super().call_module(module, forward, args, kwargs)
+        return forward(*args, **kwargs)
+
+    def getattr(self, name, value, proxies):
+        return value
+
+    def proxy(self, node):
+        return StandIn(node, self)
 
 
-class Recorder:
-    """Lists in `nodes` what a network computes, by a forward pass on Symbols. Equal expressions are
-    one node. Raises Problem for what cannot be computed position by position."""
+class StandIn(torch.fx.Proxy):
+    """Of a value, while fx traces. It would note x += 1 as x = x + 1, which is not the same where
+    x has a second name."""
 
-    def __init__(self, n, size, weight):
-        """weight: one of the network's, for its dtype and device."""
-        self.nodes, self.recorded, self.n, self.size, self.weight = [], {}, n, size, weight
+    def __iadd__(self, other):
+        raise Problem("sample_fast: +=, -=, *= and /= change a value in place: expected x = x + ..")
 
-    def symbol(self, node):
-        symbol = torch.empty(0).as_subclass(Symbol)
-        symbol.recorder, symbol.node = self, node
-        return symbol
+    __isub__ = __imul__ = __itruediv__ = __iadd__
 
-    def record(self, function, args, kwargs):
-        # (F.dropout hands its options on by keyword, in whatever way it was called.)
-        if function is F.dropout and not kwargs["training"]:
+
+class NodeMaker(torch.fx.Interpreter):
+    """Runs what fx has noted: what depends on x becomes a Node, all else is computed at once. Equal
+    expressions are one Node. Raises Problem for what cannot be computed position by position."""
+
+    def __init__(self, net, graph, n, size):
+        super().__init__(net, graph=graph)
+        self.extra_traceback = False  # a Problem's message is to stay as it is
+        self.weight = next(net.parameters())  # for its dtype and device
+        self.n, self.size, self.nodes, self.made = n, size, [], {}
+
+    def run_node(self, note):
+        """note: fx's Node, a call; it has no relation to ours."""
+        inputs = [self.env[each] for each in note.all_input_nodes]
+        if not any(isinstance(value, Node) for value in inputs):
+            # x and the embeddings, for which super returns what `run` was given; and what is called
+            # with tensors alone.
+            return super().run_node(note)
+        args, kwargs = self.fetch_args_kwargs_from_env(note)
+        function = note.target
+        # (torch hands fx the options of F.dropout by keyword, in whatever way it was called.)
+        if note.op == "output" or (function is F.dropout and not kwargs["training"]):
             return args[0]
-        # The same function of the same objects is one node, as concat_elu(v), which is called for
-        # h and by v's next block. (By ids, which are given again when an object is gone: so args
-        # are kept.)
+        if note.op == "call_module":
+            function = self.fetch_attr(function)  # it was a name
+        elif note.op == "call_method":
+            function = getattr(torch.Tensor, function)
+        # As concat_elu(v), which is called for h and by v's next block. (By ids, which are given
+        # again when an object is gone: so args are kept.)
         expression = (function, *map(id, args), *kwargs, *map(id, kwargs.values()))
-        if expression not in self.recorded:
-            if function is Conv.forward:  # torch hands over the decorated one; args: conv, Symbol
-                node = self.convolution(args[0], args[1].node)
-            else:
-                node = self.call(function, args, kwargs)
+        if expression not in self.made:
+            make = self.convolution if isinstance(function, Conv) else self.call
+            node = make(function, args, kwargs)
             self.nodes.append(node)
-            self.recorded[expression] = self.symbol(node), args, kwargs
-        return self.recorded[expression][0]
+            self.made[expression] = node, args, kwargs
+        return self.made[expression][0]
 
-    def convolution(self, conv, source):
-        """A Node that reads a row for each row of the kernel.
+    def convolution(self, conv, args, kwargs):
+        """A Node that reads what the kernel multiplies.
 
-        A kernel's columns are `apart` pixels apart: the source's spacing, or, where it doubles the
-        resolution, its own. Then values and the zeros between are read alike, as `up` means.
-
-            in out's row      0   1   2   3   4   5
-            source            a   0   b   0   c   0       out(1) = w_-1 a + w_0 0 + w_1 b
+        As `up` means it, a kernel of columns -1, 0, 1 that doubles the resolution makes of the row
+        a 0 b 0 c 0 out(1) = w_-1 a + w_0 0 + w_1 b: values and the zeros between are read alike.
         """
-        spacing, kernel = source.spacing * conv.stride, conv.weight()
+        x, = (*args, *kwargs.values())
+        spacing, kernel = x.spacing * conv.stride, conv.weight()
+        if conv.rows[1] > 0:
+            raise Problem("sample_fast: the network is not causal, or reads rows below")
         if conv.up and spacing == 1:
             raise Problem("sample_fast: values of more than the resolution of x")
         if conv.up:
-            # self.v has the kernel in reverse order
+            # conv.v begins with w of the last d, see Conv.convolve; here the first comes first.
             spacing, kernel = spacing // 2, kernel.flip(2, 3)
-        apart = min(source.spacing, spacing)
-        rows = kernel.permute(2, 0, 3, 1).flatten(2)  # (rows, F, columns * C)
-        (top, _), (left, right) = conv.rows, conv.columns
-        reads = [Read(source, weight, apart * (top + i), apart * left, right - left + 1, apart)
-                 for i, weight in enumerate(rows)]
-        return Node(spacing, len(conv.b), reads, bias=conv.b)
+        if any(side % spacing for side in self.size):
+            height, width = self.size
+            raise Problem(f"sample_fast: {height}x{width} cannot be halved as the network wants")
+        apart = min(x.spacing, spacing)
+        weight = kernel.permute(0, 2, 3, 1)  # (F, rows, columns, C)
+        nr_rows, nr_columns = weight.shape[1:3]
+        top, left = apart * conv.rows[0], apart * conv.columns[0]
+        read = Read(x, weight.flatten(2), top, left, nr_rows, nr_columns, apart)
+        return Node(spacing, len(conv.b), [read], bias=conv.b)
 
     def call(self, function, args, kwargs):
-        """A Node that is a sum, or calls any other function: in CausalNet concat_elu, gate, F.elu.
-        (`tried` tells the number of channels, too.)"""
-        spacings = {a.node.spacing for a in args if isinstance(a, Symbol)}
+        """A Node that calls any other function than a Conv.
+
+        In CausalNet:
+
+            conv_in(a) + conv_aux(b)    3, below
+            gate(x, y)                  4: all arguments are Nodes, and it is called as it is
+            elu(h, alpha=1.0)           4: with_values puts the value of h among the arguments
+
+        (map_aggregate replaces each element of lists in lists, ..)
+        """
+        # 1. The spacing of all Nodes among the arguments.
+        spacings, nodes = set(), []
+
+        def note_spacing(value):
+            if isinstance(value, Node):
+                spacings.add(value.spacing)
+
+        map_aggregate((args, kwargs), note_spacing)
         if len(spacings) > 1:
             raise Problem(f"sample_fast: {function} of values at two resolutions")
-        spacing = min(spacings)
-        operands = [self.node_or_number(a, spacing) for a in args]
-        nodes = [a for a in operands if isinstance(a, Node)]
-        plain = len(nodes) == len(operands) and not kwargs
-        # With a convolution in it one running total, see sum_of. (x + y is torch.Tensor.add.)
-        if function in (torch.add, torch.Tensor.add) and plain:
-            channels = max(node.channels for node in nodes)
-            fit = all(node.channels in (1, channels) for node in nodes)
-            if fit and any(node.is_sum for node in nodes):
-                return self.sum_of(nodes, channels)
-        # Undecorated: wrap_torch_function's version would look for Symbols in each step.
-        function = getattr(function, "__wrapped__", function)
-        called = function if plain else of_nodes(function, operands, kwargs)
+        spacing, = spacings
+
+        # 2. Tensors become Nodes, too. All Nodes are listed, in the order of the arguments.
+        def as_node(value):
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                value = self.known(value, spacing)
+            if isinstance(value, Node):
+                nodes.append(value)
+            return value
+
+        args, kwargs = map_aggregate((args, kwargs), as_node)
+        nodes_alone = len(nodes) == len(args) and not kwargs
+
+        # 3. A sum takes in its convolutions.
+        if function is operator.add and nodes_alone and any(node.is_sum for node in nodes):
+            if nodes[0].channels == nodes[1].channels:
+                return self.sum_of(nodes)
+
+        # 4. Any other function is tried.
+        def with_values(*values):
+            """The function with values in the places of Nodes."""
+            left = iter(values)
+            filled = map_aggregate(
+                (args, kwargs), lambda a: next(left) if isinstance(a, Node) else a)
+            return function(*filled[0], **filled[1])
+
+        called = function if nodes_alone else with_values
         channels = self.tried(called, nodes)
         if channels is None:
             raise Problem(f"sample_fast: {function} is no function of values at one position")
         return Node(spacing, channels, list(map(Read, nodes)), called)
 
-    def node_or_number(self, value, spacing):
-        """The Node of a Symbol; one for known values (n, C, H, W), or what can be broadcast to
-        that; numbers as they are."""
-        if isinstance(value, Symbol):
-            return value.node
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            return value
-        channels = value.shape[-3] if value.dim() > 2 else 1
-        try:
-            values = value.expand(self.n, channels, *(side // spacing for side in self.size))
-        except RuntimeError:
-            raise Problem(f"sample_fast: a tensor {tuple(value.shape)} is no image") from None
-        values = values.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        return Node(spacing, channels, known=True, buffer=values)
-
-    def sum_of(self, nodes, channels):
+    def sum_of(self, nodes):
         """Convolutions are taken into the sum: h_above(x) + h_left(x) is one running total in place
         of two results and an addition. (What was taken in is left out by `traced`.)"""
-        total = Node(nodes[0].spacing, channels, bias=0)
+        total = Node(nodes[0].spacing, nodes[0].channels, bias=0)
         for node in nodes:
-            if not node.is_sum or node.channels < channels:  # fewer: they are broadcast
-                total.reads.append(Read(node))
-            else:
+            if node.is_sum:
                 total.bias = total.bias + node.bias
                 total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
-        # Products come last. (The order decides how sums are rounded: .pxa files depend on it.)
-        total.reads.sort(key=lambda read: read.weight is not None)
+            else:
+                total.reads.append(Read(node))
         return total
+
+    def known(self, value, spacing):
+        """A Node of what is known from the start: (n, C, H, W), or what can be broadcast to it."""
+        channels = value.shape[-3] if value.dim() > 2 else 1
+        height, width = self.size
+        try:
+            values = value.expand(self.n, channels, height // spacing, width // spacing)
+        except RuntimeError:
+            raise Problem(f"sample_fast: a tensor {tuple(value.shape)} is no image") from None
+        buffer = value.new_zeros(self.n, height, width, channels)
+        buffer[:, ::spacing, ::spacing] = values.permute(0, 2, 3, 1)
+        return Node(spacing, channels, by_rows=True, buffer=buffer)
 
     def tried(self, function, nodes):
         """How many channels it returns, or None if it will not do.
@@ -3059,180 +3179,16 @@ class Recorder:
             return None
 
 
-def of_nodes(function, operands, kwargs):
-    """The function of those operands' values that are Nodes; what else is given is put in."""
-
-    def of_values(*values):
-        left = iter(values)
-        return function(*[next(left) if isinstance(a, Node) else a for a in operands], **kwargs)
-
-    return of_values
-
-
 def as_list(images):
     """(N, C, H, W) as the list of all positions, (N H W, C)."""
     return images.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-# --- Strips: the same sums in larger products --------------------------------------------------
+# --- Products and threads: nothing of the method comes here ------------------------------------
 #
-# Strips change nothing but the speed: one large product takes half the time of many small ones.
-# When (r, c) is due, the image row above has long been computed up to some column right of c, as it
-# is lag steps ahead. So a convolution can be split,
-#
-#     out = [bias + what is known of X^ + most of the kernel rows above] + the other kernel rows
-#
-# and the bracket computed for a *strip* of neighbours when the first of them is due.
-#
-#     row r - 1    x x x x x x x x x x     what a strip reads (a kernel of 3 columns)
-#     row r          o o o o o o o o       a strip: 8 sums, each kept until its position is due
-#
-# **How long is a strip?** At lag 8 and width 16 it is of 8 positions. What is due, at offset 0:
-#
-#     step 8     (0, 8)  (1, 0)      two strips begin, (0, 8..15) and (1, 0..7)
-#     step 9     (0, 9)  (1, 1)      number 1 of both
-#     ..
-#     step 15    (0, 15) (1, 7)      number 7 of both
-#     step 16    (1, 8)  (2, 0)      the next two begin
-#
-# All strips of a diagonal begin in the same step, so that they are one product; and then the same
-# number of each is due. For that c % strip must be the same at (r, c), (r + 1, c - lag), ..: a
-# strip's length must divide the lag. And it must divide the width, so that a row is a number of
-# strips. So it is their greatest common divisor: at lag 8, 8 if the width is 128, and 4 if it is
-# 12.
-#
-# For example h's second convolution in a block, at lag 8 and 16x16.
-#
-#     traced     a Node that is the sum of two Reads, kernel rows -1 and 0, each of columns -1 and 0
-#     offset     0, as h's readers read nothing to their right
-#     strips     of 8. Row -1 goes to a new Node: early = bias + row -1; and node = early + row 0
-#     at step 8  node is due at (0, 8) and (1, 0), Places(row=0, column=8, count=2, .., strip=1).
-#                Before it comes `early` in the strips that begin there, the same with strip=8: in
-#                its `latest` 0..7 are (0, 8..15), and 8..15 are (1, 0..7). They are in use up to
-#                step 15. Plan.compute comes to
-#                    early.latest = bias + window(row -1) W_-1^T
-#                    node.latest = numbers 0 and 8 of early.latest + window(row 0) W_0^T
-#     at step 9  (0, 9) and (1, 1) are due, and node: numbers 1 and 9 of early.latest + ..
-#
-# **Which kernel rows are in the bracket?** Those whose rightmost read has been computed when the
-# strip begins. For example the strip (r, 0..7) of v_first, at lag 8, begins at step 8 r - 6. By its
-# kernel row -2 it reads up to pixel (r - 2, 8), which is there from step 8 (r - 2) + 8 + 1 = 8 r -
-# 7 on: in time. By row -1 it reads up to (r - 1, 8), there from 8 (r - 1) + 8 + 1 = 8 r + 1 on:
-# late.
-#
-# In general the strip from (r, c) on begins at step lag r + c + offset. By a kernel row dy it reads
-# up to a last column of source, say 6. If source is in strips, say of 4, columns 4..7 are computed
-# when 4 is due: so column 4 has to be waited for. Let `ready` be that, 4; or, if source is computed
-# position by position, the last column, 6. (Sources are decided before their readers, so it is
-# known which.) The kernel row is in time if
-#
-#     lag (r + dy) + ready + offset_source <= lag r + c + offset
-#
-# At lag 8, in strips of 8, c = 0, without the lag r of both sides. `ready` is the last column, 7 +
-# dx: each source here is a sum with a kernel row that is late, or made of such, or x, and so is
-# computed position by position:
-#
-#     kernel row        ready   offset_source   lag dy + ready + that   <= offset?
-#     v_first, -1       7 + 1         x:  1          -8 + 8 + 1 =  1       -6      late
-#     v_first, -2       7 + 1         x:  1         -16 + 8 + 1 = -7       -6      in time
-#     in v, -1          7 + 1         v: -6          -8 + 8 - 6 = -6       -5      in time
-#     in h, -1          7 + 0         h:  0          -8 + 7 + 0 = -1        0      in time
-#     h_above, -1       7 + 1         x:  1          -8 + 8 + 1 =  1        0      late
-#     h_left, -1        7 - 1         x:  1          -8 + 6 + 1 = -1        0      in time
-#
-# (in v: the first layer of block 1, from -6 to -5; the next ones are from -5 to -4, .., and compare
-# alike.) For kernel row 0 the left side is 8 more, and so always late, as it is for what h reads of
-# v: these are multiplied position by position.
-#
-# **A strip that is a row.** v reads rows above alone. So a row of v can be computed at once, when
-# the row above of x is complete. If the smallest lag is the width W or more, pixels are drawn one
-# by one, and a larger lag costs nothing: each node is still computed once at each position, only in
-# other steps. So for that the lag is made
-#
-#     a multiple of W             as then gcd(lag, W) = W: a strip is a row
-#     smallest + W, or larger     as then row r - 1 of x is complete when row r of v_first begins
-#                                 (smallest + W - 2 would do; W is simpler, and costs nothing)
-#
-# For v_first at (r, 0) reads up to pixel (r - 1, 1), which at the smallest lag is just in time; and
-# the row's last pixel comes W - 2 steps later. Say W = 4, the smallest lag 8, and 12 is taken:
-#
-#     lag 8     v_first at (r, 0) is due at step 8 r - 6; pixel (r - 1, 1) is there from step
-#               8 (r - 1) + 1 + 1 = 8 r - 6 on, but (r - 1, 3) from 8 r - 4 on, 2 steps too late
-#     lag 12    it is due at step 12 r - 6; and (r - 1, 3) is there from 12 (r - 1) + 3 + 1 =
-#               12 r - 8 on: in time
-#
-# So v_first is computed a row at a time. v's next layer reads its rows r - 1 and r. Row r is one
-# strip, so that all of it is there as soon as its column 0 is: ready = 0. And so on through v. At
-# lag 12, W = 4, in strips of 4 (beyond column 3 are zeros, always there):
-#
-#     kernel row        ready   offset_source   lag dy + ready + that   <= offset?
-#     v_first, -1         3           x:  1         -12 + 3 + 1 = -8       -6      in time
-#     in v, 0             0           v: -6           0 + 0 - 6 = -6       -5      in time
-#     h_left, 0         3 - 1         x:  1           0 + 2 + 1 =  3        0      late
-#
-# h waits for x of its own row. (In somebody else's network smallest + W may not be enough; then
-# fewer sums are in strips, that is all.)
-
-
-def lag_for_strips(smallest, width):
-    """The lag if the smallest one is the width or more: see above."""
-    return width * math.ceil((smallest + width) / width)
-
-
-def set_strips(plan):
-    """Which nodes of a Plan are computed in strips. When a strip begins, there may be
-
-        all that a node reads    then it is computed in strips
-        some of that             then, if it is a sum, it is split in two: this part becomes a new
-                                 node, computed in strips; the node keeps the other reads, and reads
-                                 the new node first
-        nothing                  then it is computed position by position
-
-    The output is not in strips, as it is wanted at the pixels of each step alone.
-    """
-    nodes, plan.nodes = plan.nodes, []
-    for node in nodes:  # sources before readers: in_time asks for source.strip
-        # In a row there are width / spacing positions; and a diagonal goes lag of them to the left
-        # with each row down.
-        strip = math.gcd(plan.lag, plan.size[1] // node.spacing)
-        early = [read for read in node.reads if in_time(plan, node, read, strip)]
-        late = [read for read in node.reads if read not in early]
-        multiplies = any(read.weight is not None for read in early)  # mere sums gain nothing
-        if not late and node is not plan.output:
-            node.strip = strip
-        elif multiplies and strip > 1:
-            # But for these a copy of node, its offset and its bias included.
-            early_node = dataclasses.replace(node, reads=early, strip=strip)
-            node.reads, node.bias = [Read(early_node), *late], None
-            plan.nodes.append(early_node)
-        plan.nodes.append(node)
-
-
-def in_time(plan, node, read, strip):
-    """Whether, for each strip in a row of node, all that it reads is there when it begins: the
-    inequality above, for each `first` in place of c."""
-    source, width = read.source, plan.size[1]
-    if source.known:
-        return True
-    for first in range(0, width, node.spacing * strip):
-        # Beyond the last column of the image are zeros, always there.
-        last = min(first + node.spacing * (strip - 1) + read.right, width - 1)
-        ready = last - last % (source.spacing * source.strip)
-        if plan.lag * read.dy + ready + source.offset > first + node.offset:
-            return False
-    return True
-
-
-def of_strips(source, places):
-    """Of source.latest, strips, the position of each that is due at `places`. (They stand in the
-    same order, as all strips of a diagonal begin in the same step.)"""
-    strips = source.latest.view(-1, source.strip, source.channels)
-    return strips[:, places.column // source.spacing % source.strip]
-
-
-# From here to Command line: by which library, and by how many threads, products are computed. No
-# later text depends on it, and no result but by rounding. (.pxa files depend on that: the machine
-# that reads them must round as the one that wrote them.)
+# By which library, and by how many threads, products are computed. No result depends on it but by
+# rounding. (.pxa files depend on that: the machine that reads them must round as the one that wrote
+# them.)
 
 
 def choose_products(plan):
@@ -3240,46 +3196,30 @@ def choose_products(plan):
     position}, for set_threads."""
     work = collections.Counter()
     for node in plan.nodes:
-        # Rows that a diagonal crosses, as it goes lag columns to the left in each.
-        per_diagonal = max(1, plan.size[1] // node.spacing // plan.lag)
+        # Positions on a diagonal, which goes lag columns to the left in each row; or in a row.
+        width = plan.size[1] // node.spacing
+        positions = width if node.by_rows else max(1, width // plan.lag)
         for read in node.reads:
-            read.add = sum_with
             if read.weight is not None:
-                read.add = product(read.weight, plan.n * per_diagonal * node.strip)
+                read.add = product(read.weight.flatten(1), plan.n * positions)
                 work[node.group] = max(work[node.group], plan.n * read.weight.numel())
     return work
 
 
-def sum_with(total, value):
-    return value if total is None else total + value
-
-
 def set_threads(plan, due):
-    """The number of threads for a step: all, or one."""
-    work = [plan.work[group] * places.count * places.strip for group, places in due.items()]
-    torch.set_num_threads(plan.threads if worth_threads(max(work)) else 1)
+    """The number of threads for a step: all, or one. Small products gain little from more, and
+    beside other load threads wait long for each other."""
+    work = max(plan.work[group] * places.count for group, places in due.items())
+    torch.set_num_threads(plan.threads if work > 20_000_000 else 1)
 
 
-def largest_layer(net):
-    """Multiplications at a position."""
-    return max((conv.v.numel() for conv in net.modules() if isinstance(conv, Conv)), default=0)
-
-
-@contextlib.contextmanager
-def threads_for(work):
-    """All threads, or one, for so much work; in the end as many as before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if worth_threads(work) else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def worth_threads(work):
-    """Whether layers or products of at most so many multiplications are shared between threads.
-    Small ones gain little from that, and beside other load threads wait long for each other."""
-    return work > 60_000_000
+def zeros(size, weight):
+    """weight.new_zeros(size), but memory is taken only where something is written: not between the
+    values of half the resolution."""
+    if weight.device.type != "cpu":
+        return weight.new_zeros(size)
+    memory = np.zeros(math.prod(size) * weight.element_size(), np.uint8)
+    return torch.from_numpy(memory).view(weight.dtype).view(size)
 
 
 def product(weight, positions):
@@ -3325,9 +3265,9 @@ def product(weight, positions):
 #
 #     the folder      no flag        --resume             --factor K
 #     is new          a new run      refused              a new run, of which this is one factor
-#     has a run       refused        goes on, if flags    begins factor K of it, if that is missing
-#                                    do not contradict    and flags do not contradict (with --resume
-#                                                         as well: goes on with factor K alone)
+#     has a run       refused        goes on, if flags    begins factor K of it, if flags do not
+#                                    do not contradict    contradict (refused if it is there; with
+#                                                         --resume as well: goes on with it alone)
 #
 # Then train_factor goes on from what there is: with a finished factor it makes no step, and one
 # without a checkpoint begins. Several machines may train factors of one run in one folder at the
@@ -3385,7 +3325,7 @@ def plan_run(args, out):
 
 def new_run(fields):
     if "minutes" in fields:
-        fields["steps"] = (0,)
+        fields["steps"] = (0,)  # those of the preset would come first, see Config
     # A size that does not fit is refused before images are read ("meta": weights without numbers).
     if "size" in fields:
         with torch.device("meta"):

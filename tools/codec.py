@@ -139,17 +139,14 @@ def ideal_bits(model, x, tight=True):
 # Magic, mark of the model; the image's CRC, height and width; tight. Then come the words, of the
 # image as it is padded, and a CRC of all before it. Numbers are little-endian.
 HEADER = struct.Struct("<4s8sIII?")
-MAGIC = b"PXA3"
+MAGIC = b"PXA4"  # changes with the order of sums: files need it as it was
 
 
 def mark_of(model):
     """8 bytes that depend on every weight and on what it is used for, not on the size of images."""
     config = model.config
-    first, _ = config.layout_embed[0]
-    # Counted as when the first files were written, from X^.
-    layout_embed = tuple((halved - first, blocks) for halved, blocks in config.layout_embed)
     use = (config.model, len(model.views), config.levels, config.look_right, config.layout,
-           config.layout_cond, config.layout_light, layout_embed)
+           config.layout_cond, config.layout_light, config.layout_embed)
     digest = hashlib.sha256(repr(use).encode())
     for name, weight in model.state_dict().items():
         digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())

@@ -266,7 +266,7 @@ def draw(args, given, tight):
         def show(pixels):
             if not bar.n:
                 bar.unpause()  # the rate is that of drawing, without what is prepared for it
-            bar.update(pixels)
+            bar.update(min(pixels, bar.total - bar.n))  # shares of bands add up to a little more
 
         how = drawing.How(
             args.seed or 0, args.mode, args.shift, tight, args.naive, candidates, show)

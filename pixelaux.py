@@ -130,7 +130,7 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. Required: high >= 0, low
     <= top sum(weights), and high - low + 1 >= each weight, as else low .. high might have no
-    multiple of one (it has 4 numbers for Half, 4096 for Gray). -> lists lo, hi.
+    multiple of some weight (it has 4 numbers for Half, 4096 for Gray). -> lists lo, hi.
 
     No interval is empty; who does not doubt it may go on. Suppose that before v, with `rest` what
     those after v can add,
@@ -302,7 +302,8 @@ def log_mass(means, log_scales, lo, hi, levels):
 
 
 def pick(log_weights, u):
-    """Draw an index in dim 1 by inverse cdf. log_weights: (N, K, H, W), any scale; u: (N, H, W)."""
+    """Draw an index in dim 1 by inverse cdf. log_weights: (N, K, H, W), up to a constant; u: (N, H,
+    W)."""
     cdf = log_weights.softmax(1).cumsum(1)
     # Times the last value, which is 1 but for rounding.
     index = (cdf < u.unsqueeze(1) * cdf[:, -1:]).sum(1, keepdim=True)
@@ -350,7 +351,8 @@ class LogisticMixture:
         by_channel[:, k : 2 * k] = -2.5
 
     def means_given(self, c, x):
-        """Means of channel c given x, the list of the channels before, (N, 1, H, W) each."""
+        """Means of channel c given x, a list that begins with the channels before, (N, 1, H, W)
+        each."""
         means = self.means[:, c]  # (N, K, H, W)
         for j in range(c):
             unit = to_unit(x[j], self.levels, means.dtype)
@@ -432,7 +434,8 @@ class LogisticMixture:
         Without cuts one component serves all channels. Here one is drawn anew for each, then a
         value from it, within the interval. For r was drawn by component k with a probability in
         proportion to w_k m_k(r); but by p'(g | r), see log_prob, g must come from k in proportion
-        to w_k m_k(r) M_k(g's interval | r), as the mixture is cut as a whole. Say
+        to w_k m_k(r) M_k(g's interval | r). (So one draws from a mixture that is cut as a whole:
+        component k by its weight times M_k, then a value of k within the interval.) Say
 
                                                     of r                              of g
                                       w      m(r)    w m(r)    M(g's interval | r)    w m(r) M
@@ -562,7 +565,7 @@ class Conv(nn.Module):
         up                      out(p) = b + sum over d of w_d in((p + d) / 2)  where that is whole
 
     d = (dy, dx) runs over rows x columns, and `in` is 0 outside the image. Causality is a matter of
-    the two ranges:
+    the two ranges (others multiply a larger kernel by a mask: a masked convolution):
 
         VERTICAL   HORIZONTAL     v_first    h_above    h_left
          x x x        x x          x x x      x x x       x
@@ -614,8 +617,9 @@ class Conv(nn.Module):
         height, width = x.shape[2:]
         if self.up:
             # torch adds weight[j] in(q) to its output 2 q + j, j = 0, 1, .. We want w_d in(q) in
-            # out(2 q - d). So let weight[j] be w_d with d = last - j: torch's output is 2 q - d +
-            # last, which is ours, `last` further on. In a row with d = -1, 0, 1:
+            # out(2 q - d). So of these weights weight[j] is w_d with d = last - j (nothing is
+            # reversed for that: it is what they are called): torch's output is 2 q - d + last,
+            # which is ours, `last` further on. In a row with d = -1, 0, 1:
             #
             #     weight[0] = w_1       to its output 2 q        wanted in 2 q - 1
             #     weight[1] = w_0                     2 q + 1              2 q
@@ -1217,7 +1221,8 @@ def noise_for(seed, k, images, shape):
     return torch.from_numpy(noise).clamp_(1e-16)  # as the logit of 0 is infinite
 
 
-# Modes of modules, flags of cuDNN, and fx while it traces are of all threads: they come in turn.
+# Modes of modules, flags of cuDNN, and fx while it traces (see Tracer), are of all threads: these
+# come in turn.
 IN_TURN = threading.RLock()
 
 
@@ -1515,9 +1520,8 @@ def log_pmf_of(noise, pmf):
 @dataclasses.dataclass
 class Dataset:
     """train, test: uint8 (N, H, W, 3), arrays or Rows (see there); train is None if `shapes` makes
-    images on the fly. held_out: see holding_out. flip: whether mirror images are as good, what a
-    new run's Config.flip is if no flag says otherwise (`batch` goes by its argument).
-    fingerprint: of all images."""
+    images on the fly. held_out: see holding_out. flip: what Config.flip is of a new run on these
+    data, if no flag says otherwise. fingerprint: of all images."""
 
     train: object
     test: object
@@ -1926,8 +1930,6 @@ def progress_bar(iterable=None, **options):
 #                                                       steps; at a signal
 #     stop                                              at a signal
 #     pictures                                          each quarter
-#
-# (It goes on from any factor-k.pt that it finds. plan_run lets it find one only with --resume.)
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -2462,8 +2464,8 @@ def save_samples(model, views, path, given=0):
 #
 # **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
 # one is its *reader*, the other one the *source*. At (r, c) a node is computed at step lag r + c +
-# offset. A value of offset -2 exists two steps before its pixel is drawn; in other words,
-# in the step that draws (r, c) it is computed at (r, c + 2): lag r + (c + 2) - 2 = lag r + c.
+# offset. So with offset -2 it is two steps ahead of the pixels: at lag 8 step 24 draws pixel (0,
+# 24), and computes the node at (0, 26), as 26 - 2 is 24.
 #
 # Say a reader is v's last convolution, at offset 0, and (r, c) is of wave 24. It reads its source
 # at (r, c + 1), of wave 25, which is computed at step 25 + offset_source. That must be 24 or less,
@@ -2495,10 +2497,10 @@ def save_samples(model, views, path, given=0):
 #               (then the pixel is        block 3    block 2    block 2
 #               drawn)
 #
-# (These kernels read the row above as well, dy = -1. That deadline is later by the lag, and so not
-# the earliest. Of x it may be, see below.) Why as late as possible? If v's end were computed 3
-# steps earlier than needed, all of v, and at last x, would have to come 3 earlier, and the lag
-# would be 11.
+# (These kernels read the row above as well, dy = -1. That deadline is later by the lag, so it does
+# not count; for x, of which v_first reads rows above alone, it does.) Why as late as possible? If
+# v's end were computed 3 steps earlier than needed, all of v, and at last x, would have to come 3
+# earlier, and the lag would be 11.
 #
 # What decides the lag? The step of x is not chosen, it is given. Pixel (r, c) is drawn at the end
 # of step lag r + c, after all that this step computes, so that the next step is the first that may
@@ -2515,7 +2517,8 @@ def save_samples(model, views, path, given=0):
 # 8, and in PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing
 # else changes, but that steps in which nothing is due are left out. So a larger lag costs nothing,
 # and one is taken that is far larger: then a row is complete, with all values of the network,
-# before the next one is begun.
+# before the next one is begun. (At lag W the first values of v in the next row, at offset -6, would
+# come before the last pixels of this one.)
 #
 # **A row at once.** In raster order a step has one position, so its products are small; and one
 # large product takes half the time of many small ones. Now v depends on the rows above alone: so a
@@ -2573,6 +2576,16 @@ def save_samples(model, views, path, given=0):
 # At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at (5,
 # 5), all that has offset 0 at (5, 4), and after it pixel (5, 4) is drawn; and the same in row 4,
 # four columns further to the right, ..
+#
+# The same network in raster order:
+#
+#     when a row is begun       v's nodes, from v_first to the last concat_elu
+#                               new: bias + h_above(x) + row -1 of h_left(x)
+#                               new: bias + row -1 of h's conv_in + v by a conv_aux
+#                               new: bias + row -1 of h's conv_out
+#     for each of its pixels    the first new one + row 0 of h_left(x);  concat_elu
+#                               the second + row 0 of conv_in;  concat_elu
+#                               the third + row 0 of conv_out;  gate; elu; last;  the pixel
 
 
 FAR = 2**20  # a lag at which a row is complete long before the next is begun
@@ -2656,7 +2669,7 @@ class Node:
     bias: torch.Tensor | None = None  # (C,)
     # Decided in Plan:
     offset: int = 0
-    by_rows: bool = False  # computed a row at once; or known from the start
+    by_rows: bool = False  # there when a row is begun: computed a row at once, or known
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if read elsewhere or later
     latest: torch.Tensor | None = None  # the values computed last, (n * positions, C)
@@ -2699,8 +2712,8 @@ class Node:
         above, _, before, _ = self.margin
         start = (places.row + read.top + above) * next_row
         start += (places.column + read.left + before) * next_column
-        # (Of one place it is not used. There it may be below 0, at a lag of W or more, which torch
-        # refuses.)
+        # Of one place alone this is not used. In raster order it would be below 0, which torch
+        # refuses.
         next_place = max(0, places.down * next_row + places.right * next_column)
         size = (len(self.buffer), places.count, read.nr_rows, read.nr_columns, self.channels)
         strides = (next_image, next_place, read.apart * next_row, read.apart * next_column, 1)
@@ -2710,8 +2723,8 @@ class Node:
 class Plan:
     """What is computed when, for n images of size (H, W), and how. Raises Problem.
 
-    nodes: in the order of computation within a step, without x and what is known from the start,
-    which they read, but which is not computed; the last one is the output.
+    nodes: all that is computed, sources before readers, the output last. (Without x and what is
+    known from the start, which are only read.)
     least_lag: see sample_fast.
     """
 
@@ -2728,7 +2741,8 @@ class Plan:
         for node in self.nodes:
             node.offset = offsets[node]
         self.allocate(next(net.parameters()))
-        self.work = choose_products(self)  # for set_threads
+        # Gives reads their `add`. work: how much there is to do, for set_threads. (For speed.)
+        self.work = choose_products(self)
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def smallest_lag(self, least_lag):
@@ -2743,11 +2757,14 @@ class Plan:
     def offsets(self, lag):
         """{node: the latest offset that serves all its readers}, from the output back. (For x that
         is a deadline only, see What decides the lag.)"""
-        # No later than the width: so in raster order a row is complete before the next is begun.
+        # Each node begins with W, and its readers make it less. (That of a node which is read from
+        # the next row alone stays so: in raster order a row is complete before the next is begun.)
         offsets = collections.defaultdict(lambda: self.size[1], {self.output: 0})
         for node in reversed(self.nodes):
             if node.by_rows:
-                offsets[node] = -FAR // 2  # when the row is begun
+                # When the row is begun: after all steps of the row before, FAR earlier, and before
+                # all others of its own.
+                offsets[node] = -FAR // 2
             for read in node.reads:
                 # Of what a kernel reads lag dy + dx is largest on the lower right.
                 deadline = offsets[node] - (lag * read.bottom + read.right)
@@ -2777,7 +2794,7 @@ class Plan:
             multiplies = any(read.weight is not None for read in early)  # mere sums gain nothing
             if not late and node is not self.output:
                 node.by_rows = True
-            elif multiplies:  # and so is a sum; other functions of what is late stay as they are
+            elif multiplies:  # a sum: no other node has weights, or can be split
                 early_node = dataclasses.replace(node, reads=early, by_rows=True)
                 node.reads, node.bias = [Read(early_node), *late], None
                 self.nodes.append(early_node)
@@ -2989,9 +3006,9 @@ def traced(net, x, n, size, embeddings):
 class Tracer(torch.fx.Tracer):
     """Notes a Conv as a whole; of other modules what they call.
 
-    While it traces, fx has changed calls of nn.Module, and what its attributes are, for all
-    threads: modules that another thread calls would be noted, too. So a call without a StandIn (see
-    there) among its arguments goes to the module as ever, and parameters are themselves.
+    While it traces, fx has replaced nn.Module.__call__ and __getattr__, for all threads: what
+    another thread calls would be noted, too. So here a call goes on as ever if no StandIn is among
+    its arguments (call_module), and a parameter is a tensor as ever (getattr).
     """
 
     def is_leaf_module(self, module, name):
@@ -3030,7 +3047,11 @@ class NodeMaker(torch.fx.Interpreter):
         self.n, self.size, self.nodes, self.made = n, size, [], {}
 
     def run_node(self, note):
-        """note: fx's Node, a call; it has no relation to ours."""
+        """note: of one call. -> what it returns: a Node, if a Node is among its arguments.
+
+        Of a Conv `convolution` makes it, of all else `call`; the same function of the same
+        arguments, as concat_elu(v), which is called for h and by v's next block, is the same Node.
+        """
         inputs = [self.env[each] for each in note.all_input_nodes]
         if not any(isinstance(value, Node) for value in inputs):
             # x and the embeddings, for which super returns what `run` was given; and what is called
@@ -3045,8 +3066,7 @@ class NodeMaker(torch.fx.Interpreter):
             function = self.fetch_attr(function)  # it was a name
         elif note.op == "call_method":
             function = getattr(torch.Tensor, function)
-        # As concat_elu(v), which is called for h and by v's next block. (By ids, which are given
-        # again when an object is gone: so args are kept.)
+        # (By ids, which are given again when an object is gone: so args are kept.)
         expression = (function, *map(id, args), *kwargs, *map(id, kwargs.values()))
         if expression not in self.made:
             make = self.convolution if isinstance(function, Conv) else self.call
@@ -3085,9 +3105,11 @@ class NodeMaker(torch.fx.Interpreter):
 
         In CausalNet:
 
-            conv_in(a) + conv_aux(b)    3, below
-            gate(x, y)                  4: all arguments are Nodes, and it is called as it is
-            elu(h, alpha=1.0)           4: with_values puts the value of h among the arguments
+            conv_in(a) + conv_aux(b)    by 3, below
+            gate(x, y)                  by 4: all arguments are Nodes, it is called as it is
+            elu(h, alpha=1.0)           by 4: with_values(value) is elu(value, alpha=1.0)
+
+        1, and that functions are tried, is there to refuse what other networks may do.
 
         (map_aggregate replaces each element of lists in lists, ..)
         """
@@ -3463,7 +3485,8 @@ def start_from(model, run):
 
 
 def begin(out, config, factors, data, args, device):
-    """Write down what is trained, by which command, and on what.
+    """Write down what is trained, by which command, and on what: config.json, digests.npy and a
+    line of commands.jsonl. What is checked is for two processes that plan at the same time:
 
     plan_run has looked without a lock, and may have read data for minutes since. Say --factor 0 and
     --factor 1 are begun at once, and both are planned as new runs. The second one to come here

@@ -2757,13 +2757,13 @@ class Plan:
     def offsets(self, lag):
         """{node: the latest offset that serves all its readers}, from the output back. (For x that
         is a deadline only, see What decides the lag.)"""
-        # Each node begins with W, and its readers make it less. (That of a node which is read from
-        # the next row alone stays so: in raster order a row is complete before the next is begun.)
-        offsets = collections.defaultdict(lambda: self.size[1], {self.output: 0})
+        # Each node begins with FAR / 4, and its readers make it less. (Those in the next row do not
+        # count: in raster order a row is complete before the next one is begun.)
+        offsets = collections.defaultdict(lambda: FAR // 4, {self.output: 0})
         for node in reversed(self.nodes):
             if node.by_rows:
-                # When the row is begun: after all steps of the row before, FAR earlier, and before
-                # all others of its own.
+                # When the row is begun: before all others of its own, and after those of the row
+                # before, which are FAR earlier.
                 offsets[node] = -FAR // 2
             for read in node.reads:
                 # Of what a kernel reads lag dy + dx is largest on the lower right.

@@ -1333,6 +1333,23 @@ class Hourglass(nn.Module):
         return self.head(pixelaux.gate(h, self.up(F.elu(low))))
 
 
+class LooksAhead(nn.Module):
+    """Values that see far to the right in their own row, more than that is wide, are read from the
+    row below alone."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.first = Conv(c_in, 4, rows=(0, 0), columns=(-1, 1))
+        self.right, self.more = (Conv(4, 4, rows=(-1, 0), columns=(-2, 2)) for _ in range(2))
+        self.above = Conv(4, 4, rows=(-1, -1), columns=(-1, 1))
+        self.left = Conv(c_in, 4, rows=(0, 0), columns=(-2, -1))
+        self.head = Conv(4, c_out, rows=(0, 0), columns=(0, 0), gain=2.0)
+
+    def forward(self, x, embeddings=()):
+        row = self.more(torch.tanh(self.right(torch.tanh(self.first(x)))))
+        return self.head(F.elu(self.above(torch.sin(row)) + self.left(x)))
+
+
 class LooksDown(nn.Module):
     """Its first layer sees the rows from the second above on; its second one looks a row down."""
 
@@ -1372,7 +1389,8 @@ class UsedTwice(nn.Module):
     (OneStream, (6, 20), 3), (OneStream, (5, 3), None), (OneStream, (7, 1), None),
     (UsedTwice, (5, 9), 3), (UsedTwice, (5, 3), None),
     (OneConvolution, (5, 7), 1), (OneConvolution, (4, 1), None), (OneConvolution, (1, 1), None),
-    (RowsAbove, (5, 9), 3), (RowsAbove, (5, 2), None),
+    (RowsAbove, (5, 9), 3), (RowsAbove, (5, 2), None), (LooksAhead, (4, 12), 7),
+    (LooksAhead, (4, 3), None), (LooksAhead, (4, 1), None),
     (Hourglass, (8, 24), 4), (Hourglass, (8, 4), None)],
     ids=lambda v: getattr(v, "__name__", str(v)))
 def test_a_network_of_ones_own_is_sampled_fast(net, size, lag):

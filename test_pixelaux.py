@@ -1599,6 +1599,20 @@ def plus_equals_of_two_names(net, h, x):
     return h * other
 
 
+def known_that_changes(net, h, x):
+    known = net.place - 0.5
+    before = h + known
+    known.relu_()
+    return before * (h + known)
+
+
+def number_that_changes(net, h, x):
+    number = net.number * 1
+    before = h * number
+    number.add_(1)
+    return before + torch.tanh(h * number)
+
+
 def alike_in_print(net, h, x):
     low, high = (torch.clamp(h, min=torch.tensor(m).double()) for m in (0.12341, 0.12344))
     return (high - low) * 1e5 + h
@@ -1620,15 +1634,10 @@ AT_ONE_POSITION = {  # functions of values at one position: they must be right
     "a function of x": lambda net, h, x: h + net.first(x * 0.5),
     "one channel and four": lambda net, h, x: net.one(h) + net.more(h),
     "one channel and a function": lambda net, h, x: net.one(h) + F.elu(h),
-}
-REFUSED_OR_RIGHT = {
     "cat": lambda net, h, x: torch.cat([h, h.tanh()], 1)[:, 2:6],
-    "stack": lambda net, h, x: torch.stack([h, h.tanh()]).sum(0),
-    "chunk": two_of_chunk,
     "keyword": lambda net, h, x: torch.sigmoid(input=h),
     "convolution by keyword": lambda net, h, x: net.more(x=h),
     "other=": lambda net, h, x: torch.mul(h, other=net.more(h)),
-    "where": lambda net, h, x: torch.where(h > 0, h, 0.1 * h),
     "parameter (1, C, 1, 1)": lambda net, h, x: net.scale * h,
     "parameter (1, C, 1, 1) added": lambda net, h, x: net.more(h) + net.scale,
     "parameter (C, 1, 1)": lambda net, h, x: net.flat * h,
@@ -1637,6 +1646,14 @@ REFUSED_OR_RIGHT = {
     "parameter (1, C, H, W)": lambda net, h, x: F.elu(h) * net.place,
     "parameter (1, C, H, W) added": lambda net, h, x: net.more(h) + net.place,
     "parameter by keyword": lambda net, h, x: torch.mul(h, other=net.scale),
+    "a known tensor that changes": known_that_changes, "a number that changes": number_that_changes,
+    "products of known tensors": lambda net, h, x: h * (net.place * 2) - h * (net.place * 3),
+    "a look at the kind": lambda net, h, x: h.tanh() if isinstance(h, torch.Tensor) else h * 2,
+}
+REFUSED_OR_RIGHT = {
+    "stack": lambda net, h, x: torch.stack([h, h.tanh()]).sum(0),
+    "chunk": two_of_chunk,
+    "where": lambda net, h, x: torch.where(h > 0, h, 0.1 * h),
     "+=": plus_equals, "+= of two names": plus_equals_of_two_names,
     "in place": elu_in_place, "module in place": module_in_place,
     "method in place": lambda net, h, x: net.more(h) + h.relu_(),
@@ -1846,6 +1863,20 @@ def test_pixels_of_a_block_are_drawn_in_order(psi):
         loose = sample_naive(own, 2, x_hat, Draw(noise))
         assert torch.equal(sample_fast(own, 2, x_hat, Draw(noise)), loose)
     assert not torch.equal(own.view.psi(loose), x_hat)  # control
+
+
+@pytest.mark.parametrize("size", [(8, 2), (8, 6)], ids=["raster", "wavefront"])
+def test_tight_pixels_of_an_output_of_the_rows_above_know_their_row(size):
+    """The network could be computed a row at once, but not drawn so."""
+    torch.manual_seed(0)
+    own = Own(RowsAbove(2, 6), size)
+    own.view.psi = Half(1, 6)
+    x_hat = own.view.psi(random_batch(3, (1, *size), 6))
+    noise = torch.rand(3, 2, *size, dtype=torch.float64)
+    with torch.no_grad():
+        naive = sample_naive(own, 3, x_hat, Draw(noise), tight=True)
+        assert torch.equal(sample_fast(own, 3, x_hat, Draw(noise), tight=True), naive)
+    assert torch.equal(own.view.psi(naive), x_hat)
 
 
 def test_given_images_stay_and_coarser_views_follow():

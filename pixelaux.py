@@ -3211,8 +3211,8 @@ def set_threads(plan, due):
 
 
 def zeros(size, weight):
-    """weight.new_zeros(size). On a CPU numpy makes it faster, of memory that is zero already: a tenth
-    of the time of 16 images by PixelCNN++."""
+    """weight.new_zeros(size). On a CPU numpy makes it faster, of memory that is zero already: a
+    tenth of the time of 16 images by PixelCNN++."""
     if weight.device.type != "cpu":
         return weight.new_zeros(size)
     memory = np.zeros(math.prod(size) * weight.element_size(), np.uint8)

@@ -1350,6 +1350,21 @@ class LooksAhead(nn.Module):
         return self.head(F.elu(self.above(torch.sin(row)) + self.left(x)))
 
 
+class LooksRight(nn.Module):
+    """What it sees of its row ends so far to the left that the next layer may look right: it is
+    computed before its pixel is due, and yet after what is of the rows above."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.above = Conv(c_in, 4, rows=(-1, -1), columns=(-1, 1))
+        self.left = Conv(c_in, 4, rows=(0, 0), columns=(-3, -2))
+        self.right = Conv(4, 4, rows=(-1, 0), columns=(-1, 1))
+        self.head = Conv(4, c_out, rows=(0, 0), columns=(0, 0), gain=2.0)
+
+    def forward(self, x, embeddings=()):
+        return self.head(F.elu(self.right(torch.tanh(self.above(x) + self.left(x)))))
+
+
 class LooksDown(nn.Module):
     """Its first layer sees the rows from the second above on; its second one looks a row down."""
 
@@ -1391,6 +1406,7 @@ class UsedTwice(nn.Module):
     (OneConvolution, (5, 7), 1), (OneConvolution, (4, 1), None), (OneConvolution, (1, 1), None),
     (RowsAbove, (5, 9), 3), (RowsAbove, (5, 2), None), (LooksAhead, (4, 12), 7),
     (LooksAhead, (4, 3), None), (LooksAhead, (4, 1), None),
+    (LooksRight, (4, 9), 3), (LooksRight, (4, 3), None), (LooksRight, (4, 2), None),
     (Hourglass, (8, 24), 4), (Hourglass, (8, 4), None)],
     ids=lambda v: getattr(v, "__name__", str(v)))
 def test_a_network_of_ones_own_is_sampled_fast(net, size, lag):

@@ -620,9 +620,9 @@ class Conv(nn.Module):
         height, width = x.shape[2:]
         if self.up:
             # torch adds weight[j] in(q) to its output 2 q + j, j = 0, 1, .. We want w_d in(q) in
-            # out(2 q - d). So of these weights weight[j] is w_d with d = last - j (nothing is
-            # reversed for that: it is what they are called): torch's output is 2 q - d + last,
-            # which is ours, `last` further on. In a row with d = -1, 0, 1:
+            # out(2 q - d). So the weights of an `up` Conv are stored from the last d to the first,
+            # weight[j] = w_d with d = last - j: torch's output is 2 q - d + last, which is ours,
+            # `last` further on. In a row with d = -1, 0, 1:
             #
             #     weight[0] = w_1       to its output 2 q        wanted in 2 q - 1
             #     weight[1] = w_0                     2 q + 1              2 q
@@ -716,8 +716,8 @@ def data_dependent_init(network, *inputs):
 #
 # A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
 # pixels before p (and rows above, which kernels read as well, and which do no harm). Let half[q] be
-# h at half the resolution, for the columns 2 q and 2 q + 1. On the way up both columns will read
-# it, and 2 q must not see itself, so it may know the pixels before 2 q alone:
+# h at half the resolution, for the columns 2 q and 2 q + 1. On the way up h[2 q] and h[2 q + 1]
+# both read half[q], and h[2 q] must not know pixel 2 q. So half[q] may know those before it alone:
 #
 #     pixel    0  1  2  3  4  5 | 6  7       half[3] stands for 6 and 7,
 #              may be known     |            and may know what is left of the line
@@ -837,7 +837,7 @@ class CausalNet(nn.Module):
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
         reaches = (VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL)
-        # Without skips: v's blocks read the embedding, h's also v.
+        # Not counting skips: v's blocks read the embedding, h's also v.
         nr_aux = (int(conditional), 1 + int(conditional))
         self.stages = nn.ModuleList(
             Stage(layout, i, filters, dropout, reaches, nr_aux) for i in range(len(layout)))
@@ -975,7 +975,7 @@ class Factor(nn.Module):
             # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            # 0. (Runs of an older version count from X^, so that x is at -1.)
+            # Of the layouts here it is 0; older runs have it at -1.
             finest = min(halved for halved, _ in layout_embed)
             spans += [2 ** (halved - finest) for halved, _ in layout_embed]
         self.multiple = max(spans)  # of which the height and the width of x must be multiples
@@ -1928,7 +1928,8 @@ def progress_bar(iterable=None, **options):
 #     what is done at a look                            at which looks
 #     is the loss finite?                               all
 #     how many steps are they?                          with --minutes, until that is known
-#     loss on images held out; if none, on test images  each twentieth; each quarter
+#     loss on images held out, if there are             each twentieth of the steps
+#     if not, loss on test images                       each quarter
 #     a line in metrics.jsonl                           all
 #     checkpoint                                        each quarter; every two minutes
 #                                                       (--save-every); when minutes have become
@@ -2512,7 +2513,7 @@ def save_samples(model, views, path, given=0):
 # read it: the offset of x is 1. It must not be later than the deadlines that its readers set; so
 # the lag is the smallest for which all of these are 1 or more:
 #
-#     reader of x    at               its offset    deadline for x
+#     reader of x    reads x at       its offset    deadline for x
 #     v_first        (r - 1, c + 1)       -6        -6 - (-lag + 1) = lag - 7     lag >= 8, as above
 #     h_above        (r - 1, c + 1)        0        lag - 1                       lag >= 2
 #     h_left         (r, c - 1)            0        1                             any lag
@@ -2520,17 +2521,20 @@ def save_samples(model, views, path, given=0):
 # **Raster order.** If the lag is the width W or more, each pixel has a wave of its own, and waves
 # grow in raster order: one pixel a step. So it is in the pyramid's 8x8, where the smallest lag is
 # 8, and in PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing
-# else changes, but that steps in which nothing is due are left out. So a larger lag costs nothing,
-# and one is taken that is far larger: then a row is complete, with all values of the network,
-# before the next one is begun. (At lag W the first values of v in the next row, at offset -6, would
-# come before the last pixels of this one.)
+# else changes, but that steps in which nothing is due are left out. So a larger lag costs nothing.
 #
-# **A row at once.** In raster order a step has one position, so its products are small; and one
-# large product takes half the time of many small ones. Now v depends on the rows above alone: so a
-# whole row of it can be computed when the row is begun. In general this is so of a value if all
-# that it reads is of rows above, or is itself computed a row at once, or is known from the start,
-# as what is made of X^. If it is so of some of a sum, the sum is split. For example h's conv_in, to
-# which v is added by a conv_aux:
+# **A row at once.** A convolution is a matrix product, of what the kernel reads at each of some
+# positions with its weights. In raster order a step has one position, so that products are small;
+# and one large product takes half the time of many small ones. Now v depends on the rows above
+# alone: so a whole row of it can be computed when the row is begun, if all pixels above are drawn
+# by then. (The smallest lag is right, but too small for that: at lag 8 in the 8x8 the first values
+# of v in a row, at offset -6, come before the last pixels of the row above. So the lag is made far
+# larger: a row is complete, with all values of the network, before the next one is begun.)
+#
+# In general this is so of a value if all that it reads is of rows above, or is itself computed a
+# row at once, or is known from the start, as what is made of X^. (On a wavefront rows above are not
+# complete then, so this is for raster order alone.) If it is so of some of a sum, the sum is split.
+# For example h's conv_in, to which v is added by a conv_aux:
 #
 #     out = [bias + kernel row -1 of h + v by conv_aux, a row at once]
 #           + kernel row 0 of h, position by position
@@ -2593,7 +2597,12 @@ def save_samples(model, views, path, given=0):
 #                               the third + row 0 of conv_out;  gate; elu; last;  the pixel
 
 
-FAR = 2**20  # a lag at which a row is complete long before the next is begun
+# The lag in raster order, at which a row is complete long before the next one is begun. Row r has
+#
+#     step FAR r - FAR / 2          what is computed a row at once
+#     steps FAR r + c + offset      the rest, at offsets of FAR / 4 at most
+#     step FAR (r + 1) - FAR / 2    of the next row, what is computed a row at once
+FAR = 2**20
 
 
 class Places(typing.NamedTuple):
@@ -2633,7 +2642,7 @@ class Read:
     apart: int = 1
     # Decided in Plan.allocate: read it from source.latest; if not, from source.buffer
     at_hand: bool = False
-    # Decided in choose_products: with a weight (total, values) -> total + values weight^T
+    # (total, values) -> total + values; with a weight total + values weight^T, by choose_products
     add: object = operator.add
 
     @property
@@ -2663,8 +2672,8 @@ class Node:
     """A value inside the network, at every position (r, c) with multiples of `spacing`.
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
-    its weights. x, and what is known from the start, read nothing. (eq=False: a node is equal to
-    itself alone.)
+    the Read's weight if there is one. x, and what is known from the start, read nothing. (eq=False:
+    a node is equal to itself alone.)
     """
 
     spacing: int
@@ -2754,7 +2763,7 @@ class Plan:
         def good(lag):
             return self.offsets(lag)[self.x] >= self.x.offset
 
-        # Even then it fails if something reads its own pixel, or to the right of it.
+        # If not even so large a lag will do, something reads its own pixel, or to the right of it.
         if not good(FAR):
             raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
         return next(filter(good, itertools.count(least_lag)))
@@ -2762,13 +2771,10 @@ class Plan:
     def offsets(self, lag):
         """{node: the latest offset that serves all its readers}, from the output back. (For x that
         is a deadline only, see What decides the lag.)"""
-        # Each node begins with FAR / 4, and its readers make it less. (Those in the next row do not
-        # count: in raster order a row is complete before the next one is begun.)
+        # Each node begins with FAR / 4, and its readers make it less.
         offsets = collections.defaultdict(lambda: FAR // 4, {self.output: 0})
         for node in reversed(self.nodes):
             if node.by_rows:
-                # When the row is begun: before all others of its own, and after those of the row
-                # before, which are FAR earlier.
                 offsets[node] = -FAR // 2
             for read in node.reads:
                 # Of what a kernel reads lag dy + dx is largest on the lower right.
@@ -2791,15 +2797,15 @@ class Plan:
         for node in nodes:  # sources before readers
             early, late = [], []
             for read in node.reads:
-                above = read.nr_rows if read.source.by_rows else read.nr_above
-                if above > 0:
-                    early.append(read.of_rows(0, above))
-                if above < read.nr_rows:
-                    late.append(read.of_rows(above, read.nr_rows))
-            multiplies = any(read.weight is not None for read in early)  # mere sums gain nothing
+                nr_early = read.nr_rows if read.source.by_rows else read.nr_above
+                if nr_early > 0:
+                    early.append(read.of_rows(0, nr_early))
+                if nr_early < read.nr_rows:
+                    late.append(read.of_rows(nr_early, read.nr_rows))
+            multiplies = any(read.weight is not None for read in early)  # else it gains nothing
             if not late and node is not self.output:
                 node.by_rows = True
-            elif multiplies:  # a sum: no other node has weights, or can be split
+            elif multiplies:  # so it is a sum. (gate, for example, stays whole if a part is late)
                 early_node = dataclasses.replace(node, reads=early, by_rows=True)
                 node.reads, node.bias = [Read(early_node), *late], None
                 self.nodes.append(early_node)
@@ -2812,11 +2818,12 @@ class Plan:
         for node in self.nodes:
             for read in node.reads:
                 source = read.source
-                here = (read.top, read.left, read.nr_rows, read.nr_columns) == (0, 0, 1, 1)
+                rectangle = (read.top, read.left, read.nr_rows, read.nr_columns)
+                own_position = rectangle == (0, 0, 1, 1) and source.spacing == node.spacing
+                # A row that was computed at once stays in `latest` until the next one is begun.
+                in_latest = source.offset == node.offset or source.by_rows
                 computed = len(source.reads) > 0  # x and what is known are read from their buffers
-                # A row stays in `latest` until the next one is begun.
-                there = source.offset == node.offset or source.by_rows
-                read.at_hand = here and computed and there and source.spacing == node.spacing
+                read.at_hand = own_position and in_latest and computed
                 if computed and not read.at_hand:
                     buffered.add(source)
                 beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
@@ -2885,7 +2892,7 @@ class Plan:
             return window.reshape(-1, math.prod(window.shape[2:]))
         if source.by_rows == node.by_rows:
             return source.latest
-        # Of a row that was computed at once the one position that is due.
+        # Of a row that was computed at once the position that is due, one, as in raster order.
         row = source.latest.view(self.n, -1, source.channels)
         return row[:, places.column // source.spacing]
 
@@ -2970,6 +2977,9 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #                                 are Nodes first, which nobody reads then: traced drops them)
 #     conv_in(a) + conv_aux(e), where e is of f_w(X^), and so conv_aux(e) a tensor: likewise, and
 #                                 the tensor becomes a Node that has its buffer from the start
+#
+# A function is called later, with values of some positions, (N, C). So it must do the same to these
+# as to images, (N, C, H, W): dim 1 are channels in both.
 #
 # CausalNet consists of Conv, +, concat_elu, gate and F.elu (and F.dropout, which does nothing
 # here). What is said here of numbers, keywords and other functions is for networks of others.
@@ -3080,10 +3090,12 @@ class Recorder:
         """A Node that calls any other function than a Conv. In CausalNet:
 
             conv_in(a) + conv_aux(b)    by 3, below
+            conv_in(a) + conv_aux(e)    Node + tensor: by 2 the tensor becomes a Node, then by 3
             gate(x, y)                  by 4: all arguments are Nodes, it is called as it is
             elu(h, alpha=1.0)           by 4: with_values(value) is elu(value, alpha=1.0)
 
         1, and that functions are tried, is there to refuse what other networks may do.
+        (map_aggregate(structure, f) is the same lists, tuples and dicts with f of each element.)
         """
         # 1. The spacing of all Nodes among the arguments.
         spacings = {node.spacing for node in elements((args, kwargs), Node)}
@@ -3091,7 +3103,7 @@ class Recorder:
             raise Problem(f"sample_fast: {name_of(function)} of values at two resolutions")
         spacing, = spacings
 
-        # 2. Tensors become Nodes, too, and numbers that torch holds are kept as they are now.
+        # 2. Tensors become Nodes, too; those of one number are copied, as they may change later.
         def fixed(value):
             if not isinstance(value, torch.Tensor):
                 return value

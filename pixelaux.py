@@ -672,8 +672,9 @@ def data_dependent_init(network, *inputs):
 # A network is a row of residual blocks, in stages; in a causal one each block is two side by side,
 # a vertical and a horizontal one. Its *layout* lists the stages, each (times halved, blocks). 0
 # times is the resolution of x, the image that is modelled. PixelCNN++ goes down to a quarter of the
-# resolution, and comes back. There each block also reads, by a *skip*, what its counterpart on the
-# way down has made. With 2 blocks a stage, six_stages(2),
+# resolution, so that few blocks see far, and comes back. On the way back each block also reads, by
+# a *skip*, what its counterpart on the way down has made, as that has the detail. With 2 blocks a
+# stage, six_stages(2),
 #
 #     ((0, 2), (1, 2), (2, 2), (2, 2), (1, 2), (0, 2))
 #
@@ -975,7 +976,7 @@ class Factor(nn.Module):
             # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            # Of the layouts here it is 0; older runs have it at -1.
+            # 0. (Runs of an older version count from X^: their last stage, at x's size, is -1.)
             finest = min(halved for halved, _ in layout_embed)
             spans += [2 ** (halved - finest) for halved, _ in layout_embed]
         self.multiple = max(spans)  # of which the height and the width of x must be multiples
@@ -1226,8 +1227,7 @@ def noise_for(seed, k, images, shape):
     return torch.from_numpy(noise).clamp_(1e-16)  # as the logit of 0 is infinite
 
 
-# Modes of modules and flags of cuDNN, which `evaluating` changes, are of all threads: they come in
-# turn.
+# `evaluating` changes what all threads share, modes of modules and flags of cuDNN: one at a time.
 IN_TURN = threading.RLock()
 
 
@@ -1504,7 +1504,7 @@ class Shapes:
         # At i: the probability of i - farthest.
         pmf = np.bincount((total + 2) // 4 + self.farthest, weights=pmf_of_sum)
         noise = x_hat - self.palette[self.fit(nearest(x_hat, self.palette), self.masks_half)]
-        log_count = self.log_count - math.log(len(self.weaves))
+        log_count = self.log_count - math.log(len(self.weaves))  # the view does not show the weave
         return log_pmf_of(noise, pmf) - log_count
 
 
@@ -1559,7 +1559,7 @@ class Dataset:
         if self.train is None or n >= len(self.train):
             there = "made on the fly" if self.train is None else f"{len(self.train)} in number"
             raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
-        # By a seed of its own: by split's the images of the lowest digests have gone to the test.
+        # By another seed than split's, by which the lowest digests have gone to the test.
         values = digests(self.train, seed=1)
         lowest = np.argsort(values, kind="stable")[:n]
         rest = np.flatnonzero(values > values[lowest[-1]])  # not >=: a copy has the same value
@@ -2510,8 +2510,9 @@ def save_samples(model, views, path, given=0):
 #
 # What decides the lag? The step of x is not chosen, it is given. Pixel (r, c) is drawn at the end
 # of step lag r + c, after all that this step computes, so that the next step is the first that may
-# read it: the offset of x is 1. It must not be later than the deadlines that its readers set; so
-# the lag is the smallest for which all of these are 1 or more:
+# read it: for x, and for x alone, offset is the first step that may read it, 1. It must not be
+# later than the deadlines that its readers set; so the lag is the smallest for which all of these
+# are 1 or more:
 #
 #     reader of x    reads x at       its offset    deadline for x
 #     v_first        (r - 1, c + 1)       -6        -6 - (-lag + 1) = lag - 7     lag >= 8, as above
@@ -2521,23 +2522,28 @@ def save_samples(model, views, path, given=0):
 # **Raster order.** If the lag is the width W or more, each pixel has a wave of its own, and waves
 # grow in raster order: one pixel a step. So it is in the pyramid's 8x8, where the smallest lag is
 # 8, and in PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing
-# else changes, but that steps in which nothing is due are left out. So a larger lag costs nothing.
+# else changes, but that steps in which nothing is due are left out: so once there is one pixel a
+# step, a still larger lag costs nothing.
 #
-# **A row at once.** A convolution is a matrix product, of what the kernel reads at each of some
-# positions with its weights. In raster order a step has one position, so that products are small;
-# and one large product takes half the time of many small ones. Now v depends on the rows above
-# alone: so a whole row of it can be computed when the row is begun, if all pixels above are drawn
-# by then. (The smallest lag is right, but too small for that: at lag 8 in the 8x8 the first values
-# of v in a row, at offset -6, come before the last pixels of the row above. So the lag is made far
-# larger: a row is complete, with all values of the network, before the next one is begun.)
+# **A row at once.** A convolution is a matrix product: what the kernel reads at each of some
+# positions, times its weights. In raster order a step has one position, and one large product takes
+# half the time of many small ones. Now call a node *by rows* if all that it reads is
 #
-# In general this is so of a value if all that it reads is of rows above, or is itself computed a
-# row at once, or is known from the start, as what is made of X^. (On a wavefront rows above are not
-# complete then, so this is for raster order alone.) If it is so of some of a sum, the sum is split.
-# For example h's conv_in, to which v is added by a conv_aux:
+#     of rows above, or
+#     by rows itself, or
+#     known from the start, as what is made of X^.
+#
+# All of v is. When a row is begun the whole of it can be computed at once. A sum of which only a
+# part is so is split: this part becomes a node of its own, by rows, and the rest is added position
+# by position. For example h's conv_in, to which v is added by a conv_aux:
 #
 #     out = [bias + kernel row -1 of h + v by conv_aux, a row at once]
 #           + kernel row 0 of h, position by position
+#
+# For this the rows above must be complete when a row is begun. At the smallest lag they are not: at
+# lag 8 in the 8x8 the first values of v in a row, at offset -6, come before the last pixels of the
+# row above. So in raster order a far larger lag is taken, FAR. (On a wavefront they are not
+# complete either, and nothing is by rows.)
 #
 # **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
 # fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
@@ -2545,7 +2551,8 @@ def save_samples(model, views, path, given=0):
 # reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands. Values are
 # kept in images as large as x, with zeros between them; so a convolution that doubles the
 # resolution is an ordinary one, that reads these zeros as well. What a kernel multiplies is `apart`
-# pixels apart, the smaller spacing of source and result. With kernels of columns -1 and 0:
+# pixels apart: neighbours in the finer one of source and result, apart = the smaller spacing of the
+# two. With kernels of columns -1 and 0:
 #
 #     a convolution       source, columns 0 .. 5    apart    for example
 #     halves it, to 2     a b c d e f               1        out in column 2 is of b and c
@@ -2771,11 +2778,12 @@ class Plan:
     def offsets(self, lag):
         """{node: the latest offset that serves all its readers}, from the output back. (For x that
         is a deadline only, see What decides the lag.)"""
-        # Each node begins with FAR / 4, and its readers make it less.
+        # Each node begins with FAR / 4, and its readers make it less. (Those that read rows above
+        # do not: their deadlines are some FAR / 2 or FAR.)
         offsets = collections.defaultdict(lambda: FAR // 4, {self.output: 0})
         for node in reversed(self.nodes):
             if node.by_rows:
-                offsets[node] = -FAR // 2
+                offsets[node] = -FAR // 2  # earlier than any reader's deadline
             for read in node.reads:
                 # Of what a kernel reads lag dy + dx is largest on the lower right.
                 deadline = offsets[node] - (lag * read.bottom + read.right)
@@ -2892,7 +2900,7 @@ class Plan:
             return window.reshape(-1, math.prod(window.shape[2:]))
         if source.by_rows == node.by_rows:
             return source.latest
-        # Of a row that was computed at once the position that is due, one, as in raster order.
+        # source is by rows, node is not: of the row the position that is due, one in raster order.
         row = source.latest.view(self.n, -1, source.channels)
         return row[:, places.column // source.spacing]
 

@@ -320,9 +320,8 @@ class LogisticMixture:
         G's means, log-scales;  coefficients of R in B's mean
         B's means, log-scales;  coefficients of G in B's mean
 
-    (mind: coefficients are for the mean of another channel than their row's). levels: of a
-    sub-pixel. shift: added to the log-scales; below 0 it reduces the variance (Sec. 4.2 subtracts
-    constants).
+    (mind: those in R's and G's row are for the mean of another channel). levels: of a sub-pixel.
+    shift: added to the log-scales; below 0 it reduces the variance (Sec. 4.2 subtracts constants).
     """
 
     def __init__(self, params, levels=256, shift=0.0):
@@ -1035,10 +1034,10 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of the P pixels (rows,
-    columns) in each of n images: in sample_naive one, [r], [c]; in sample_fast more. A head expects
-    images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in all,
-    first the P of image 0, then those of image 1, .. (A decoder of compressed images can take the
-    place of a Draw.)
+    columns) in each of n images: in sample_naive one, [r], [c]; in sample_fast one or more. A head
+    expects images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in
+    all, first the P of image 0, then those of image 1, .. (A decoder of compressed images can take
+    the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1921,9 +1920,9 @@ def progress_bar(iterable=None, **options):
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
 #     at a look     what follows, in this order
 #
-# To read the loss means to wait for the device, so there is a look every 20 steps only. More often
-# in short runs; after each step while their number is not known (--minutes); and, of a single
-# process, when a signal comes.
+# To read the loss means to wait for the device, so there is a look every 20 steps only, and after
+# the last one. More often in short runs; after each step while their number is not known
+# (--minutes); and, of a single process, when a signal comes.
 #
 #     what is done at a look                            at which looks
 #     is the loss finite?                               all
@@ -1935,7 +1934,7 @@ def progress_bar(iterable=None, **options):
 #                                                       (--save-every); when minutes have become
 #                                                       steps; at a signal
 #     stop                                              at a signal
-#     pictures                                          each quarter
+#     pictures                                          each quarter but the last; then by train
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -2192,7 +2191,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     trained = model.factors[k].train()
     average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
-    model.factors[k] = average.module  # a copy; only `trained` is changed by steps
+    model.factors[k] = average.module  # a copy; the optimizer changes `trained` alone
     optimizer = Optimizer(trained, config)
     first_step, seconds = restore(saved, path, trained, average, optimizer)
     step, steps = first_step, steps_of(config, k, data)
@@ -2446,7 +2445,7 @@ def save_samples(model, views, path, given=0):
     save_picture(path, rows, labels)
 
 
-# --- Sampling fast: each value once, independent pixels together ------------------------------
+# --- Sampling fast: each value once, independent pixels together -------------------------------
 #
 # For an image of 128x128 the naive sampler makes 16,384 passes. But most of each is known from
 # before, and pixels that do not depend on each other can be drawn together.
@@ -2527,7 +2526,7 @@ def save_samples(model, views, path, given=0):
 #
 # **A row at once.** A convolution is a matrix product: what the kernel reads at each of some
 # positions, times its weights. In raster order a step has one position, and one large product takes
-# half the time of many small ones. Now call a node *by rows* if all that it reads is
+# at most half the time of many small ones. Now call a node *by rows* if all that it reads is
 #
 #     of rows above, or
 #     by rows itself, or
@@ -2548,7 +2547,7 @@ def save_samples(model, views, path, given=0):
 # **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
 # fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
 # have step lag r + c + offset, and all distances are counted in pixels of x: a kernel of 3 columns
-# reads dx = -2, 0 and 2 of what has spacing 2. So all of the above holds as it stands. Values are
+# that stays at spacing 2 reads dx = -2, 0 and 2. So all of the above holds as it stands. Values are
 # kept in images as large as x, with zeros between them; so a convolution that doubles the
 # resolution is an ordinary one, that reads these zeros as well. What a kernel multiplies is `apart`
 # pixels apart: neighbours in the finer one of source and result, apart = the smaller spacing of the
@@ -2776,8 +2775,8 @@ class Plan:
         return next(filter(good, itertools.count(least_lag)))
 
     def offsets(self, lag):
-        """{node: the latest offset that serves all its readers}, from the output back. (For x that
-        is a deadline only, see What decides the lag.)"""
+        """{node: the latest offset that serves all its readers, or that of rows at once}, from the
+        output back. (For x it is a deadline only, see What decides the lag.)"""
         # Each node begins with FAR / 4, and its readers make it less. (Those that read rows above
         # do not: their deadlines are some FAR / 2 or FAR.)
         offsets = collections.defaultdict(lambda: FAR // 4, {self.output: 0})
@@ -2906,7 +2905,7 @@ class Plan:
 
 
 def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
-    """What sample_naive samples, in the time of a few passes. In exact arithmetic the images are
+    """What sample_naive samples, in the time of 2 to 15 passes. In exact arithmetic the images are
     the same; float32 sums in another order, so that now and then a pixel, and those after it,
     differ.
     """
@@ -2972,7 +2971,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
     return interval_of
 
 
-# --- Tracing: what a network computes, as a list of nodes -----------------------------------------
+# --- Tracing: what a network computes, as a list of nodes --------------------------------------
 #
 # The network's own forward pass is run on an x that is no image but a Symbol: it computes nothing,
 # and each function that it is handed to is noted as a Node. (Loops and ifs run as ever.) What does
@@ -2989,8 +2988,9 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # A function is called later, with values of some positions, (N, C). So it must do the same to these
 # as to images, (N, C, H, W): dim 1 are channels in both.
 #
-# CausalNet consists of Conv, +, concat_elu, gate and F.elu (and F.dropout, which does nothing
-# here). What is said here of numbers, keywords and other functions is for networks of others.
+# CausalNet consists of Conv, +, concat_elu, gate and F.elu, of which torch hands on the options by
+# keyword (and F.dropout, which does nothing here). What is said here of numbers and other functions
+# is for networks of others.
 
 
 def traced(net, x, n, size, embeddings):
@@ -2998,8 +2998,8 @@ def traced(net, x, n, size, embeddings):
     computation, the output last. Raises Problem."""
     recorder = Recorder(n, size, next(net.parameters()))
     output = net(recorder.symbol(x), embeddings)
-    if not isinstance(output, Symbol) or output.node.spacing > 1:
-        raise Problem("sample_fast: the network's output does not depend on x, or is smaller")
+    if not isinstance(output, Symbol) or output.node.spacing > 1 or output.node is x:
+        raise Problem("sample_fast: the network's output is x, or smaller, or does not depend on x")
     needed = {output.node}  # convolutions that a sum has taken in are read by nobody
     for node in reversed(recorder.nodes):
         if node in needed:
@@ -3102,7 +3102,8 @@ class Recorder:
             gate(x, y)                  by 4: all arguments are Nodes, it is called as it is
             elu(h, alpha=1.0)           by 4: with_values(value) is elu(value, alpha=1.0)
 
-        1, and that functions are tried, is there to refuse what other networks may do.
+        1 is there to refuse what other networks may do, and so is `tried`, but for the number of
+        channels.
         (map_aggregate(structure, f) is the same lists, tuples and dicts with f of each element.)
         """
         # 1. The spacing of all Nodes among the arguments.
@@ -3210,7 +3211,7 @@ def as_list(images):
 
 def choose_products(plan):
     """Decides how each read is added -> {group: multiplications of its largest product at one
-    position}, for set_threads."""
+    position of n images}, for set_threads."""
     work = collections.Counter()
     for node in plan.nodes:
         # Positions on a diagonal, which goes lag columns to the left in each row; or in a row.
@@ -3262,7 +3263,7 @@ def product(weight, positions):
     return add_product
 
 
-# --- Command line: train, eval, sample ----------------------------------------------------------
+# --- Command line: train, eval, sample ---------------------------------------------------------
 #
 # Nothing of the method comes any more. To understand a run read plan_run, resumed_run and train;
 # the rest is for several processes, signals and messages. A command is a function of what argparse

@@ -1730,6 +1730,14 @@ def test_networks_that_make_no_image_are_refused_when_they_are_planned(change):
             Plan(net.double(), 2, 1, (6, 14))
 
 
+@pytest.mark.parametrize("output", [
+    lambda x: x, lambda x: F.dropout(x, 0.5, False), lambda x: torch.ones(1, 6, 4, 4)])
+def test_an_output_that_is_no_function_of_x_or_x_itself_is_refused(output):
+    net = Forward(lambda net, x: output(x), unused=Conv(2, 6, rows=(0, 0), columns=(0, 0)))
+    with torch.no_grad(), pytest.raises(Problem, match="output is x, or smaller"):
+        Plan(net, 2, 1, (4, 4))
+
+
 @pytest.mark.parametrize("size", [(6, 11), (6, 2)], ids=["wavefront", "raster"])
 def test_kernels_that_read_rows_below_are_refused(size):
     """Though the network as a whole is causal."""

@@ -1997,7 +1997,8 @@ class Stopwatch:
         if len(self.at_looks) < 3:
             return math.inf
         first, last = self.at_looks[0], self.at_looks[-1]
-        spent = last - (first - self.before)
+        of_first_step = first - self.before
+        spent = last - of_first_step
         if spent < 0.03 * 60 * minutes:
             return math.inf
         pace = (last - first) / (len(self.at_looks) - 1)
@@ -2507,11 +2508,10 @@ def save_samples(model, views, path, given=0):
 # v's end were computed 3 steps earlier than needed, all of v, and at last x, would have to come 3
 # earlier, and the lag would be 11.
 #
-# What decides the lag? The step of x is not chosen, it is given. Pixel (r, c) is drawn at the end
-# of step lag r + c, after all that this step computes, so that the next step is the first that may
-# read it: for x, and for x alone, offset is the first step that may read it, 1. It must not be
-# later than the deadlines that its readers set; so the lag is the smallest for which all of these
-# are 1 or more:
+# What decides the lag? Every other node can be read in the step that computes it. x cannot: pixel
+# (r, c) is drawn at the end of step lag r + c, after all that this step computes, so it counts as
+# computed one step later, at offset 1. This is fixed, so it is the lag that must give way: it is
+# the smallest for which all deadlines that readers set for x are 1 or more:
 #
 #     reader of x    reads x at       its offset    deadline for x
 #     v_first        (r - 1, c + 1)       -6        -6 - (-lag + 1) = lag - 7     lag >= 8, as above
@@ -2532,9 +2532,10 @@ def save_samples(model, views, path, given=0):
 #     by rows itself, or
 #     known from the start, as what is made of X^.
 #
-# All of v is. When a row is begun the whole of it can be computed at once. A sum of which only a
-# part is so is split: this part becomes a node of its own, by rows, and the rest is added position
-# by position. For example h's conv_in, to which v is added by a conv_aux:
+# So are v_first, which reads rows above of x, v's next convolution, which reads v_first, and so on:
+# all of v. When a row is begun the whole of it can be computed at once. A sum of which only a part
+# is so is split: this part becomes a node of its own, by rows, and the rest is added position by
+# position. For example h's conv_in, to which v is added by a conv_aux:
 #
 #     out = [bias + kernel row -1 of h + v by conv_aux, a row at once]
 #           + kernel row 0 of h, position by position
@@ -2609,6 +2610,9 @@ def save_samples(model, views, path, given=0):
 #     steps FAR r + c + offset      the rest, at offsets of FAR / 4 at most
 #     step FAR (r + 1) - FAR / 2    of the next row, what is computed a row at once
 FAR = 2**20
+# As good as none. But in raster order a node that nobody reads in its own row has it for an offset,
+# and so is still complete before the next row is begun.
+NO_DEADLINE = FAR // 4
 
 
 class Places(typing.NamedTuple):
@@ -2777,9 +2781,7 @@ class Plan:
     def offsets(self, lag):
         """{node: the latest offset that serves all its readers, or that of rows at once}, from the
         output back. (For x it is a deadline only, see What decides the lag.)"""
-        # Each node begins with FAR / 4, and its readers make it less. (Those that read rows above
-        # do not: their deadlines are some FAR / 2 or FAR.)
-        offsets = collections.defaultdict(lambda: FAR // 4, {self.output: 0})
+        offsets = collections.defaultdict(lambda: NO_DEADLINE, {self.output: 0})
         for node in reversed(self.nodes):
             if node.by_rows:
                 offsets[node] = -FAR // 2  # earlier than any reader's deadline
@@ -2797,8 +2799,9 @@ class Plan:
             after        a new one   reads h, row -1; v                 bias    a row at once
                          conv_in     reads the new one; h, row 0
 
-        (The output is wanted pixel by pixel. If its whole sum can be computed a row at once, it is
-        split all the same, and the new node has all of it.)
+        So a node of which nothing is late is by rows; a sum of which a part is late is split; what
+        else has a late part, as h's gate, stays as it is. (The output is wanted pixel by pixel: if
+        its whole sum can be computed a row at once, the new node has all of it.)
         """
         nodes, self.nodes = self.nodes, []
         for node in nodes:  # sources before readers
@@ -2812,7 +2815,7 @@ class Plan:
             multiplies = any(read.weight is not None for read in early)  # else it gains nothing
             if not late and node is not self.output:
                 node.by_rows = True
-            elif multiplies:  # so it is a sum. (gate, for example, stays whole if a part is late)
+            elif multiplies:  # so it is a sum
                 early_node = dataclasses.replace(node, reads=early, by_rows=True)
                 node.reads, node.bias = [Read(early_node), *late], None
                 self.nodes.append(early_node)
@@ -2827,7 +2830,9 @@ class Plan:
                 source = read.source
                 rectangle = (read.top, read.left, read.nr_rows, read.nr_columns)
                 own_position = rectangle == (0, 0, 1, 1) and source.spacing == node.spacing
-                # A row that was computed at once stays in `latest` until the next one is begun.
+                # At equal spacing and offset they are computed in the same steps, at the same
+                # positions in the same order: `latest` fits as it is. A row that was computed at
+                # once stays there until the next one is begun.
                 in_latest = source.offset == node.offset or source.by_rows
                 computed = len(source.reads) > 0  # x and what is known are read from their buffers
                 read.at_hand = own_position and in_latest and computed
@@ -3022,13 +3027,15 @@ class Symbol(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         symbols = elements((args, kwargs), Symbol)
-        if not symbols:
+        if not symbols:  # it is in something that is no list, tuple or dict
             raise Problem(f"sample_fast: {name_of(function)} takes values in an unknown way")
         return symbols[0].recorder.record(function, args, kwargs or {})
 
 
 def elements(structure, kind):
-    """Those of a kind in lists, tuples and dicts that may lie in each other, in order."""
+    """Those of a kind in lists, tuples and dicts that may lie in each other, in order.
+    (map_aggregate(structure, f) is the same structure with f of each element; here it only visits
+    them.)"""
     found = []
     map_aggregate(structure, lambda a: found.append(a) if isinstance(a, kind) else None)
     return found
@@ -3102,9 +3109,8 @@ class Recorder:
             gate(x, y)                  by 4: all arguments are Nodes, it is called as it is
             elu(h, alpha=1.0)           by 4: with_values(value) is elu(value, alpha=1.0)
 
-        1 is there to refuse what other networks may do, and so is `tried`, but for the number of
-        channels.
-        (map_aggregate(structure, f) is the same lists, tuples and dicts with f of each element.)
+        Of `tried` CausalNet needs the number of channels alone. That, and 1, are there to refuse
+        what other networks may do.
         """
         # 1. The spacing of all Nodes among the arguments.
         spacings = {node.spacing for node in elements((args, kwargs), Node)}

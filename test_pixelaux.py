@@ -4008,6 +4008,22 @@ def test_results_tell_by_their_names_what_was_used(run, tmp_path):
     assert json.loads((out / "eval.json").read_text())["images"] == 512
 
 
+def test_columns_of_the_report_are_in_line_whatever_views_are_called():
+    """All factors' lines are of one length, and end with their numbers, under the heading's."""
+    data, _ = pixelaux.load_data("shapes", size=(12, 12))
+    model = build("pyramid", 12, **{**SMALL_RUN, "halvings": 1})
+    images = data.test[:2]
+    long = ["a view with a long name 6x6", "12x12 | a view with a long name 6x6"]
+    for names in (model.names, long):
+        model.names = names
+        text, _ = pixelaux.report(model, *pixelaux.evaluate(model, images), data, images)
+        lines = text.splitlines()
+        heading = next(i for i, line in enumerate(lines) if line.startswith("factor"))
+        rows = lines[heading : heading + 3]
+        assert len({len(line) for line in rows}) == 1
+        assert all(row.startswith(name) for row, name in zip(rows[1:], names))
+
+
 # --- Sampling from the command line --------------------------------------------------------------
 
 

@@ -62,6 +62,41 @@ def test_answers_at_another_size_are_the_naive_samplers(name, size):
         assert len({x.numpy().tobytes() for x in made[-1]}) == 4  # control: none is another one
 
 
+def test_a_bar_ends_at_its_total_and_not_beyond(runs, tmp_path, monkeypatch):
+    """Also where an image is drawn in bands, whose shares of pixels are no whole numbers."""
+    bars = []
+
+    class Bar:
+        def __init__(self, total, **_):
+            self.total, self.n, self.seen = total, 0, []
+            bars.append(self)
+
+        def update(self, pixels):
+            self.n += pixels
+            self.seen.append(self.n)
+
+        def unpause(self):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(tools_given, "progress_bar", Bar)
+    save_image(tmp_path / "a.png", (40, 8))
+    for bands in (False, True):
+        if bands:
+            monkeypatch.setattr(Factor, "at_once", property(lambda factor: 1))
+            monkeypatch.setattr(drawing, "MARGIN", 1)
+        line = f"sample {runs['pyramid']} --given {tmp_path / 'a.png'} --out {tmp_path / 'x'}"
+        assert command(line) == 0
+        bar = bars[-1]
+        assert bar.n == pytest.approx(bar.total, rel=1e-9) and max(bar.seen) <= bar.total
+        assert bar.total > 0 and len(bar.seen) > 1
+
+
 @pytest.mark.parametrize("rows", [0, 50])
 def test_bands_are_the_image_drawn_whole(monkeypatch, rows):
     """Where the network looks no further than neighbouring bands share. Control: where they share

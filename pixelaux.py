@@ -137,9 +137,10 @@ def feasible(values, weights, low, high, top):
 
         (1) high >= 0    (2) low <= rest + w top    (3) high - low + 1 >= each weight
 
-    If low - rest <= 0, v = 0 will do, by (1). If not, take the first multiple w v from low - rest
-    on. It is at most low - rest + w - 1 <= high - rest <= high, by (3). And it is at most w top, as
-    that is a multiple, too, and no less than low - rest, by (2). After any v of lo..hi, for the
+    (rest + w top is what v and those after it can add). If low - rest <= 0, v = 0 will do, by (1).
+    If not, take the first multiple w v from low - rest on. It is at most low - rest + w - 1 <= high
+    - rest <= high, by (3). And w top is a multiple, too, and no less than low - rest, by (2): so
+    the first one is at most w top. After any v of lo..hi, for the
     reduced low and high, (1) to (3) hold again: high >= 0; low <= rest, which is what the next one
     and those after it can add; and high - low has not changed.
     """
@@ -367,11 +368,11 @@ class LogisticMixture:
         one with hardly any mass on the interval would keep all of its weight there.)
 
         Let w_k be the weights, m_k a component's mass on a value, M_k on an interval; p' are
-        probabilities with the cut. p'(k, r) = w_k m_k(r) / Z for r in its interval, Z = sum_k w_k
-        M_k(r's interval). Z does not depend on k, so that p'(k | r) is in proportion to w_k m_k(r):
-        a red that was cut tells as much of the component as one that was not. A channel's
-        probability is the mass of its value over that of its interval, both in the mixture with the
-        weights so far:
+        probabilities with the cut. After red the weights are in proportion to w_k m_k(r), with the
+        cut as without: p'(k, r) = w_k m_k(r) / Z, and Z = sum_j w_j M_j(r's interval) is the same
+        for all k. So a red that was cut tells as much of the component as one that was not. A
+        channel's probability is the mass of its value over that of its interval, both in the
+        mixture with the weights so far:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
@@ -430,20 +431,20 @@ class LogisticMixture:
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each: a
         function, as green's interval depends on the red that was drawn.
 
-        Without cuts one component serves all channels. Here one is drawn anew for each, then a
-        value from it, within the interval. For r was drawn by component k with a probability in
-        proportion to w_k m_k(r); but by p'(g | r), see log_prob, g must come from k in proportion
-        to w_k m_k(r) M_k(g's interval | r). (So one draws from a mixture that is cut as a whole:
-        component k by its weight times M_k, then a value of k within the interval.) Say
+        Without cuts one component serves all channels. Here one is drawn anew for each: component k
+        by its weight so far times M_k, then a value of k within the interval. (So one draws from a
+        mixture that is cut as a whole. Without cuts M_k is 1, and the component may be kept.) To
+        keep red's component for green would be wrong. Say
 
-                                                    of r                              of g
-                                      w      m(r)    w m(r)    M(g's interval | r)    w m(r) M
-            the first component      1/2     0.2      0.10            0.1               0.01
-            the second               1/2     0.1      0.05            0.8               0.04
+                                                   it gave r               it must give g
+                                  w      m(r)      in proportion to   M    in proportion to
+                                                   w m(r)                  w m(r) M
+            the first component   1/2     0.2      0.10               0.1  0.01
+            the second            1/2     0.1      0.05               0.8  0.04
 
-        Then r came from the first with probability 0.10 / 0.15, but g must with 0.01 / 0.05 only.
-        (Without cuts M_k is 1, and the component may be kept.) "map" keeps the first one that was
-        drawn, so that a pixel's channels belong together.
+        (M: of g's interval, given r). To keep it would draw green from the first in 2/3 of all
+        cases; by p'(g | r), see log_prob, 1/5 is right. "map" keeps the first one that was drawn,
+        so that a pixel's channels belong together.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -487,8 +488,8 @@ def logistic_between(a, b, u):
     sample_tight draws: the z with sigma(z) = sigma(a) + u (sigma(b) - sigma(a)).
     """
     # Far to the right sigma rounds to 1, far to the left it keeps its digits (sigma(40) is 1 in
-    # float64, sigma(-40) is 4.2e-18). So an interval on the right is mirrored: -z lies between -b
-    # and -a, at 1 - u.
+    # float64, sigma(-40) is 4.2e-18). And sigma(-z) = 1 - sigma(z). So an interval on the right is
+    # mirrored: -z lies between -b and -a, at 1 - u.
     flip = a + b > 0  # False also if both are infinite, as -inf + inf is nan
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
@@ -621,14 +622,16 @@ class Conv(nn.Module):
             # torch adds weight[j] in(q) to its output 2 q + j, j = 0, 1, .. We want w_d in(q) in
             # out(2 q - d). So the weights of an `up` Conv are stored from the last d to the first,
             # weight[j] = w_d with d = last - j: torch's output is 2 q - d + last, which is ours,
-            # `last` further on. In a row with d = -1, 0, 1:
+            # `last` further on. (`bottom` and `right` are the last dy and dx.) In a row with d =
+            # -1, 0, 1, last = 1:
             #
             #     weight[0] = w_1       to its output 2 q        wanted in 2 q - 1
             #     weight[1] = w_0                     2 q + 1              2 q
             #     weight[2] = w_-1                    2 q + 2              2 q + 1
             #
-            # So its first `bottom` rows and `right` columns are dropped. (output_padding adds a row
-            # and a column behind, for kernels of which the first d is 0.)
+            # All is one place too far on: so the first `bottom` rows and `right` columns are
+            # dropped. (output_padding adds a row and a column behind, for kernels of which the
+            # first d is 0, as POINT.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -910,8 +913,8 @@ class EmbeddingNet(nn.Module):
 
 @dataclasses.dataclass
 class View:
-    """What one of the X_i is; its images are tensors. views[k].psi makes images of views[k - 1],
-    the next coarser view, of images of views[k]; psi is None for the coarsest."""
+    """What one of the X_i is; its images are tensors. psi makes the next coarser view of it, x_hat
+    = psi(x), which its factor is given; None for the coarsest, which is given none."""
 
     shape: tuple  # (C, H, W)
     levels: int
@@ -940,8 +943,8 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: if Half has made it, or if it is given a view that Half
-    has made.
+    """Whether a view has a light network: if it is given a smaller view; the coarsest one, which is
+    given none, if it is a smaller view itself.
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -975,7 +978,7 @@ class Factor(nn.Module):
             # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            # 0. (Runs of an older version count from X^: their last stage, at x's size, is -1.)
+            # finest is 0; in runs of an older version, whose layouts count from X^, it is -1.
             finest = min(halved for halved, _ in layout_embed)
             spans += [2 ** (halved - finest) for halved, _ in layout_embed]
         self.multiple = max(spans)  # of which the height and the width of x must be multiples
@@ -1153,8 +1156,8 @@ class PixelAux(nn.Module):
         """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], nats per image, (N,) each.
 
         tight: factors are cut to what their x_hat leaves possible; the sum is then log p(X) itself,
-        of that model (see psi). (By default the paper's bound, also of a model that was
-        trained tight. Commands go by config.tight.)
+        of that model (see psi). (False also for a model that was trained tight, so that by default
+        it is always what the paper means. Commands go by config.tight.)
         """
         return [factor(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
 
@@ -1366,8 +1369,13 @@ def build(name, size, preset="tiny", seed=0, **overrides):
 # made from a known distribution. Other images come from .npy files, or by way of tools/images.py.
 # A batch is a function of the seed and the step, so that a resumed run sees the same ones.
 #
-# An image's *digest*, a hash of its bytes, decides whether it is for training or for the test; all
-# digests together are the fingerprint by which --resume knows the data again.
+# What tells data apart:
+#
+#     digest         of an image: a hash of its bytes. It decides whether the image is for training
+#                    or for the test
+#     fingerprint    of a data set: a hash of all its digests. `describe` puts it into
+#                    Config.data_set, by which --resume knows the data again
+#     digests.npy    in a run's folder: all digests, so that it can be said what has changed
 
 
 class Shapes:
@@ -1459,7 +1467,12 @@ class Shapes:
     def fit(self, colour, masks):
         """colour: the number, 0..2, of each pixel's colour, (N, H, W). Finds the mask and the pair
         that agree with it on most pixels, by trying all -> the colours that these give, (N, H, W).
-        (True images agree on all pixels; samples of a model may not, and this is a vote.)"""
+        (True images agree on all pixels; samples of a model may not, and this is a vote.)
+
+        For example, of four pixels:  colour red red red blue,  mask outside outside inside inside.
+        A red ground agrees on 2 pixels outside, a blue shape on 1 inside: this mask and the pair
+        (red, blue) agree on 3.
+        """
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
         # How many pixels of each colour are inside, and outside, of each mask:
@@ -1965,8 +1978,11 @@ def steps_of(config, k, data):
 
 
 class Stopwatch:
-    """How long a factor has been trained, in seconds: of steps alone, without what is done at
-    looks. At a look: s = seconds(); look(mean of s over the processes); what is done; go_on()."""
+    """How long a factor has been trained, in seconds: of steps, without what is done at looks.
+
+        | steps | seconds(), look(..), then what is done | go_on(), steps | seconds(), look(..), ..
+        counted   not counted                              counted          not counted
+    """
 
     def __init__(self, before):
         """before: by earlier processes."""
@@ -2065,9 +2081,9 @@ class Optimizer:
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step.
 
-        Without that learning would fade: as weight() does not depend on |v|, the gradient is at a
-        right angle to v; so is Muon's step, or nearly so; then it makes v longer, and a longer v is
-        turned less by the next.
+        Without that learning would fade: a step has a length of its own, whatever |v| is, and makes
+        v longer (three times as long in the first 400 steps of `tiny`); and a longer v is turned
+        less by the next. weight() does not depend on |v|.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2225,7 +2241,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
             save_training(path, config, k, trained, average, optimizer, step, seconds)
             save_at = time.monotonic() + save_every
-        if decided:  # after the checkpoint, see record_steps
+        if decided:  # after the checkpoint, so that no kill can leave the number without it
             record_steps(out, config, k, steps)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
@@ -2348,38 +2364,49 @@ def widest(model):
     return max(21, *map(len, model.names))
 
 
+def by_factor(model, both):
+    """A dict of bits/dim for each factor, divided three ways. both: bound and exact, nats, (2,
+    factors, N)."""
+    factors = []
+    for k, view in enumerate(model.views):
+        own = math.prod(view.shape)
+        row = dict(factor=model.names[k], shape=view.shape)
+        # the division, the first factor that is summed, the sub-pixels that divide
+        for name, first, dims in (("of_x", k, model.dims), ("own", k, own), ("cumulative", 0, own)):
+            nats = both[:, first : k + 1].sum(1)  # (2, N)
+            bound, exact = bits_per_dim(nats.mean(1), dims).tolist()
+            row |= {f"bound_{name}": bound, f"exact_{name}": exact}
+        factors.append(row)
+    return factors
+
+
+def confidence_of(bits):
+    """95% interval of the mean over images, by the bootstrap. bits: (2, N) -> [low, high] twice."""
+    n = bits.shape[1]
+    # 1000 times n of the images, with replacement, (2, 1000, n); means, (2, 1000).
+    means = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)
+    return np.percentile(means, [2.5, 97.5], axis=1).T.tolist()
+
+
 def report(model, bound, exact, data, images, kind="test image"):
     """The table of `eval` -> (text, the same as a dict). bound, exact: of images of `data`."""
     both = np.stack([bound, exact])  # (2, factors, N)
-    n = both.shape[2]
-    wide = widest(model)
-    heading = REPORT.format(counted(n, kind), model.dims, "", "factor", wide=wide)
-    lines, factors = [heading], []
-    for k, view in enumerate(model.views):
-        own = math.prod(view.shape)
-        row = {}
-        # the column's name, the first factor that is summed, the sub-pixels that divide
-        for name, first, dims in (("of_x", k, model.dims), ("own", k, own), ("cumulative", 0, own)):
-            # (2, factors, N), summed over factors, the mean over images: (2,), bound and exact
-            nats = both[:, first : k + 1].sum(1)
-            bits = bits_per_dim(nats.mean(1), dims)
-            row[f"bound_{name}"], row[f"exact_{name}"] = bits.tolist()
-        numbers = ("{:8.4f}{:8.4f}  " * 3).format(*row.values())
-        lines.append(f"{model.names[k]:{wide}}{numbers}".rstrip())
-        factors.append(dict(factor=model.names[k], shape=view.shape, **row))
+    n, wide = both.shape[2], widest(model)
     bits = bits_per_dim(both.sum(1), model.dims)  # (2, N)
-    # Bootstrap: 1000 times n of the images, with replacement, (2, 1000, n); means, (2, 1000).
-    resampled = np.random.default_rng(0).choice(bits, (1000, n), axis=1).mean(2)
-    confidence = np.percentile(resampled, [2.5, 97.5], axis=1).T.tolist()
-    total = bits.mean(1).tolist()
-    lines.append("{:{wide}}{:8.4f}{:8.4f}".format("total", *total, wide=wide))
+    total, confidence, factors = bits.mean(1).tolist(), confidence_of(bits), by_factor(model, both)
+    result = dict(images=n, factors=factors, bound=total[0], exact=total[1],
+                  bound_interval=confidence[0], exact_interval=confidence[1])
+
+    lines = [REPORT.format(counted(n, kind), model.dims, "", "factor", wide=wide)]
+    for row in factors:
+        name, _, *numbers = row.values()
+        lines.append(f"{name:{wide}}{('{:8.4f}{:8.4f}  ' * 3).format(*numbers)}".rstrip())
     in_nats = [of_kind * math.log(2) for of_kind in total]
-    lines.append("{:{wide}}{:8.4f}{:8.4f}".format("total in nats/dim", *in_nats, wide=wide))
+    for name, pair in (("total", total), ("total in nats/dim", in_nats)):
+        lines.append("{:{wide}}{:8.4f}{:8.4f}".format(name, *pair, wide=wide))
     if n > 1:
         of_bound, of_exact = ["{:.4f}..{:.4f}".format(*ends) for ends in confidence]
         lines.append(f"95% interval over the images: bound {of_bound}, exact {of_exact}")
-    result = dict(images=n, factors=factors, bound=total[0], exact=total[1],
-                  bound_interval=confidence[0], exact_interval=confidence[1])
     if data.shapes:
         more, distances = distance_to_truth(model, bound, exact, data.shapes, images)
         lines, result = lines + more, result | distances
@@ -2469,15 +2496,15 @@ def save_samples(model, views, path, given=0):
 # column to the upper right; of the rest X^ tells much, where there is one.)
 #
 # **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
-# one is its *reader*, the other one the *source*. At (r, c) a node is computed at step lag r + c +
-# offset. So with offset -2 it is two steps ahead of the pixels: at lag 8 step 24 draws pixel (0,
-# 24), and computes the node at (0, 26), as 26 - 2 is 24.
+# one is its *reader*, the other one the *source*. A node is not computed at (r, c) at step lag r +
+# c itself, when the pixel there is drawn, but `offset` steps later: offset -2 is two steps before
+# the pixel. At lag 8 step 24 draws pixel (0, 24), and computes a node of offset -2 at (0, 26).
 #
-# Say a reader is v's last convolution, at offset 0, and (r, c) is of wave 24. It reads its source
-# at (r, c + 1), of wave 25, which is computed at step 25 + offset_source. That must be 24 or less,
-# so the source's offset is -1. Of a chain of six such convolutions the first one's source has -6.
-# In general, what a reader at (r, c) reads, at (r + dy, c + dx), must be computed by the reader's
-# step:
+# Say a reader is v's last convolution, of offset 0: at step 24 it is computed at (0, 24), and reads
+# its source at (0, 25). So the source must be there at (0, 25) by step 24, one step before pixel
+# (0, 25) is drawn: its offset is -1 or less. Of a chain of six such convolutions the first one's
+# source has -6. In general, what a reader at (r, c) reads, at (r + dy, c + dx), must be computed by
+# the reader's step:
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
 #
@@ -2486,6 +2513,9 @@ def save_samples(model, views, path, given=0):
 # So each reader sets a deadline for its source, and of several readers the earliest one counts:
 #
 #     offset_source <= offset_reader - (lag dy + dx)
+#
+# Of all that a kernel reads, its lower right corner sets the earliest one. For v's later layers
+# that is (r, c + 1). For v_first, which reads rows above alone, it is (r - 1, c + 1).
 #
 # Each value is computed as late as its readers allow, its offset is the deadline. From the output
 # back, in the light network:
@@ -2503,78 +2533,32 @@ def save_samples(model, views, path, given=0):
 #               (then the pixel is        block 3    block 2    block 2
 #               drawn)
 #
-# (These kernels read the row above as well, dy = -1. That deadline is later by the lag, so it does
-# not count; for x, of which v_first reads rows above alone, it does.) Why as late as possible? If
-# v's end were computed 3 steps earlier than needed, all of v, and at last x, would have to come 3
-# earlier, and the lag would be 11.
+# Why as late as possible? If v's end were computed 3 steps earlier than needed, all of v, and at
+# last x, would have to come 3 earlier, and the lag would be 11.
 #
 # What decides the lag? Every other node can be read in the step that computes it. x cannot: pixel
-# (r, c) is drawn at the end of step lag r + c, after all that this step computes, so it counts as
-# computed one step later, at offset 1. This is fixed, so it is the lag that must give way: it is
-# the smallest for which all deadlines that readers set for x are 1 or more:
+# (r, c) is drawn at the end of step lag r + c, after all that this step computes. So the deadlines
+# that its readers set for x must be 1 or more, and the lag is the smallest for which they are:
 #
 #     reader of x    reads x at       its offset    deadline for x
 #     v_first        (r - 1, c + 1)       -6        -6 - (-lag + 1) = lag - 7     lag >= 8, as above
 #     h_above        (r - 1, c + 1)        0        lag - 1                       lag >= 2
 #     h_left         (r, c - 1)            0        1                             any lag
 #
-# **Raster order.** If the lag is the width W or more, each pixel has a wave of its own, and waves
-# grow in raster order: one pixel a step. So it is in the pyramid's 8x8, where the smallest lag is
-# 8, and in PixelCNN++ at 32x32, which looks further to the right than the image is wide. Nothing
-# else changes, but that steps in which nothing is due are left out: so once there is one pixel a
-# step, a still larger lag costs nothing.
-#
-# **A row at once.** A convolution is a matrix product: what the kernel reads at each of some
-# positions, times its weights. In raster order a step has one position, and one large product takes
-# at most half the time of many small ones. Now call a node *by rows* if all that it reads is
-#
-#     of rows above, or
-#     by rows itself, or
-#     known from the start, as what is made of X^.
-#
-# So are v_first, which reads rows above of x, v's next convolution, which reads v_first, and so on:
-# all of v. When a row is begun the whole of it can be computed at once. A sum of which only a part
-# is so is split: this part becomes a node of its own, by rows, and the rest is added position by
-# position. For example h's conv_in, to which v is added by a conv_aux:
-#
-#     out = [bias + kernel row -1 of h + v by conv_aux, a row at once]
-#           + kernel row 0 of h, position by position
-#
-# For this the rows above must be complete when a row is begun. At the smallest lag they are not: at
-# lag 8 in the 8x8 the first values of v in a row, at offset -6, come before the last pixels of the
-# row above. So in raster order a far larger lag is taken, FAR. (On a wavefront they are not
-# complete either, and nothing is by rows.)
-#
-# **Half the resolution.** PixelCNN++ has values that stand at every second pixel alone, or at every
-# fourth: at those (r, c) of which both are multiples of the value's `spacing`, 2 or 4. They, too,
-# have step lag r + c + offset, and all distances are counted in pixels of x: a kernel of 3 columns
-# that stays at spacing 2 reads dx = -2, 0 and 2. So all of the above holds as it stands. Values are
-# kept in images as large as x, with zeros between them; so a convolution that doubles the
-# resolution is an ordinary one, that reads these zeros as well. What a kernel multiplies is `apart`
-# pixels apart: neighbours in the finer one of source and result, apart = the smaller spacing of the
-# two. With kernels of columns -1 and 0:
-#
-#     a convolution       source, columns 0 .. 5    apart    for example
-#     halves it, to 2     a b c d e f               1        out in column 2 is of b and c
-#     keeps it at 2       a 0 b 0 c 0               2        out in column 2 is of a and b
-#     doubles it, to 1    a 0 b 0 c 0               1        out in column 2 is of 0 and b,
-#                                                            in column 3 of b and 0
-#
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Conv, of no rows below, and of functions of
 # values at one position. Words:
 #
 #     node      as above, for example v_first(x): C channels at each of its positions
-#     group     nodes due together, at the same positions: of the same offset and spacing, and by
-#               rows or not
-#     latest    the values that a node has computed last, for readers at the same position in the
-#               same step (or, of a row that was computed at once, in the steps of that row)
-#     buffer    an image of all that it has computed, for all other readers
+#     group     nodes that are computed in the same steps at the same positions
+#     latest    the values that a node has computed last: for readers in its group, at their own
+#               position
+#     buffer    an image of all that a node has computed, for all other readers
 #
-# `traced`, in the next section, makes a list of Nodes of a network. Plan decides all that can be
-# decided beforehand, and sample_fast is the loop over the steps. For example a light network of one
-# block, without X^. Its lag is 4. Its nodes, in the order in which they are computed within a step
-# (no buffer: `latest` will do):
+# `traced`, in Tracing, makes a list of Nodes of a network. Plan decides all that can be decided
+# beforehand, and sample_fast is the loop over the steps. For example a light network of one block,
+# without X^. Its lag is 4. Its nodes, in the order in which they are computed within a step (no
+# buffer: `latest` will do):
 #
 #     node                                 offset    buffer, and for whom
 #     v_first(x)                             -2      for v's gate (x + a sigmoid(b)), at offset 0
@@ -2587,38 +2571,19 @@ def save_samples(model, views, path, given=0):
 #     h's conv_in, and v by a conv_aux        0      none: this is one sum, too
 #     concat_elu of that                      0      for conv_out
 #     h's conv_out; gate; elu; last           0      none
-#     x, drawn after it                       1      for all that read it
+#     x, drawn at the end of the step                for all that read it, from the next step on
 #
 # At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at (5,
 # 5), all that has offset 0 at (5, 4), and after it pixel (5, 4) is drawn; and the same in row 4,
 # four columns further to the right, ..
 #
-# The same network in raster order:
-#
-#     when a row is begun       v's nodes, from v_first to the last concat_elu
-#                               new: bias + h_above(x) + row -1 of h_left(x)
-#                               new: bias + row -1 of h's conv_in + v by a conv_aux
-#                               new: bias + row -1 of h's conv_out
-#     for each of its pixels    the first new one + row 0 of h_left(x);  concat_elu
-#                               the second + row 0 of conv_in;  concat_elu
-#                               the third + row 0 of conv_out;  gate; elu; last;  the pixel
-
-
-# The lag in raster order, at which a row is complete long before the next one is begun. Row r has
-#
-#     step FAR r - FAR / 2          what is computed a row at once
-#     steps FAR r + c + offset      the rest, at offsets of FAR / 4 at most
-#     step FAR (r + 1) - FAR / 2    of the next row, what is computed a row at once
-FAR = 2**20
-# As good as none. But in raster order a node that nobody reads in its own row has it for an offset,
-# and so is still complete before the next row is begun.
-NO_DEADLINE = FAR // 4
+# Two things are left for sections of their own: *Raster order*, where the image is too narrow for a
+# wavefront, and *Half the resolution*. Until then let `spacing` and `apart` be 1.
 
 
 class Places(typing.NamedTuple):
     """Where a group is due in a step: `count` positions (row, column), (row + down, column +
-    right), .. in pixels of x. On a diagonal down = spacing, right = -lag * spacing; in a row
-    down = 0, right = spacing."""
+    right), .. in pixels of x. On a diagonal of lag 8 down = 1, right = -8."""
 
     row: int
     column: int
@@ -2638,9 +2603,9 @@ class Read:
     """What a node reads of `source` for its position (r, c).
 
     If weight is None that is the value of source at (r, c). If not, it is a rectangle of values,
-    those that a convolution's kernel multiplies: nr_rows x nr_columns, `apart` pixels apart, the
-    first at (r + top, c + left). For v_first: Read(x, weight, top=-2, left=-1, nr_rows=2,
-    nr_columns=3).
+    those that a convolution's kernel multiplies: nr_rows x nr_columns, `apart` pixels apart (1, or
+    see Half the resolution), the first at (r + top, c + left). For v_first: Read(x, weight, top=-2,
+    left=-1, nr_rows=2, nr_columns=3).
     """
 
     source: "Node"
@@ -2650,7 +2615,7 @@ class Read:
     nr_rows: int = 1
     nr_columns: int = 1
     apart: int = 1
-    # Decided in Plan.allocate: read it from source.latest; if not, from source.buffer
+    # Decided in Plan.allocate: read from source.latest? If not, from source.buffer.
     at_hand: bool = False
     # (total, values) -> total + values; with a weight total + values weight^T, by choose_products
     add: object = operator.add
@@ -2679,7 +2644,8 @@ class Read:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Node:
-    """A value inside the network, at every position (r, c) with multiples of `spacing`.
+    """A value inside the network, at every position (r, c), or, if it is of half or a quarter of
+    the resolution, at those of which r and c are multiples of `spacing`, 2 or 4.
 
     It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
     the Read's weight if there is one. x, and what is known from the start, read nothing. (eq=False:
@@ -2691,12 +2657,12 @@ class Node:
     reads: list = dataclasses.field(default_factory=list)
     function: object = None
     bias: torch.Tensor | None = None  # (C,)
+    known: bool = False  # from the start, as what is made of X^ alone
     # Decided in Plan:
-    offset: int = 0
-    by_rows: bool = False  # there when a row is begun: computed a row at once, or known
+    offset: float = 0  # a whole number; in raster order perhaps infinite, see there
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
-    buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if read elsewhere or later
-    latest: torch.Tensor | None = None  # the values computed last, (n * positions, C)
+    buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if it is needed
+    latest: torch.Tensor | None = None  # (n * positions, C)
 
     @property
     def is_sum(self):
@@ -2705,29 +2671,24 @@ class Node:
 
     @property
     def group(self):
-        """Nodes of one group are computed in the same steps at the same positions."""
-        return self.spacing, self.offset, self.by_rows
+        return self.spacing, self.offset
 
     def window(self, places, read=None):
         """A torch view (no copy), (n, count, nr_rows, nr_columns, C), of `buffer`: of each image,
         for each position of `places`, the rectangle that `read` tells, or the position alone.
 
         In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
-        reads at a position is a vector. With 2 channels, in a row that begins at element 0 of the
-        buffer, and 3 columns from c on:
+        reads at a position is a vector; neighbouring vectors overlap, and begin at equal distances.
+        So do those of a diagonal: a row down and lag columns to the left. So a view with the right
+        strides is all that is needed: no copy, and no table of indices. With 2 channels, rows of 5
+        columns, no margins, lag 3, and a kernel of one row and 2 columns, c and c + 1:
 
-            column      0     1     2     3     4
-            element    0 1   2 3   4 5   6 7   8 9
-            c = 1           |---------------|            2..7
-            c = 2                 |---------------|      4..9
+            element of the buffer     0 1   2 3   4 5   6 7   8 9     row 0, columns 0 .. 4
+                                    10 11 12 13 14 15 16 17 18 19     row 1
+            place 0 = (0, 3)      reads 6 7 8 9
+            place 1 = (1, 0)      reads 10 11 12 13
+            start 6;  next_place = 1 * 10 - 3 * 2 = 4;  next_column = 2
 
-        Neighbouring vectors overlap, and begin at equal distances, 2 elements. So do those of a
-        diagonal, here of lag 3, in rows of 5 columns, 10 elements:
-
-            place 0    row 0, column 3    element 6
-            place 1    row 1, column 0    element 10, + 4: a row down, + 10; 3 columns left, - 6
-
-        So a view with such strides is all that is needed: no copy, and no table of indices.
         (as_strided: element i, j, .. is number start + i strides[0] + j strides[1] + .. of the
         memory.)
         """
@@ -2736,10 +2697,8 @@ class Node:
         above, _, before, _ = self.margin
         start = (places.row + read.top + above) * next_row
         start += (places.column + read.left + before) * next_column
-        # Of one place alone this is not used. In raster order it would be below 0, which torch
-        # refuses.
-        next_place = max(0, places.down * next_row + places.right * next_column)
-        size = (len(self.buffer), places.count, read.nr_rows, read.nr_columns, self.channels)
+        next_place = places.down * next_row + places.right * next_column
+        size = (self.buffer.shape[0], places.count, read.nr_rows, read.nr_columns, self.channels)
         strides = (next_image, next_place, read.apart * next_row, read.apart * next_column, 1)
         return self.buffer.as_strided(size, strides, start)
 
@@ -2749,77 +2708,45 @@ class Plan:
 
     nodes: all that is computed, sources before readers, the output last. (Without x and what is
     known from the start, which are only read.)
-    least_lag: see sample_fast.
+    lag: None where there is no wavefront, see Raster order.
+    least_lag: 2 where cells of 2x2 are cut, see sample_fast; CausalNet's is no smaller anyway.
     """
 
     def __init__(self, net, channels, n, size, embeddings=(), least_lag=1):
         self.n, self.size, self.threads = n, size, torch.get_num_threads()
-        self.x = Node(1, channels, offset=1)  # a pixel is known only after its step
+        self.x = Node(1, channels)
         self.nodes = traced(net, self.x, n, size, embeddings)
         self.output = self.nodes[-1]
         self.lag = self.smallest_lag(least_lag)
-        if self.lag >= size[1]:  # raster order
-            self.lag = FAR
-            self.set_rows()
-        offsets = self.offsets(self.lag)
-        for node in self.nodes:
-            node.offset = offsets[node]
+        if self.lag:
+            offsets = self.offsets(self.lag)
+            for node in self.nodes:
+                node.offset = offsets[node]
+        else:
+            self.nodes = split_by_rows(self.nodes)
+            set_raster_offsets(self.nodes, self.x)
         self.allocate(next(net.parameters()))
         # Gives reads their `add`. work: how much there is to do, for set_threads. (For speed.)
         self.work = choose_products(self)
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def smallest_lag(self, least_lag):
-        def good(lag):
-            return self.offsets(lag)[self.x] >= self.x.offset
-
-        # If not even so large a lag will do, something reads its own pixel, or to the right of it.
-        if not good(FAR):
-            raise Problem("sample_fast: the network is not causal, or looks ahead in a row")
-        return next(filter(good, itertools.count(least_lag)))
+        """None if it is not below the width: then each pixel has a wave of its own."""
+        for lag in range(least_lag, self.size[1]):
+            if self.offsets(lag)[self.x] >= 1:
+                return lag
+        return None
 
     def offsets(self, lag):
-        """{node: the latest offset that serves all its readers, or that of rows at once}, from the
-        output back. (For x it is a deadline only, see What decides the lag.)"""
-        offsets = collections.defaultdict(lambda: NO_DEADLINE, {self.output: 0})
+        """{node: the latest offset that serves all its readers}, from the output back. (Of x the
+        deadline, which must be 1 or more.)"""
+        offsets = collections.defaultdict(lambda: math.inf, {self.output: 0})
         for node in reversed(self.nodes):
-            if node.by_rows:
-                offsets[node] = -FAR // 2  # earlier than any reader's deadline
             for read in node.reads:
                 # Of what a kernel reads lag dy + dx is largest on the lower right.
                 deadline = offsets[node] - (lag * read.bottom + read.right)
                 offsets[read.source] = min(offsets[read.source], deadline)
         return offsets
-
-    def set_rows(self):
-        """Decides which nodes are computed a row at once, and splits sums of which a part can be:
-        this part becomes a new node. As in the example:
-
-            before       conv_in     reads h, rows -1 and 0; v          bias
-            after        a new one   reads h, row -1; v                 bias    a row at once
-                         conv_in     reads the new one; h, row 0
-
-        So a node of which nothing is late is by rows; a sum of which a part is late is split; what
-        else has a late part, as h's gate, stays as it is. (The output is wanted pixel by pixel: if
-        its whole sum can be computed a row at once, the new node has all of it.)
-        """
-        nodes, self.nodes = self.nodes, []
-        for node in nodes:  # sources before readers
-            early, late = [], []
-            for read in node.reads:
-                nr_early = read.nr_rows if read.source.by_rows else read.nr_above
-                if nr_early > 0:
-                    early.append(read.of_rows(0, nr_early))
-                if nr_early < read.nr_rows:
-                    late.append(read.of_rows(nr_early, read.nr_rows))
-            multiplies = any(read.weight is not None for read in early)  # else it gains nothing
-            if not late and node is not self.output:
-                node.by_rows = True
-            elif multiplies:  # so it is a sum
-                early_node = dataclasses.replace(node, reads=early, by_rows=True)
-                node.reads, node.bias = [Read(early_node), *late], None
-                self.nodes.append(early_node)
-            self.nodes.append(node)
 
     def allocate(self, weight):
         """Decides which reads are of source.latest. All other sources get a buffer, with margins of
@@ -2829,13 +2756,9 @@ class Plan:
             for read in node.reads:
                 source = read.source
                 rectangle = (read.top, read.left, read.nr_rows, read.nr_columns)
-                own_position = rectangle == (0, 0, 1, 1) and source.spacing == node.spacing
-                # At equal spacing and offset they are computed in the same steps, at the same
-                # positions in the same order: `latest` fits as it is. A row that was computed at
-                # once stays there until the next one is begun.
-                in_latest = source.offset == node.offset or source.by_rows
+                own_position = rectangle == (0, 0, 1, 1)
                 computed = len(source.reads) > 0  # x and what is known are read from their buffers
-                read.at_hand = own_position and in_latest and computed
+                read.at_hand = computed and own_position and source.group == node.group
                 if computed and not read.at_hand:
                     buffered.add(source)
                 beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
@@ -2847,39 +2770,29 @@ class Plan:
             node.buffer = zeros(size, weight)
 
     def steps(self):
-        """Of each step in which something is due, in order: {group: Places to compute}. (In the
-        light network from step -6 on.)"""
-        due, waves_of = collections.defaultdict(dict), {}
-        for group in {node.group for node in self.nodes}:
-            spacing, offset, by_rows = group
-            if (spacing, by_rows) not in waves_of:
-                waves_of[spacing, by_rows] = self.places_by_wave(spacing, by_rows)
-            for wave, places in waves_of[spacing, by_rows].items():
-                due[wave + offset][group] = places
+        """Of each step, in order: {group: Places to compute}. (In the light network from step -6
+        on.)"""
+        groups = {node.group for node in self.nodes}
+        due = collections.defaultdict(dict)
+        for spacing, offset in groups:
+            if self.lag:
+                for wave, places in diagonals(self.size, self.lag, spacing).items():
+                    due[wave + offset][spacing, offset] = places
+            else:
+                for step, places in raster_steps(self.size, spacing, offset):
+                    due[step][spacing, offset] = places
         for step in sorted(due):
             yield due[step]
-
-    def places_by_wave(self, spacing, by_rows):
-        """{wave: Places}: what is due together, a diagonal or a row, begins at lag r + c = wave."""
-        height, width = self.size
-        rows, columns = range(0, height, spacing), range(0, width, spacing)
-        if by_rows:
-            return {self.lag * r: Places(r, 0, len(columns), 0, spacing) for r in rows}
-        waves = collections.defaultdict(list)
-        for r, c in itertools.product(rows, columns):
-            waves[self.lag * r + c].append((r, c))
-        # The first position is the topmost; the others lie down the diagonal, without gaps.
-        return {wave: Places(*positions[0], len(positions), spacing, -self.lag * spacing)
-                for wave, positions in waves.items()}
 
     def run_step(self, due):
         """Compute what is due, {group: Places}."""
         set_threads(self, due)
         groups = tuple(due)
         if groups not in self.nodes_of:
-            self.nodes_of[groups] = [node for node in self.nodes if node.group in due]
-        for node in self.nodes_of[groups]:
-            places = due[node.group]
+            self.nodes_of[groups] = [
+                (node, node.group) for node in self.nodes if node.group in due]
+        for node, group in self.nodes_of[groups]:
+            places = due[group]
             node.latest = self.compute(node, places)
             if node.buffer is not None:
                 window = node.window(places)
@@ -2887,26 +2800,33 @@ class Plan:
 
     def compute(self, node, places):
         """The node's values at places, (n * positions, C)."""
-        values = [self.value(node, read, places) for read in node.reads]
+        values = [self.value(read, places) for read in node.reads]
         if node.function is not None:
             return node.function(*values)
         total = node.bias
         for read, value in zip(node.reads, values):
-            # Without a bias the sum begins with a part that was computed before, see set_rows.
+            # Without a bias the sum begins with a part that was computed before, see Raster order.
             total = value if total is None else read.add(total, value)
         return total
 
-    def value(self, node, read, places):
-        """What node reads at places, (n * positions, nr_rows * nr_columns * C)."""
-        source = read.source
-        if not read.at_hand:
-            window = source.window(places, read)
-            return window.reshape(-1, math.prod(window.shape[2:]))
-        if source.by_rows == node.by_rows:
-            return source.latest
-        # source is by rows, node is not: of the row the position that is due, one in raster order.
-        row = source.latest.view(self.n, -1, source.channels)
-        return row[:, places.column // source.spacing]
+    def value(self, read, places):
+        """What is read for places, (n * positions, nr_rows * nr_columns * C)."""
+        if read.at_hand:
+            return read.source.latest
+        window = read.source.window(places, read)
+        return window.reshape(-1, math.prod(window.shape[2:]))
+
+
+@functools.lru_cache(16)
+def diagonals(size, lag, spacing):
+    """{wave: Places}, of what is `spacing` pixels apart."""
+    height, width = size
+    waves = collections.defaultdict(list)
+    for r, c in itertools.product(range(0, height, spacing), range(0, width, spacing)):
+        waves[lag * r + c].append((r, c))
+    # The first position is the topmost; the others lie down the diagonal, without gaps.
+    return {wave: Places(*positions[0], len(positions), spacing, -lag * spacing)
+            for wave, positions in waves.items()}
 
 
 def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
@@ -2917,8 +2837,7 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     channels, height, width = factor.view.shape
     # When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not know
     # of that, as it is no read of the network: so at lag 1 the upper right and the lower left one
-    # of a 2x2 cell would be drawn together. (CausalNet's lag is 2 or more anyway, as h_above reads
-    # (r - 1, c + 1).)
+    # of a 2x2 cell would be drawn together.
     least_lag = factor.view.psi.cell if tight else 1
     embeddings = factor.embeddings(x_hat)
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
@@ -2926,6 +2845,7 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     try:
         for due in plan.steps():
             plan.run_step(due)
+            # The output's offset is 0: where it is due pixels can be drawn.
             pixels = due.get(plan.output.group)
             if pixels is None:
                 continue
@@ -2952,7 +2872,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
     drawn -> (lo, hi) of the next channel, (n P, 1, 1, 1), first all of image 0, then of image 1, ..
 
     Each pixel's cell is cut out of x, and its pixel out of x_hat: then psi.bounds need only look at
-    n P images of one cell.
+    n P images of one cell. For example, of pixels (0, 5) and (1, 2) the cells of 2x2 begin at (0,
+    4) and (0, 2); in these they are at (0, 1) and (1, 0).
     """
     rows, columns = torch.tensor([rows, columns], device=x.device)
     cell_row, cell_column = rows % psi.cell, columns % psi.cell  # in their cells, (P,)
@@ -2976,26 +2897,183 @@ def intervals_at(psi, x, x_hat, rows, columns):
     return interval_of
 
 
+# --- Raster order: what depends on rows above alone, a row at once -----------------------------
+#
+# If the lag would be the width W or more, no two pixels have the same wave. So it is in the
+# pyramid's 8x8, where the smallest lag is 8, and in PixelCNN++ at 32x32, which looks further to the
+# right than the image is wide. Then there is no lag, and pixels are drawn one by one: a step is a
+# pair, (r, c + offset), and all steps of a row come before those of the next row. So what is read
+# of rows above is always there; only what is read in the pixel's own row sets a deadline, and
+# offsets are 0 in our networks.
+#
+# There is something else to gain. A convolution is a matrix product: what the kernel reads at each
+# of some positions, times its weights; and one large product takes at most half the time of many
+# small ones. Call a node *by rows* if all that it reads is
+#
+#     of rows above, or
+#     by rows itself, or
+#     known from the start.
+#
+# So are v_first, which reads rows above of x, v's next convolution, which reads v_first, and so on:
+# all of v. When a row is begun the whole of it can be computed at once. A sum of which only a part
+# is so is split: this part becomes a node of its own, by rows, and the rest is added pixel by
+# pixel. For example h's conv_in, to which v is added by a conv_aux:
+#
+#     out = [bias + kernel row -1 of h + v by conv_aux, a row at once]
+#           + kernel row 0 of h, pixel by pixel
+#
+# The light network of one block, of the table above, in raster order:
+#
+#     when a row is begun       v's nodes, from v_first to the last concat_elu
+#                               new: bias + h_above(x) + row -1 of h_left(x)
+#                               new: bias + row -1 of h's conv_in + v by a conv_aux
+#                               new: bias + row -1 of h's conv_out
+#     for each of its pixels    the first new one + row 0 of h_left(x);  concat_elu
+#                               the second + row 0 of conv_in;  concat_elu
+#                               the third + row 0 of conv_out;  gate; elu; last;  the pixel
+
+
+# The offset of a node that is computed a row at once, when the row is begun: before all other steps
+# of the row.
+BY_ROWS = -math.inf
+
+
+def split_by_rows(nodes):
+    """Decides which nodes are by rows, and splits sums of which a part can be -> the nodes with the
+    new ones:
+
+        before       conv_in     reads h, rows -1 and 0; v          bias
+        after        a new one   reads h, row -1; v                 bias    by rows
+                     conv_in     reads the new one; h, row 0
+
+    A node of which nothing is late is by rows; a sum of which a part is late is split; what else
+    has a late part, as h's gate, stays as it is. (The output is wanted pixel by pixel: if its whole
+    sum can be computed a row at once, in networks of others, the new node has all of it.)
+    """
+    planned = []
+    for node in nodes:  # sources before readers
+        early, late = [], []
+        for read in node.reads:
+            complete = read.source.offset == BY_ROWS or read.source.known
+            nr_early = read.nr_rows if complete else read.nr_above
+            if nr_early > 0:
+                early.append(read.of_rows(0, nr_early))
+            if nr_early < read.nr_rows:
+                late.append(read.of_rows(nr_early, read.nr_rows))
+        multiplies = any(read.weight is not None for read in early)  # else it gains nothing
+        is_output = node is nodes[-1]
+        if not late and not is_output:
+            node.offset = BY_ROWS
+        elif multiplies:  # so it is a sum
+            early_node = dataclasses.replace(node, reads=early, offset=BY_ROWS)
+            node.reads, node.bias = [Read(early_node), *late], None
+            planned.append(early_node)
+        planned.append(node)
+    return planned
+
+
+def set_raster_offsets(nodes, x):
+    """As Plan.offsets, of the nodes that are not by rows. Where nobody reads a node in its own row,
+    its offset is infinite: it is computed a row at once, when the row is done."""
+    offsets = collections.defaultdict(lambda: math.inf, {nodes[-1]: 0})
+    for node in reversed(nodes):
+        if node.offset != BY_ROWS:
+            node.offset = offsets[node]
+        for read in node.reads:
+            if read.bottom == 0:
+                deadline = node.offset - read.right
+                offsets[read.source] = min(offsets[read.source], deadline)
+    if offsets[x] < 1:
+        raise Problem("sample_fast: the network is not causal")
+
+
+def raster_steps(size, spacing, offset):
+    """The steps of a group, and its Places: a whole row or pixel by pixel."""
+    height, width = size
+    for r in range(0, height, spacing):
+        if math.isinf(offset):
+            yield (r, offset), Places(r, 0, width // spacing, down=0, right=spacing)
+        else:
+            for c in range(0, width, spacing):
+                yield (r, c + offset), Places(r, c, 1, down=0, right=0)
+
+
+# --- Half the resolution: values at every second pixel -----------------------------------------
+#
+# PixelCNN++ has values of half and of a quarter of the resolution. The sampler keeps these, too, in
+# images as large as x: in every second (fourth) row and column, `spacing` = 2 (4) pixels apart,
+# with zeros between. So each value has a position in pixels of x, and a step lag r + c + offset;
+# and all that was said of waves, deadlines and rows holds as it stands, with distances in pixels of
+# x.
+#
+# Only what a kernel multiplies lies further apart, `apart` pixels of x:
+#
+#     apart = the smaller of the spacings of source and result
+#
+# A kernel of columns -1 and 0, with weights w_-1 and w_0,
+#
+#     from spacing  to    source, columns 0 .. 5    apart    out in column 2
+#          1        2     a b c d e f               1        w_-1 b + w_0 c
+#          2        2     a 0 b 0 c 0               2        w_-1 a + w_0 b
+#          2        1     a 0 b 0 c 0               1        w_-1 0 + w_0 b    (in column 3: w_-1 b)
+#
+# The last one doubles the resolution, `up`. Conv says of it: out(p) = b + sum over d of w_d in((p +
+# d) / 2) where that is whole. For p = 2 and d = -1 it is not, and for d = 0 it is in(1) = b: the
+# same. So with the zeros between it is a convolution like others.
+#
+# (A kernel that reads one column to its right at spacing 2 reads dx = 2: its source's offset is 2
+# less. So six_stages(1) has lag 36, six_stages(6) 176; narrower images come in raster order.)
+
+
+def convolution(conv, x, size):
+    """A Node: what conv makes of the Node x, in images of size (H, W). Raises Problem."""
+    spacing, kernel = x.spacing * conv.stride, conv.weight()
+    if conv.up:
+        # conv.v begins with w of the last d, see Conv.convolve; here the first comes first.
+        spacing, kernel = x.spacing // 2, kernel.flip(2, 3)
+    if spacing == 0:
+        raise Problem("sample_fast: values of more than the resolution of x")
+    if conv.rows[1] > 0:
+        raise Problem("sample_fast: the network is not causal, or reads rows below")
+    if size[0] % spacing or size[1] % spacing:
+        raise Problem(f"sample_fast: {size[0]}x{size[1]} cannot be halved as the network wants")
+    if kernel.shape[1] != x.channels:
+        raise Problem(f"sample_fast: a Conv of {kernel.shape[1]} channels reads {x.channels}")
+    apart = min(x.spacing, spacing)
+    weight = kernel.permute(0, 2, 3, 1)  # (F, rows, columns, C)
+    nr_rows, nr_columns = weight.shape[1:3]
+    top, left = apart * conv.rows[0], apart * conv.columns[0]
+    read = Read(x, weight.flatten(2), top, left, nr_rows, nr_columns, apart)
+    return Node(spacing, len(conv.b), [read], bias=conv.b)
+
+
 # --- Tracing: what a network computes, as a list of nodes --------------------------------------
 #
-# The network's own forward pass is run on an x that is no image but a Symbol: it computes nothing,
-# and each function that it is handed to is noted as a Node. (Loops and ifs run as ever.) What does
-# not depend on x, as all that is made of f_w(X^) alone, is computed as ever, at once, for the whole
-# image. For example
+# To learn what a network computes its forward pass is run on a stand-in for x, a Symbol, that has
+# no numbers. Every function of torch looks at its arguments before it runs: if one of them has a
+# method __torch_function__, it calls that in its place, and returns what this returns. Symbol's
+# notes the call as a Node, and returns a Symbol of that Node. So of two lines of Block, run on the
+# Symbol of a Node X,
 #
-#     v_first(x)       Node(reads=[Read(x, weight, top=-2, left=-1, nr_rows=2, nr_columns=3)], ..)
-#     concat_elu(v)    Node(reads=[Read(v)], function=concat_elu)
-#     conv_in(a) + conv_aux(b)    one Node, with the Reads of both, and bias=b_in + b_aux. (The two
-#                                 are Nodes first, which nobody reads then: traced drops them)
-#     conv_in(a) + conv_aux(e), where e is of f_w(X^), and so conv_aux(e) a tensor: likewise, and
-#                                 the tensor becomes a Node that has its buffer from the start
+#     hidden = self.conv_in(concat_elu(x))
+#     hidden = hidden + conv(a)                 (conv: a conv_aux; a: the Symbol of a Node Y)
+#
+# there are four calls:
+#
+#     concat_elu(x)       A = Node(reads=[Read(X)], function=concat_elu)
+#     conv_in(..)         B = Node(reads=[Read(A, its weight, ..)], bias=its bias)
+#     conv(a)             C = Node(reads=[Read(Y, its weight)], bias=its bias)
+#     hidden + ..         D = Node(reads=[those of B and of C], bias=both biases added)
+#
+# A sum takes in its convolutions, so that it is one running total in place of two results and an
+# addition. In the end nobody reads B and C, and they are dropped.
+#
+# What does not depend on x is an ordinary tensor, computed as ever, at once for the whole image. So
+# is conv_aux of the embedding; where it is added to a Node, a Node is made of it that is `known`,
+# and has its buffer from the start.
 #
 # A function is called later, with values of some positions, (N, C). So it must do the same to these
-# as to images, (N, C, H, W): dim 1 are channels in both.
-#
-# CausalNet consists of Conv, +, concat_elu, gate and F.elu, of which torch hands on the options by
-# keyword (and F.dropout, which does nothing here). What is said here of numbers and other functions
-# is for networks of others.
+# as to images, (N, C, H, W): dim 1 are channels in both, and no position may see another one.
 
 
 def traced(net, x, n, size, embeddings):
@@ -3005,7 +3083,7 @@ def traced(net, x, n, size, embeddings):
     output = net(recorder.symbol(x), embeddings)
     if not isinstance(output, Symbol) or output.node.spacing > 1 or output.node is x:
         raise Problem("sample_fast: the network's output is x, or smaller, or does not depend on x")
-    needed = {output.node}  # convolutions that a sum has taken in are read by nobody
+    needed = {output.node}
     for node in reversed(recorder.nodes):
         if node in needed:
             needed.update(read.source for read in node.reads)
@@ -3013,15 +3091,11 @@ def traced(net, x, n, size, embeddings):
 
 
 class Symbol(torch.Tensor):
-    """Stands for a node while a network is traced. Every function of torch looks at its arguments:
-    if one of them is a Symbol, it does not run, but calls __torch_function__ of that, and returns
-    what this returns. Functions of our own do not look: concat_elu(symbol) would run, and what it
-    calls would be recorded. The decorator wrap_torch_function makes such a function look, at those
-    arguments that its lambda returns, and be recorded as a whole. So
+    """Stands for a Node while a network is traced.
 
-        conv(symbol) -> Symbol.__torch_function__(Conv.forward, .., (conv, symbol))
-                     -> recorder.record(Conv.forward, ..) -> a new Node, as a Symbol
-        conv(tensor) -> a tensor, as ever
+    Functions of our own do not look at their arguments: concat_elu(symbol) would run, and what it
+    calls would be noted. The decorator wrap_torch_function makes such a function look, at those
+    arguments that its lambda returns, so that it is noted as a whole.
     """
 
     @classmethod
@@ -3047,8 +3121,18 @@ def name_of(function):
 
 
 class Recorder:
-    """Lists in `nodes` what a network computes, by a forward pass on Symbols. Raises Problem for
-    what cannot be computed position by position."""
+    """Lists in `nodes` what a network computes. Raises Problem for what cannot be computed position
+    by position.
+
+        in CausalNet                   noted by
+        conv_in(a)                     convolution
+        conv_in(a) + conv_aux(b)       sum_of
+        conv_in(a) + conv_aux(e)       known, of the tensor conv_aux(e), then sum_of
+        concat_elu(x), gate(x, y)      call: the function itself, of Nodes alone
+        F.elu(h)                       call: torch hands it on as elu(h, alpha=1.0, inplace=False)
+
+    All else is for networks of others.
+    """
 
     def __init__(self, n, size, weight):
         """weight: one of the network's, for its dtype and device."""
@@ -3061,112 +3145,43 @@ class Recorder:
         return symbol
 
     def record(self, function, args, kwargs):
+        """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node."""
         # (torch hands on the options of F.dropout by keyword, in whatever way it was called.)
         if function is F.dropout and not kwargs["training"]:
             return args[0]
-        args, kwargs = map_aggregate(
-            (args, kwargs), lambda a: a.node if isinstance(a, Symbol) else a)
+        args, kwargs = self.with_nodes(function, args, kwargs)
+        nodes = elements((args, kwargs), Node)
+        nodes_alone = nodes == list(args) and not kwargs
         if function is Conv.forward:  # torch hands over the decorated one
-            node = self.convolution(*args, **kwargs)
+            node = convolution(*args, **kwargs, size=self.size)
+        elif function in (torch.add, torch.Tensor.add) and nodes_alone and has_convolution(nodes):
+            node = sum_of(nodes)
         else:
             # Undecorated: wrap_torch_function's version would look for Symbols in each step.
-            node = self.call(getattr(function, "__wrapped__", function), args, kwargs)
+            function = getattr(function, "__wrapped__", function)
+            if not nodes_alone:
+                function = filled_in(function, args, kwargs)
+            node = self.call(function, nodes)
         if node not in self.nodes:
             self.nodes.append(node)
         return self.symbol(node)
 
-    def convolution(self, conv, x):
-        """A Node that reads what the kernel multiplies.
-
-        As `up` means it, a kernel of columns -1, 0, 1 that doubles the resolution makes of the row
-        a 0 b 0 c 0 out(1) = w_-1 a + w_0 0 + w_1 b: values and the zeros between are read alike.
-        """
-        spacing, kernel = x.spacing * conv.stride, conv.weight()
-        if conv.rows[1] > 0:
-            raise Problem("sample_fast: the network is not causal, or reads rows below")
-        if conv.up and spacing == 1:
-            raise Problem("sample_fast: values of more than the resolution of x")
-        if conv.up:
-            # conv.v begins with w of the last d, see Conv.convolve; here the first comes first.
-            spacing, kernel = spacing // 2, kernel.flip(2, 3)
-        if any(side % spacing for side in self.size):
-            height, width = self.size
-            raise Problem(f"sample_fast: {height}x{width} cannot be halved as the network wants")
-        if kernel.shape[1] != x.channels:
-            raise Problem(f"sample_fast: a Conv of {kernel.shape[1]} channels reads {x.channels}")
-        apart = min(x.spacing, spacing)
-        weight = kernel.permute(0, 2, 3, 1)  # (F, rows, columns, C)
-        nr_rows, nr_columns = weight.shape[1:3]
-        top, left = apart * conv.rows[0], apart * conv.columns[0]
-        read = Read(x, weight.flatten(2), top, left, nr_rows, nr_columns, apart)
-        return Node(spacing, len(conv.b), [read], bias=conv.b)
-
-    def call(self, function, args, kwargs):
-        """A Node that calls any other function than a Conv. In CausalNet:
-
-            conv_in(a) + conv_aux(b)    by 3, below
-            conv_in(a) + conv_aux(e)    Node + tensor: by 2 the tensor becomes a Node, then by 3
-            gate(x, y)                  by 4: all arguments are Nodes, it is called as it is
-            elu(h, alpha=1.0)           by 4: with_values(value) is elu(value, alpha=1.0)
-
-        Of `tried` CausalNet needs the number of channels alone. That, and 1, are there to refuse
-        what other networks may do.
-        """
-        # 1. The spacing of all Nodes among the arguments.
-        spacings = {node.spacing for node in elements((args, kwargs), Node)}
+    def with_nodes(self, function, args, kwargs):
+        """The arguments with Nodes in the places of Symbols, and of known tensors."""
+        spacings = {symbol.node.spacing for symbol in elements((args, kwargs), Symbol)}
         if len(spacings) > 1:
             raise Problem(f"sample_fast: {name_of(function)} of values at two resolutions")
         spacing, = spacings
 
-        # 2. Tensors become Nodes, too; those of one number are copied, as they may change later.
-        def fixed(value):
-            if not isinstance(value, torch.Tensor):
-                return value
-            return self.known(value, spacing) if value.dim() > 0 else value.clone()
+        def as_node(a):
+            if isinstance(a, Symbol):
+                return a.node
+            if not isinstance(a, torch.Tensor):
+                return a
+            # One number stays one: a copy, as it may change later.
+            return self.known(a, spacing) if a.dim() > 0 else a.clone()
 
-        args, kwargs = map_aggregate((args, kwargs), fixed)
-        nodes = elements((args, kwargs), Node)
-        nodes_alone = nodes == list(args) and not kwargs
-
-        # 3. A sum takes in its convolutions. (x + y is torch.Tensor.add.)
-        if function in (torch.add, torch.Tensor.add) and nodes_alone:
-            alike = nodes[0].channels == nodes[1].channels
-            if alike and any(node.is_sum for node in nodes):
-                return self.sum_of(nodes)
-
-        # 4. Any other function is tried. Called again, as concat_elu(v) for h and by v's next
-        # block, it is the Node that there is.
-        if nodes_alone and (function, *nodes) in self.made:
-            return self.made[function, *nodes]
-
-        def with_values(*values):
-            """The function with values in the places of Nodes."""
-            left = iter(values)
-            filled = map_aggregate(
-                (args, kwargs), lambda a: next(left) if isinstance(a, Node) else a)
-            return function(*filled[0], **filled[1])
-
-        called = function if nodes_alone else with_values
-        channels = self.tried(called, nodes)
-        if channels is None:
-            raise Problem(f"sample_fast: {name_of(function)} is no function of values at one "
-                          "position")
-        node = Node(spacing, channels, list(map(Read, nodes)), called)
-        if nodes_alone:
-            self.made[function, *nodes] = node
-        return node
-
-    def sum_of(self, nodes):
-        """Convolutions are taken into the sum: h_above(x) + h_left(x) is one running total in place
-        of two results and an addition. (What was taken in is left out by `traced`.)"""
-        total = Node(nodes[0].spacing, nodes[0].channels, bias=0)
-        for node in nodes:
-            if node.is_sum:
-                total.bias = total.bias + node.bias
-                total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
-            else:
-                total.reads.append(Read(node))
-        return total
+        return map_aggregate((args, kwargs), as_node)
 
     def known(self, value, spacing):
         """A Node of what is known from the start: (n, C, H, W), or what can be broadcast to it."""
@@ -3178,7 +3193,19 @@ class Recorder:
             raise Problem(f"sample_fast: a tensor {tuple(value.shape)} is no image") from None
         buffer = value.new_zeros(self.n, height, width, channels)
         buffer[:, ::spacing, ::spacing] = values.permute(0, 2, 3, 1)
-        return Node(spacing, channels, by_rows=True, buffer=buffer)
+        return Node(spacing, channels, known=True, buffer=buffer)
+
+    def call(self, function, nodes):
+        """A Node: function of the values of Nodes. Called again, as concat_elu(v) for h and by v's
+        next block, it is the Node that there is."""
+        if (function, *nodes) not in self.made:
+            channels = self.tried(function, nodes)
+            if channels is None:
+                raise Problem(f"sample_fast: {name_of(function)} is no function of values at one "
+                              "position")
+            node = Node(nodes[0].spacing, channels, list(map(Read, nodes)), function)
+            self.made[function, *nodes] = node
+        return self.made[function, *nodes]
 
     def tried(self, function, nodes):
         """How many channels it returns, or None if it will not do.
@@ -3208,6 +3235,38 @@ def as_list(images):
     return images.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def has_convolution(nodes):
+    """Whether a sum of them can take one in."""
+    alike = nodes[0].channels == nodes[-1].channels
+    return alike and any(node.is_sum for node in nodes)
+
+
+def sum_of(nodes):
+    """A Node: the sum of Nodes, with what convolutions among them read, and their biases."""
+    total = Node(nodes[0].spacing, nodes[0].channels, bias=0)
+    for node in nodes:
+        if node.is_sum:
+            total.bias = total.bias + node.bias
+            total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
+        else:
+            total.reads.append(Read(node))
+    return total
+
+
+def filled_in(function, args, kwargs):
+    """The function of values alone that calls function(*args, **kwargs) with these in the places of
+    Nodes. Of F.elu: value -> F.elu(value, alpha=1.0, inplace=False)."""
+
+    @functools.wraps(function)
+    def of_values(*values):
+        remaining = iter(values)
+        filled = map_aggregate(
+            (args, kwargs), lambda a: next(remaining) if isinstance(a, Node) else a)
+        return function(*filled[0], **filled[1])
+
+    return of_values
+
+
 # --- Products and threads: nothing of the method comes here ------------------------------------
 #
 # By which library, and by how many threads, products are computed. No result depends on it but by
@@ -3220,9 +3279,12 @@ def choose_products(plan):
     position of n images}, for set_threads."""
     work = collections.Counter()
     for node in plan.nodes:
-        # Positions on a diagonal, which goes lag columns to the left in each row; or in a row.
-        width = plan.size[1] // node.spacing
-        positions = width if node.by_rows else max(1, width // plan.lag)
+        columns = plan.size[1] // node.spacing
+        positions = 1
+        if math.isinf(node.offset):  # a row at once
+            positions = columns
+        elif plan.lag:  # a diagonal goes lag columns to the left in each row
+            positions = max(1, columns // plan.lag)
         for read in node.reads:
             if read.weight is not None:
                 read.add = product(read.weight.flatten(1), plan.n * positions)
@@ -3233,7 +3295,7 @@ def choose_products(plan):
 def set_threads(plan, due):
     """The number of threads for a step: all, or one. Small products gain little from more, and
     beside other load threads wait long for each other."""
-    work = max(plan.work[group] * places.count for group, places in due.items())
+    work = max((plan.work[group] * places.count for group, places in due.items()), default=0)
     torch.set_num_threads(plan.threads if work > 20_000_000 else 1)
 
 
@@ -3269,67 +3331,35 @@ def product(weight, positions):
     return add_product
 
 
-# --- Command line: train, eval, sample ---------------------------------------------------------
+# --- Runs: begun, resumed, stopped -------------------------------------------------------------
 #
-# Nothing of the method comes any more. To understand a run read plan_run, resumed_run and train;
-# the rest is for several processes, signals and messages. A command is a function of what argparse
-# has found (FLAGS tells it what there is), called by main, which makes one line of what the user
-# can mend:
+# Nothing of the method comes any more. `train`, the function, is what `python pixelaux.py train`
+# does:
 #
-#     main -> command_train -> train -> plan_run       what is to be trained, and on what: new_run
-#                                                      or resumed_run
-#                                    -> begin          write that down
-#                                    -> train_factor   for each factor
-#                                    -> show_samples
-#          -> command_eval  -> evaluate, report
-#          -> command_sample -> PixelAux.sample
-#          -> a module of tools/
+#     plan_run        what is to be trained, and on what: a new run or one that is there
+#     begin           write that down
+#     train_factor    for each factor
+#     show_samples
 #
 # By what is in the folder and what flags say, plan_run comes to
 #
-#     the folder      no flag        --resume             --factor K
-#     is new          a new run      refused              a new run, of which this is one factor
-#     has a run       refused        goes on, if flags    begins factor K of it, if flags do not
-#                                    do not contradict    contradict (refused if it is there; with
-#                                                         --resume as well: goes on with it alone)
+#     in the folder         no flag      --resume     --factor K              both
+#     nothing               a new run    refused      a new run, K alone      refused
+#     a run without K       refused      goes on      goes on, with K alone   goes on, with K alone
+#     a run that has K      refused      goes on      refused                 goes on, with K alone
 #
-# Then train_factor goes on from what there is: with a finished factor it makes no step, and one
-# without a checkpoint begins. Several machines may train factors of one run in one folder at the
-# same time, but each factor only one of them: it holds a lock on factor-k as long as it trains.
-# Between plan_run and the lock somebody else may have come: begin looks again.
-
-# What stands around the method is loaded when it is asked for: {command: (module of tools/, help)}.
-TOOLS = {
-    "bench": ("bench", "speed, beside plain implementations in one process"),
-    "compress": ("codec", "images, losslessly, into .pxa files"),
-    "decompress": ("codec", ".pxa files into PNG files"),
-    "export": ("export", "all factors in one small file, weights in bfloat16"),
-    "curves": ("curves", "a picture of a run's bits/dim by steps of training"),
-    "figures": ("figures", "the paper's figures from a run's model"),
-    "check": ("check", "is a network causal, and does a run's model hold what it promises"),
-    "claim": ("claim", "the paper's claim counted on shapes: four models at equal time"),
-    "speedrun": ("speedrun", "time to bits/dim, of a run with images held out from training"),
-}
-
-
-def tool(name):
-    """The module tools/NAME.py, or pixelaux_tools/NAME.py as pip installs it. Raises Problem where
-    this file stands alone."""
-    here = pathlib.Path(__file__).resolve().parent
-    package = "pixelaux_tools" if (here / "pixelaux_tools").is_dir() else "tools"
-    try:
-        return importlib.import_module(f"{package}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in (package, f"{package}.{name}"):
-            raise
-        raise Problem(f"this needs tools/{name}.py, expected beside pixelaux.py") from None
+# (It goes on if flags do not contradict what the run was begun with. train_factor then goes on from
+# what there is: a finished factor makes no step, one without a checkpoint begins.) Several machines
+# may train factors of one run in one folder at the same time, but each factor only one of them: it
+# holds a lock on factor-k as long as it trains.
+#
+# A flag that is not given is None, here as in args: what belongs to the Config has no default in
+# FLAGS, as the preset or the run decides.
 
 
 def plan_run(args, out):
     """(config, data) of a new run in the folder `out`, or of the one that is there. Raises
     Problem."""
-    # A flag that is not given is None: what belongs to the Config has no default in FLAGS, as the
-    # preset or the run decides.
     given = {name: value for name, value in vars(args).items() if value is not None}
     fields = {name: value for name, value in given.items() if name in Config.__annotations__}
     for name in {"data", "data_dir", "start"} & fields.keys():
@@ -3395,39 +3425,6 @@ def from_anywhere(place):
     return kind + str(pathlib.Path(path).expanduser().absolute())
 
 
-def command_train(args):
-    import PIL.Image, tqdm  # noqa: F401, E401  what a run needs shall be missed when it begins
-
-    device = args.device
-    if not dist.is_torchelastic_launched():
-        return train(args, device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    patience = datetime.timedelta(hours=3)  # while one process reads the data
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    try:
-        train(args, device)
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise Failure(f"process {rank()} lost another one; --resume goes on") from None
-    dist.destroy_process_group()
-
-
-def plan_in_turn(args, out):
-    """plan_run in all processes. The first one of a machine plans, and fetches the data, while the
-    others wait; then they plan, with the data that are there. When all have, `begin` may write."""
-    fetches = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
-    planned = plan_run(args, out) if fetches else None
-    if world_size() > 1:
-        dist.barrier()
-    planned = planned or plan_run(args, out)
-    if world_size() > 1:
-        dist.barrier()
-    return planned
-
-
 def train(args, device):
     kind = pathlib.Path((args.data or "shapes").partition(":")[0]).stem
     out = args.out or pathlib.Path("runs", f"{args.model or 'pyramid'}-{kind}")
@@ -3488,24 +3485,9 @@ def start_from(model, run):
 
 def begin(out, config, factors, data, args, device):
     """Write down what is trained, by which command, and on what: config.json, digests.npy and a
-    line of commands.jsonl. What is checked is for two processes that plan at the same time:
-
-    plan_run has looked without a lock, and may have read data for minutes since. Say --factor 0 and
-    --factor 1 are begun at once, and both are planned as new runs. The second one to come here
-    takes over the number of steps that the first one's minutes may have become; its settings must
-    be the same otherwise, but for where the data lie; and its factor must not be there.
-    """
+    line of commands.jsonl."""
     with locked(out, "config", wait=True):
-        if (out / "config.json").exists():
-            there = read_config(out)
-            # Take over what the other's minutes have become, which is no difference in settings.
-            if any(config.minutes) and config.minutes == there.minutes:
-                config.steps = there.steps
-            may_differ = dict(data=config.data, data_dir=config.data_dir)
-            if dataclasses.replace(there, **may_differ) != config:
-                raise Problem(f"--out: {out} was begun meanwhile with other settings")
-        if not args.resume and any((out / f"factor-{k}.pt").exists() for k in factors):
-            raise Problem(f"--out: {out} holds a run by now; --resume goes on with it")
+        agree(out, config, factors, args.resume)
         if data.train is not None and not (out / "digests.npy").exists():
             images = digests_of(data)
             write_atomically(out / "digests.npy", lambda file: np.save(file, images))
@@ -3518,6 +3500,65 @@ def begin(out, config, factors, data, args, device):
                   processes=world_size(), hardware=hardware(device), torch=torch.__version__,
                   cuda=torch.version.cuda, python=platform.python_version(), commit=commit())
     append_record(out / "commands.jsonl", record)
+
+
+def show_samples(model, k, first, data, out, stop):
+    """Pictures during training: samples of the views up to k, and curves. first: the first factor
+    that is trained by this call, above 0 with --factor alone; the views before it, whose factors
+    may not be there, are of test images. If they cannot be made, training goes on without; a signal
+    ends them at once, as all is saved by now."""
+    try:
+        stop.immediately = True
+        if stop():
+            raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
+        given = model.views_of(to_tensor(data.test[:16]))[first - 1] if first else None
+        n = 16 if given is None else len(given)
+        views = model.sample(n, model.config.seed, tight=model.config.tight, given=given,
+                             given_view=first - 1 if first else None, until=k + 1)
+        save_samples(model, views, out / "samples.png", first)
+        with contextlib.suppress(Problem):  # where this file stands alone
+            tool("curves").save_curves(out, model.names)
+    except Exception as error:  # whatever it is, it is only a picture
+        warn(f"no picture: {type(error).__name__}: {error}")
+    finally:
+        stop.immediately = False
+
+
+# What is left of this section is for several processes, messages and signals.
+
+
+def plan_in_turn(args, out):
+    """plan_run in all processes. The first one of a machine plans, and fetches the data, while the
+    others wait; then they plan, with the data that are there. When all have, `begin` may write."""
+    fetches = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
+    planned = plan_run(args, out) if fetches else None
+    if world_size() > 1:
+        dist.barrier()
+    planned = planned or plan_run(args, out)
+    if world_size() > 1:
+        dist.barrier()
+    return planned
+
+
+def agree(out, config, factors, resume):
+    """With a run that another process has begun in this folder since plan_run has looked, which may
+    be minutes ago, as it reads data. Raises Problem. Say --factor 0 and --factor 1 begin at once:
+
+        A    plans a new run     begins: config.json     its minutes become 900 steps
+        B    plans a new run                                                           begins
+
+    B takes over the number of steps; its settings must be the same otherwise, but for where the
+    data lie; and its factor must not be there.
+    """
+    if (out / "config.json").exists():
+        there = read_config(out)
+        if any(config.minutes) and config.minutes == there.minutes:
+            config.steps = there.steps
+        may_differ = dict(data=config.data, data_dir=config.data_dir)
+        if dataclasses.replace(there, **may_differ) != config:
+            raise Problem(f"--out: {out} was begun meanwhile with other settings")
+    if not resume and any((out / f"factor-{k}.pt").exists() for k in factors):
+        raise Problem(f"--out: {out} holds a run by now; --resume goes on with it")
 
 
 def commit():
@@ -3567,26 +3608,56 @@ def signals_noted():
             signal.signal(number, handler)
 
 
-def show_samples(model, k, first, data, out, stop):
-    """Pictures during training: samples of the views up to k, and curves. first: the first factor
-    that is trained by this call, above 0 with --factor alone; the views before it, whose factors
-    may not be there, are of test images. If they cannot be made, training goes on without; a signal
-    ends them at once, as all is saved by now."""
+# --- Command line: train, eval, sample ---------------------------------------------------------
+#
+# A command is a function of what argparse has found (FLAGS tells it what there is), called by main,
+# which makes one line of what the user can mend.
+
+# What stands around the method is loaded when it is asked for: {command: (module of tools/, help)}.
+TOOLS = {
+    "bench": ("bench", "speed, beside plain implementations in one process"),
+    "compress": ("codec", "images, losslessly, into .pxa files"),
+    "decompress": ("codec", ".pxa files into PNG files"),
+    "export": ("export", "all factors in one small file, weights in bfloat16"),
+    "curves": ("curves", "a picture of a run's bits/dim by steps of training"),
+    "figures": ("figures", "the paper's figures from a run's model"),
+    "check": ("check", "is a network causal, and does a run's model hold what it promises"),
+    "claim": ("claim", "the paper's claim counted on shapes: four models at equal time"),
+    "speedrun": ("speedrun", "time to bits/dim, of a run with images held out from training"),
+}
+
+
+def tool(name):
+    """The module tools/NAME.py, or pixelaux_tools/NAME.py as pip installs it. Raises Problem where
+    this file stands alone."""
+    here = pathlib.Path(__file__).resolve().parent
+    package = "pixelaux_tools" if (here / "pixelaux_tools").is_dir() else "tools"
     try:
-        stop.immediately = True
-        if stop():
-            raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
-        given = model.views_of(to_tensor(data.test[:16]))[first - 1] if first else None
-        n = 16 if given is None else len(given)
-        views = model.sample(n, model.config.seed, tight=model.config.tight, given=given,
-                             given_view=first - 1 if first else None, until=k + 1)
-        save_samples(model, views, out / "samples.png", first)
-        with contextlib.suppress(Problem):  # where this file stands alone
-            tool("curves").save_curves(out, model.names)
-    except Exception as error:  # whatever it is, it is only a picture
-        warn(f"no picture: {type(error).__name__}: {error}")
-    finally:
-        stop.immediately = False
+        return importlib.import_module(f"{package}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in (package, f"{package}.{name}"):
+            raise
+        raise Problem(f"this needs tools/{name}.py, expected beside pixelaux.py") from None
+
+
+def command_train(args):
+    import PIL.Image, tqdm  # noqa: F401, E401  what a run needs shall be missed when it begins
+
+    device = args.device
+    if not dist.is_torchelastic_launched():
+        return train(args, device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    patience = datetime.timedelta(hours=3)  # while one process reads the data
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    try:
+        train(args, device)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise Failure(f"process {rank()} lost another one; --resume goes on") from None
+    dist.destroy_process_group()
 
 
 def run_data(args, model):

@@ -200,6 +200,7 @@ class Half(Psi):
         return self.joined(lo), self.joined(hi)
 
     def joined(self, values):
+        """The inverse of `four`."""
         return F.pixel_shuffle(torch.stack(values, 2).flatten(1, 2), 2)
 
 
@@ -281,10 +282,10 @@ def edges(means, log_scales, lo, hi, levels):
 def log_mass(means, log_scales, lo, hi, levels):
     """Log of a logistic's mass on the levels lo..hi. All arguments broadcast.
 
-    As sigma(b) - sigma(a) = (e^b - e^a) / ((1 + e^b) (1 + e^a)) = sigma(b) sigma(-a) (1 - e^(a-b)),
-    sigma(b) being e^b / (1 + e^b), and sigma(-a) = 1 / (1 + e^a),
+    With sigma(b) = e^b / (1 + e^b) and sigma(-a) = 1 / (1 + e^a)
 
-        its log = log sigma(b) + log sigma(-a) + log(1 - e^(a-b))
+        sigma(b) - sigma(a) = (e^b - e^a) / ((1 + e^b) (1 + e^a)) = sigma(b) sigma(-a) (1 - e^(a-b))
+        its log             = log sigma(b) + log sigma(-a) + log(1 - e^(a-b))
 
     At the last level b is infinite, which leaves log sigma(-a); at level 0 a is -infinite, which
     leaves log sigma(b). (`edges` gives finite ones; masked_fill puts in what infinite ones would
@@ -343,7 +344,7 @@ class LogisticMixture:
         """Set the network's last bias, (10 K,): means spread over the range, scales well below it.
 
         PixelCNN++ starts with components as wide as the range, which all have to find places. Here
-        exp(-2.5) = 0.08 is some half of the distance between them.
+        exp(-2.5) = 0.08 is some half of the distance between ten of them.
         """
         k = len(bias) // 10
         by_channel = bias[k:].view(3, 3 * k)
@@ -367,18 +368,16 @@ class LogisticMixture:
         interval: that divides it by one mass of at most 1. (If each component were cut by itself,
         one with hardly any mass on the interval would keep all of its weight there.)
 
-        Let w_k be the weights, m_k a component's mass on a value, M_k on an interval; p' are
-        probabilities with the cut. After red the weights are in proportion to w_k m_k(r), with the
-        cut as without: p'(k, r) = w_k m_k(r) / Z, and Z = sum_j w_j M_j(r's interval) is the same
-        for all k. So a red that was cut tells as much of the component as one that was not. A
-        channel's probability is the mass of its value over that of its interval, both in the
-        mixture with the weights so far:
+        Channel by channel the mixture is cut to the interval, and then the weights of its
+        components change by the value that the channel has. With w_k the weights, m_k a component's
+        mass on a value, M_k on an interval (of g given r, as its mean has moved with r),
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        and blue likewise, with the weights w_k m_k(r) m_k(g | r). (m_k(g | r), as its mean has
-        moved with r.)
+        and blue likewise, with the weights w_k m_k(r) m_k(g | r). That after red the weights are
+        those without the cut, w_k m_k(r), is because the cut divides by a number that is the same
+        for all k: p'(k, r) = w_k m_k(r) / Z, Z = sum_j w_j M_j(r's interval).
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -552,7 +551,8 @@ class Categorical:
 #
 # v's first layer reads the rows above alone: a value of v that stands at row r, in whatever column,
 # is made of rows above r. So v's other layers may read v in o's row, and to the right of o: no
-# pixel of that row comes in. h reads v. v must not read h: v at c reads v at c + 1; if that had
+# pixel of that row comes in. Likewise h's first layers leave out o and what is to the right of it,
+# and its others may read h at o. h reads v. v must not read h: v at c reads v at c + 1; if that had
 # read h at c + 1, which has seen pixel c, v at c would know the pixel that is to be predicted.
 
 
@@ -619,18 +619,17 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # torch adds weight[j] in(q) to its output 2 q + j, j = 0, 1, .. We want w_d in(q) in
-            # out(2 q - d). So the weights of an `up` Conv are stored from the last d to the first,
-            # weight[j] = w_d with d = last - j: torch's output is 2 q - d + last, which is ours,
-            # `last` further on. (`bottom` and `right` are the last dy and dx.) In a row with d =
-            # -1, 0, 1, last = 1:
+            # out(p) takes w_d in(q) for p = 2 q - d. torch's output 2 q + j takes weight[j] in(q),
+            # j = 0, 1, .. So the weights of an `up` Conv are stored from the last d to the first,
+            # weight[j] = w_d with d = last - j. Then torch's 2 q + j is 2 q - d + last = p + last.
+            # In a row with d = -1, 0, 1, last = 1:
             #
             #     weight[0] = w_1       to its output 2 q        wanted in 2 q - 1
             #     weight[1] = w_0                     2 q + 1              2 q
             #     weight[2] = w_-1                    2 q + 2              2 q + 1
             #
-            # All is one place too far on: so the first `bottom` rows and `right` columns are
-            # dropped. (output_padding adds a row and a column behind, for kernels of which the
+            # All is `last` places too far on, which are dropped: in rows `bottom`, in columns
+            # `right`. (output_padding adds a row and a column behind, for kernels of which the
             # first d is 0, as POINT.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
@@ -696,8 +695,9 @@ def data_dependent_init(network, *inputs):
 #     ((1, 3), (2, 6), (1, 3), (0, 3))
 #
 # it has 3 blocks at 8x8, 6 at 4x4, 3 at 8x8, and 3 at 16x16. embeddings[i] is the last output that
-# it makes at x's resolution halved i times, and goes into the causal network's blocks there; in
-# light networks that is embeddings[0] alone.
+# it makes at x's resolution halved i times (so here embeddings[1] is of the third stage, not of the
+# first), and goes into the causal network's blocks there; in light networks that is embeddings[0]
+# alone.
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
@@ -818,6 +818,12 @@ class Stage(nn.Module):
             for reach, nr in zip(reaches, nr_aux):
                 streams.append(Block(filters, nr + nr_skips, reach, dropout))
             self.blocks.append(streams)
+
+
+def multiple_of(layout):
+    """What height and width must be multiples of, so that they can be halved and doubled so."""
+    halved = [halved for halved, _ in layout]
+    return 2 ** (max(halved) - min(halved))
 
 
 class CausalNet(nn.Module):
@@ -943,8 +949,8 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: if it is given a smaller view; the coarsest one, which is
-    given none, if it is a smaller view itself.
+    """Whether a view has a light network: one that is given a view of half the resolution has, and
+    the coarsest one, if it is of half the resolution of the next one.
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -971,17 +977,14 @@ class Factor(nn.Module):
         # Which layout: see the table in Networks.
         full_layout = config.layout if psi is None else config.layout_cond
         layout = config.layout_light if light else full_layout
-        # Pixels of x that a value stands for, by stage: powers of 2.
-        spans = [2**halved for halved, _ in layout]
+        layouts = [layout]
         if psi is not None:
             # Gray is as large as X: f_w has X's layout, so each stage finds an embedding of its
             # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            # finest is 0; in runs of an older version, whose layouts count from X^, it is -1.
-            finest = min(halved for halved, _ in layout_embed)
-            spans += [2 ** (halved - finest) for halved, _ in layout_embed]
-        self.multiple = max(spans)  # of which the height and the width of x must be multiples
+            layouts.append(layout_embed)
+        self.multiple = max(map(multiple_of, layouts))  # as height and width of x must be
 
         self.kind_of_head, nr_params = Categorical, view.levels
         if channels == 3:
@@ -1007,6 +1010,7 @@ class Factor(nn.Module):
         around it: (N, C + 1, H, W)."""
         x = to_unit(x, levels, self.a_weight.dtype)
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        # A pixel's channels side by side in memory: convolutions are quicker.
         return x.contiguous(memory_format=torch.channels_last)
 
     def embeddings(self, x_hat):
@@ -1036,11 +1040,11 @@ class Factor(nn.Module):
 class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
-    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of the P pixels (rows,
-    columns) in each of n images: in sample_naive one, [r], [c]; in sample_fast one or more. A head
-    expects images, but these are scattered: so each pixel is handed over as an image of 1x1, n P in
-    all, first the P of image 0, then those of image 1, .. (A decoder of compressed images can take
-    the place of a Draw.)
+    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of P pixels at once,
+    (rows, columns), in each of n images: in sample_naive of one, [r], [c]; in sample_fast of one or
+    more. A head expects images, but these are scattered: so each pixel is handed over as an image
+    of 1x1, n P in all, first the P of image 0, then those of image 1, .. (A decoder of compressed
+    images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1489,7 +1493,7 @@ class Shapes:
     def noise_of(self, x):
         """x: uint8 (N, H, W, 3) -> x - the clean image that fits it best, int16."""
         x = np.asarray(x).astype(np.int16)
-        colour, dark = np.divmod(nearest(x, self.values), 2)
+        colour, dark = np.divmod(nearest(x, self.values), 2)  # their number is 2 * colour + dark
         weave = (dark[:, None] == self.weaves).sum((2, 3)).argmax(1)
         return x - self.values[2 * self.fit(colour, self.masks) + self.weaves[weave]]
 
@@ -1931,7 +1935,7 @@ def progress_bar(iterable=None, **options):
 # and its loop is
 #
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
-#     at a look     what follows, in this order
+#     at a look     (some 20 steps apart) what follows, in this order
 #
 # To read the loss means to wait for the device, so there is a look every 20 steps only, and after
 # the last one. More often in short runs; after each step while their number is not known
@@ -2081,9 +2085,10 @@ class Optimizer:
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step.
 
-        Without that learning would fade: a step has a length of its own, whatever |v| is, and makes
-        v longer (three times as long in the first 400 steps of `tiny`); and a longer v is turned
-        less by the next. weight() does not depend on |v|.
+        Without that learning would fade. weight() does not depend on |v|, so that the gradient is
+        at a right angle to v; a step, whose length is always the same, does not point back either,
+        and makes v longer (threefold in the first 400 steps of `tiny`); and a longer v is turned
+        less by the next.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2285,7 +2290,8 @@ def restore(saved, path, trained, average, optimizer):
         training, (weights,) = saved["training"], saved["factors"].values()
         trained.load_state_dict(training["weights"])
         average.module.load_state_dict(weights)
-        average.n_averaged.fill_(training["step"])  # at 0 an update copies the weights
+        # At 0 the first update would put the weights in the place of their average.
+        average.n_averaged.fill_(training["step"])
         optimizer.load_state_dict(training["optimizer"])
         return training["step"], training["seconds"]
     except (KeyError, RuntimeError, ValueError):
@@ -2376,7 +2382,7 @@ def by_factor(model, both):
             nats = both[:, first : k + 1].sum(1)  # (2, N)
             bound, exact = bits_per_dim(nats.mean(1), dims).tolist()
             row |= {f"bound_{name}": bound, f"exact_{name}": exact}
-        factors.append(row)
+        factors.append(row)  # its numbers are in the order of the table's columns
     return factors
 
 
@@ -2521,8 +2527,8 @@ def save_samples(model, views, path, given=0):
 # back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
-#     v within block 3, read at (r, c + 1) by its second convolution             -1
-#     v after block 2, read at (r, c + 1) by the first one of block 3            -2
+#     v within block 3 (from conv_in), read at (r, c + 1) by conv_out            -1
+#     v after block 2, read at (r, c + 1) by conv_in of block 3                  -2
 #     ..
 #     v after its first convolution                                              -6
 #
@@ -2537,8 +2543,9 @@ def save_samples(model, views, path, given=0):
 # last x, would have to come 3 earlier, and the lag would be 11.
 #
 # What decides the lag? Every other node can be read in the step that computes it. x cannot: pixel
-# (r, c) is drawn at the end of step lag r + c, after all that this step computes. So the deadlines
-# that its readers set for x must be 1 or more, and the lag is the smallest for which they are:
+# (r, c) is drawn at the end of step lag r + c, and can be read from step lag r + c + 1 on, as if x
+# had offset 1. This is not for us to choose. So no deadline for x may be less than 1, and the lag
+# is the smallest for which none is:
 #
 #     reader of x    reads x at       its offset    deadline for x
 #     v_first        (r - 1, c + 1)       -6        -6 - (-lag + 1) = lag - 7     lag >= 8, as above
@@ -2546,8 +2553,8 @@ def save_samples(model, views, path, given=0):
 #     h_left         (r, c - 1)            0        1                             any lag
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
-# sampler behind: any network will do that consists of Conv, of no rows below, and of functions of
-# values at one position. Words:
+# sampler behind: any network will do that consists of Convs, which may not read rows below, and of
+# functions of values at one position. Words:
 #
 #     node      as above, for example v_first(x): C channels at each of its positions
 #     group     nodes that are computed in the same steps at the same positions
@@ -2630,17 +2637,6 @@ class Read:
         """The dx of the last column."""
         return self.left + (self.nr_columns - 1) * self.apart
 
-    @property
-    def nr_above(self):
-        """How many of the rows are above the node's own."""
-        return min(self.nr_rows, -self.top // self.apart)
-
-    def of_rows(self, first, end):
-        """The same of the rectangle's rows first .. end - 1."""
-        weight = None if self.weight is None else self.weight[:, first:end]
-        return dataclasses.replace(
-            self, weight=weight, top=self.top + first * self.apart, nr_rows=end - first)
-
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Node:
@@ -2692,7 +2688,7 @@ class Node:
         (as_strided: element i, j, .. is number start + i strides[0] + j strides[1] + .. of the
         memory.)
         """
-        read = read or Read(self)
+        read = read or Read(self)  # the positions themselves, to be written
         next_image, next_row, next_column, _ = self.buffer.stride()
         above, _, before, _ = self.margin
         start = (places.row + read.top + above) * next_row
@@ -2722,9 +2718,8 @@ class Plan:
             offsets = self.offsets(self.lag)
             for node in self.nodes:
                 node.offset = offsets[node]
-        else:
-            self.nodes = split_by_rows(self.nodes)
-            set_raster_offsets(self.nodes, self.x)
+        else:  # the image is too narrow
+            self.nodes = in_raster_order(self.nodes, self.x)
         self.allocate(next(net.parameters()))
         # Gives reads their `add`. work: how much there is to do, for set_threads. (For speed.)
         self.work = choose_products(self)
@@ -2757,7 +2752,9 @@ class Plan:
                 source = read.source
                 rectangle = (read.top, read.left, read.nr_rows, read.nr_columns)
                 own_position = rectangle == (0, 0, 1, 1)
-                computed = len(source.reads) > 0  # x and what is known are read from their buffers
+                # x, and what is known, are read from their buffers. (What is known is read at the
+                # node's own position alone, and has no margin.)
+                computed = len(source.reads) > 0
                 read.at_hand = computed and own_position and source.group == node.group
                 if computed and not read.at_hand:
                     buffered.add(source)
@@ -2771,7 +2768,7 @@ class Plan:
 
     def steps(self):
         """Of each step, in order: {group: Places to compute}. (In the light network from step -6
-        on.)"""
+        on. In raster order steps are pairs, see there.)"""
         groups = {node.group for node in self.nodes}
         due = collections.defaultdict(dict)
         for spacing, offset in groups:
@@ -2842,7 +2839,8 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     embeddings = factor.embeddings(x_hat)
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
     x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.a_weight.device)
-    try:
+    # inference_mode: no gradients, and quicker than no_grad.
+    with threads_put_back(), torch.inference_mode():
         for due in plan.steps():
             plan.run_step(due)
             # The output's offset is 0: where it is due pixels can be drawn.
@@ -2862,8 +2860,6 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
             plan.x.window(pixels).copy_(planes[:, :, None, None])
             if progress:
                 progress(n * pixels.count)
-    finally:
-        torch.set_num_threads(plan.threads)  # which steps have changed
     return x
 
 
@@ -2901,12 +2897,10 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #
 # If the lag would be the width W or more, no two pixels have the same wave. So it is in the
 # pyramid's 8x8, where the smallest lag is 8, and in PixelCNN++ at 32x32, which looks further to the
-# right than the image is wide. Then there is no lag, and pixels are drawn one by one: a step is a
-# pair, (r, c + offset), and all steps of a row come before those of the next row. So what is read
-# of rows above is always there; only what is read in the pixel's own row sets a deadline, and
-# offsets are 0 in our networks.
+# right than the image is wide. Then pixels are drawn one by one, and the rows above are complete
+# when a row is begun (on a wavefront they are not).
 #
-# There is something else to gain. A convolution is a matrix product: what the kernel reads at each
+# That can be used. A convolution is a matrix product: what the kernel reads at each
 # of some positions, times its weights; and one large product takes at most half the time of many
 # small ones. Call a node *by rows* if all that it reads is
 #
@@ -2931,52 +2925,25 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     for each of its pixels    the first new one + row 0 of h_left(x);  concat_elu
 #                               the second + row 0 of conv_in;  concat_elu
 #                               the third + row 0 of conv_out;  gate; elu; last;  the pixel
+#
+# In place of waves, steps are pairs (row, column + offset), and come in the order of these pairs.
+# The offset of what is computed pixel by pixel is 0 in CausalNet, and that of what is by rows is
+# -infinity, so that it comes before all else in its row.
 
 
-# The offset of a node that is computed a row at once, when the row is begun: before all other steps
-# of the row.
 BY_ROWS = -math.inf
 
 
-def split_by_rows(nodes):
-    """Decides which nodes are by rows, and splits sums of which a part can be -> the nodes with the
-    new ones:
-
-        before       conv_in     reads h, rows -1 and 0; v          bias
-        after        a new one   reads h, row -1; v                 bias    by rows
-                     conv_in     reads the new one; h, row 0
-
-    A node of which nothing is late is by rows; a sum of which a part is late is split; what else
-    has a late part, as h's gate, stays as it is. (The output is wanted pixel by pixel: if its whole
-    sum can be computed a row at once, in networks of others, the new node has all of it.)
-    """
+def in_raster_order(nodes, x):
+    """Sets offsets -> the nodes, with those that are new. Raises Problem."""
     planned = []
     for node in nodes:  # sources before readers
-        early, late = [], []
-        for read in node.reads:
-            complete = read.source.offset == BY_ROWS or read.source.known
-            nr_early = read.nr_rows if complete else read.nr_above
-            if nr_early > 0:
-                early.append(read.of_rows(0, nr_early))
-            if nr_early < read.nr_rows:
-                late.append(read.of_rows(nr_early, read.nr_rows))
-        multiplies = any(read.weight is not None for read in early)  # else it gains nothing
-        is_output = node is nodes[-1]
-        if not late and not is_output:
-            node.offset = BY_ROWS
-        elif multiplies:  # so it is a sum
-            early_node = dataclasses.replace(node, reads=early, offset=BY_ROWS)
-            node.reads, node.bias = [Read(early_node), *late], None
-            planned.append(early_node)
-        planned.append(node)
-    return planned
-
-
-def set_raster_offsets(nodes, x):
-    """As Plan.offsets, of the nodes that are not by rows. Where nobody reads a node in its own row,
-    its offset is infinite: it is computed a row at once, when the row is done."""
-    offsets = collections.defaultdict(lambda: math.inf, {nodes[-1]: 0})
-    for node in reversed(nodes):
+        planned += split(node, is_output=node is nodes[-1])
+    # As Plan.offsets, but only what is read in a node's own row sets a deadline. In networks of
+    # others there may be nodes that nobody reads there: their offset is +infinity, after all pixels
+    # of the row.
+    offsets = collections.defaultdict(lambda: math.inf, {planned[-1]: 0})
+    for node in reversed(planned):
         if node.offset != BY_ROWS:
             node.offset = offsets[node]
         for read in node.reads:
@@ -2985,10 +2952,45 @@ def set_raster_offsets(nodes, x):
                 offsets[read.source] = min(offsets[read.source], deadline)
     if offsets[x] < 1:
         raise Problem("sample_fast: the network is not causal")
+    return planned
+
+
+def split(node, is_output):
+    """[node], or, of a sum of which a part can be computed a row at once, [this part, the rest]:
+
+        before       conv_in     reads h, rows -1 and 0; v          bias
+        after        the part    reads h, row -1; v                 bias    by rows
+                     conv_in     reads the part; h, row 0
+    """
+    early, late = [], []
+    for read in node.reads:
+        nr_early = min(read.nr_rows, -read.top // read.apart)  # rows above the node's own
+        if read.source.offset == BY_ROWS or read.source.known:
+            nr_early = read.nr_rows
+        if nr_early > 0:
+            early.append(rows_of(read, 0, nr_early))
+        if nr_early < read.nr_rows:
+            late.append(rows_of(read, nr_early, read.nr_rows))
+    # The output is never by rows, as it is wanted pixel by pixel.
+    if not late and not is_output:
+        node.offset = BY_ROWS
+        return [node]
+    if not any(read.weight is not None for read in early):  # no product, and so nothing to gain
+        return [node]
+    part = dataclasses.replace(node, reads=early, offset=BY_ROWS)
+    node.reads, node.bias = [Read(part), *late], None
+    return [part, node]
+
+
+def rows_of(read, first, end):
+    """The same of the rows first .. end - 1 of what a kernel reads."""
+    weight = None if read.weight is None else read.weight[:, first:end]
+    top = read.top + first * read.apart
+    return dataclasses.replace(read, weight=weight, top=top, nr_rows=end - first)
 
 
 def raster_steps(size, spacing, offset):
-    """The steps of a group, and its Places: a whole row or pixel by pixel."""
+    """The steps of a group, and its Places in each: a whole row or one pixel."""
     height, width = size
     for r in range(0, height, spacing):
         if math.isinf(offset):
@@ -3021,8 +3023,10 @@ def raster_steps(size, spacing, offset):
 # d) / 2) where that is whole. For p = 2 and d = -1 it is not, and for d = 0 it is in(1) = b: the
 # same. So with the zeros between it is a convolution like others.
 #
-# (A kernel that reads one column to its right at spacing 2 reads dx = 2: its source's offset is 2
-# less. So six_stages(1) has lag 36, six_stages(6) 176; narrower images come in raster order.)
+# (A kernel that looks one column to its right at spacing 2 looks 2 pixels to the right. So in
+# six_stages(1) v looks 1 + 2 * (2 + 4 + 8) + 2 * (1 + 2) = 35 pixels to the right, by its first
+# layer, the blocks of the six stages and the changes of resolution: the lag is 36. That of
+# six_stages(6) is 176; narrower images are sampled in raster order.)
 
 
 def convolution(conv, x, size):
@@ -3120,6 +3124,9 @@ def name_of(function):
     return function.__self__.__name__ if name == "__get__" else name  # of x.shape, "shape"
 
 
+ADDITIONS = (torch.add, torch.Tensor.add)  # x + y is the second
+
+
 class Recorder:
     """Lists in `nodes` what a network computes. Raises Problem for what cannot be computed position
     by position.
@@ -3151,10 +3158,10 @@ class Recorder:
             return args[0]
         args, kwargs = self.with_nodes(function, args, kwargs)
         nodes = elements((args, kwargs), Node)
-        nodes_alone = nodes == list(args) and not kwargs
+        nodes_alone = nodes == list(args) and not kwargs  # there are no other arguments
         if function is Conv.forward:  # torch hands over the decorated one
             node = convolution(*args, **kwargs, size=self.size)
-        elif function in (torch.add, torch.Tensor.add) and nodes_alone and has_convolution(nodes):
+        elif function in ADDITIONS and nodes_alone and has_convolution(nodes):
             node = sum_of(nodes)
         else:
             # Undecorated: wrap_torch_function's version would look for Symbols in each step.
@@ -3299,6 +3306,16 @@ def set_threads(plan, due):
     torch.set_num_threads(plan.threads if work > 20_000_000 else 1)
 
 
+@contextlib.contextmanager
+def threads_put_back():
+    """set_threads is for the sampler's steps alone."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def zeros(size, weight):
     """weight.new_zeros(size). On a CPU numpy makes it faster, of memory that is zero already: a
     tenth of the time of 16 images by PixelCNN++."""
@@ -3343,10 +3360,10 @@ def product(weight, positions):
 #
 # By what is in the folder and what flags say, plan_run comes to
 #
-#     in the folder         no flag      --resume     --factor K              both
-#     nothing               a new run    refused      a new run, K alone      refused
-#     a run without K       refused      goes on      goes on, with K alone   goes on, with K alone
-#     a run that has K      refused      goes on      refused                 goes on, with K alone
+#     in the folder              no flag      --resume    --factor K                 both
+#     nothing                    a new run    refused     a new run, factor K alone  refused
+#     a run without factor-K.pt  refused      goes on     goes on, factor K alone    as on the left
+#     a run with factor-K.pt     refused      goes on     refused                    as above
 #
 # (It goes on if flags do not contradict what the run was begun with. train_factor then goes on from
 # what there is: a finished factor makes no step, one without a checkpoint begins.) Several machines
@@ -3504,9 +3521,9 @@ def begin(out, config, factors, data, args, device):
 
 def show_samples(model, k, first, data, out, stop):
     """Pictures during training: samples of the views up to k, and curves. first: the first factor
-    that is trained by this call, above 0 with --factor alone; the views before it, whose factors
-    may not be there, are of test images. If they cannot be made, training goes on without; a signal
-    ends them at once, as all is saved by now."""
+    that is trained by this call. (With --factor 2 views 0 and 1, whose factors may not be there,
+    are of test images, and view 2 is sampled.) If they cannot be made, training goes on without; a
+    signal ends them at once, as all is saved by now."""
     try:
         stop.immediately = True
         if stop():

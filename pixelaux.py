@@ -17,9 +17,9 @@ view may have a view in turn:  X_0 = X,  X_1 = psi_0(X_0),  ..,  X_K = psi_{K-1}
     log p(X) >= log p(X_0, .., X_K) = log p(X_K) + log p(X_{K-1} | X_K) + .. + log p(X_0 | X_1)
 
 It is a bound because p(X) is the sum of p(X, X^) over all X^, and a sum of terms that are 0 or more
-is no smaller than any one of them. (There are many terms: X has one view, but the networks do not
-know that, and p(X, X^) is more than 0 for X^ that are not psi(X), too.) p(X_0 | X_1) is given X_1
-alone: X_2, .. are functions of X_1, and would add nothing.
+is no smaller than any one of them. (X has one view only, psi(X). But the networks do not know that:
+p(X | X^) gives X some probability under other X^, too. These are the other terms.) p(X_0 | X_1) is
+given X_1 alone: X_2, .. are functions of X_1, and would add nothing.
 
     Eq. 1       p(X) = product of p(pixel | earlier ones)    Conv, CausalNet
     Eq. 2, 3    p(X, X^) = p(X^) p(X | X^)                   PixelAux.log_prob_factors, .sample
@@ -133,7 +133,7 @@ def feasible(values, weights, low, high, top):
     multiple of some weight (it has 4 numbers for Half, 4096 for Gray). -> lists lo, hi.
 
     No interval is empty; who does not doubt it may go on. Suppose that before v, with `rest` what
-    those after v can add,
+    those after v can add (as in the loop once v's share is taken off),
 
         (1) high >= 0    (2) low <= rest + w top    (3) high - low + 1 >= each weight
 
@@ -335,7 +335,8 @@ class LogisticMixture:
         self.levels = levels
         self.logit_probs = params[:, :k]  # (N, K, H, W)
         self.means = by_channel[:, :, :k]  # (N, 3, K, H, W), as the next two
-        # At -7 one level holds 97% of a component centred on it (PixelCNN++'s clamp); 7 is a guard.
+        # PixelCNN++'s clamp: at -7 half a bin is e^7 / 255 = 4.3 scales, and one level holds 97% of
+        # a component centred on it. 7 is a guard.
         self.log_scales = by_channel[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
         self.coeffs = by_channel[:, :, 2 * k :].tanh()  # dim 1: R in G, R in B, G in B
 
@@ -370,14 +371,14 @@ class LogisticMixture:
 
         Channel by channel the mixture is cut to the interval, and then the weights of its
         components change by the value that the channel has. With w_k the weights, m_k a component's
-        mass on a value, M_k on an interval (of g given r, as its mean has moved with r),
+        mass on a value, M_k on an interval,
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        and blue likewise, with the weights w_k m_k(r) m_k(g | r). That after red the weights are
-        those without the cut, w_k m_k(r), is because the cut divides by a number that is the same
-        for all k: p'(k, r) = w_k m_k(r) / Z, Z = sum_j w_j M_j(r's interval).
+        and blue likewise, with the weights w_k m_k(r) m_k(g | r). (.. | r: green's mean has moved
+        with r.) Why are the weights after red w_k m_k(r), as without the cut? Because p'(k, r) =
+        w_k m_k(r) / Z, with the same Z = sum_j w_j M_j(r's interval) for all k.
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -435,15 +436,13 @@ class LogisticMixture:
         mixture that is cut as a whole. Without cuts M_k is 1, and the component may be kept.) To
         keep red's component for green would be wrong. Say
 
-                                                   it gave r               it must give g
-                                  w      m(r)      in proportion to   M    in proportion to
-                                                   w m(r)                  w m(r) M
-            the first component   1/2     0.2      0.10               0.1  0.01
-            the second            1/2     0.1      0.05               0.8  0.04
+            component     w     m(r)    w m(r)    M(g's interval | r)    w m(r) M
+            the first    1/2    0.2     0.10      0.1                    0.01
+            the second   1/2    0.1     0.05      0.8                    0.04
 
-        (M: of g's interval, given r). To keep it would draw green from the first in 2/3 of all
-        cases; by p'(g | r), see log_prob, 1/5 is right. "map" keeps the first one that was drawn,
-        so that a pixel's channels belong together.
+        Given r, red's component is the first one with probability 0.10 / 0.15 = 2/3 (by w m(r), see
+        the end of log_prob). Green must have it with 0.01 / 0.05 = 1/5 (by w m(r) M, as in p'(g |
+        r)). "map" keeps the first one that was drawn, so that a pixel's channels belong together.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -578,7 +577,7 @@ class Conv(nn.Module):
     """
 
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
-                 full_precision=False):
+                 outermost=False):
         super().__init__()
         # Required: that a kernel reaches up at least as far as down, and left as far as right. Then
         # torch can pad both sides alike, and we cut off what is too much. `up`: see convolve.
@@ -590,9 +589,9 @@ class Conv(nn.Module):
                               f"-first{', last of 0 or more' if up else ''}")
         self.rows, self.columns, self.stride, self.up = rows, columns, stride, up
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
-        # A network's first and last layers: float32 in bfloat16 training, too (and trained by Adam
-        # where others are by Muon, see Optimizer).
-        self.full_precision = full_precision
+        # Whether it is a network's first or last layer: these compute in float32 in bfloat16
+        # training, too, and are trained by Adam, whatever trains the others (see Optimizer).
+        self.outermost = outermost
         kernel = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         # Called v and g by Salimans & Kingma 2016: of a weight the direction, and the length. (No
         # relation to the stream v.)
@@ -604,12 +603,12 @@ class Conv(nn.Module):
         """g v / |v|, the norm over all but the output channels."""
         return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
-    # For sample_fast, which notes calls in place of running them (see Symbol, in Tracing; skip it
-    # until then). With ordinary tensors it changes nothing.
+    # For sample_fast, so that a stand-in for x can be handed in, and the call noted as one (see
+    # Tracing; skip it until then). With ordinary tensors it changes nothing.
     @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
-        if not self.full_precision:
+        if not self.outermost:
             return self.convolve(x, self.weight(), self.b)
         # bfloat16 rounds numbers near 1 by up to 1/512, a quarter of the distance between levels.
         with torch.autocast(x.device.type, enabled=False):
@@ -619,18 +618,16 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # out(p) takes w_d in(q) for p = 2 q - d. torch's output 2 q + j takes weight[j] in(q),
-            # j = 0, 1, .. So the weights of an `up` Conv are stored from the last d to the first,
-            # weight[j] = w_d with d = last - j. Then torch's 2 q + j is 2 q - d + last = p + last.
-            # In a row with d = -1, 0, 1, last = 1:
+            # torch adds weight[0] in(q), weight[1] in(q), .. to its outputs 2 q, 2 q + 1, .. And
+            # the weights of an `up` Conv are stored from the last d to the first. So in a row with
+            # d = -1, 0, 1, of the input a b torch makes
             #
-            #     weight[0] = w_1       to its output 2 q        wanted in 2 q - 1
-            #     weight[1] = w_0                     2 q + 1              2 q
-            #     weight[2] = w_-1                    2 q + 2              2 q + 1
+            #     w_1 a    w_0 a    w_-1 a + w_1 b    w_0 b    w_-1 b
             #
-            # All is `last` places too far on, which are dropped: in rows `bottom`, in columns
-            # `right`. (output_padding adds a row and a column behind, for kernels of which the
-            # first d is 0, as POINT.)
+            # which are out(-1), out(0), .., out(3) of the formula above. The first one is not of
+            # the image: as many as the last d are dropped, `bottom` rows and `right` columns.
+            # (output_padding adds a row and a column behind, for kernels of which the first d is
+            # 0.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
             return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
@@ -690,14 +687,13 @@ def data_dependent_init(network, *inputs):
 # sampled fast, see there.
 #
 # The embedding f_w knows X^ whole, and has one stream. It begins at the resolution of X^: at 1
-# times halved, if that is half as large as x. If x is 16x16, and X^ 8x8, by
+# times halved, if that is half as large as x. embeddings[i] is its last output at x's resolution
+# halved i times, and goes into the causal network's blocks there (in light networks that is
+# embeddings[0] alone). If x is 16x16, and X^ 8x8,
 #
-#     ((1, 3), (2, 6), (1, 3), (0, 3))
-#
-# it has 3 blocks at 8x8, 6 at 4x4, 3 at 8x8, and 3 at 16x16. embeddings[i] is the last output that
-# it makes at x's resolution halved i times (so here embeddings[1] is of the third stage, not of the
-# first), and goes into the causal network's blocks there; in light networks that is embeddings[0]
-# alone.
+#     layout        (1, 3),         (2, 6),         (1, 3),         (0, 3)
+#     it has        3 blocks, 8x8   6 blocks, 4x4   3 blocks, 8x8   3 blocks, 16x16
+#     and makes                     embeddings[2]   embeddings[1]   embeddings[0]
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
@@ -719,11 +715,9 @@ def data_dependent_init(network, *inputs):
 #
 # A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
 # pixels before p (and rows above, which kernels read as well, and which do no harm). Let half[q] be
-# h at half the resolution, for the columns 2 q and 2 q + 1. On the way up h[2 q] and h[2 q + 1]
-# both read half[q], and h[2 q] must not know pixel 2 q. So half[q] may know those before it alone:
+# h at half the resolution, which on the way up is read by h[2 q] and h[2 q + 1]. The rule:
 #
-#     pixel    0  1  2  3  4  5 | 6  7       half[3] stands for 6 and 7,
-#              may be known     |            and may know what is left of the line
+#     half[q] may know the pixels before 2 q alone
 #
 # By Conv's formulas half[q] reads h[2 q + d], d = -1 and 0, and on the way up h[p] reads half[(p +
 # d) / 2], where that is whole:
@@ -842,16 +836,16 @@ class CausalNet(nn.Module):
         self.layout, self.conditional = layout, conditional
         # h's first layer reads no rectangle, so it is two. (h could have row -1 from v; but so it
         # is in PixelCNN++.) look_right: see VERTICAL_LEFT.
-        self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), full_precision=True)
-        self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), full_precision=True)
-        self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), full_precision=True)
+        self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), outermost=True)
+        self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), outermost=True)
+        self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), outermost=True)
         reaches = (VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL)
         # Not counting skips: v's blocks read the embedding, h's also v.
         nr_aux = (int(conditional), 1 + int(conditional))
         self.stages = nn.ModuleList(
             Stage(layout, i, filters, dropout, reaches, nr_aux) for i in range(len(layout)))
         # Its outputs begin near the bias, which the head sets (set_bias).
-        self.last = Conv(filters, c_out, **POINT, gain=0.03, full_precision=True)
+        self.last = Conv(filters, c_out, **POINT, gain=0.03, outermost=True)
 
     def forward(self, x, embeddings=()):
         """x: (N, C_in, H, W); embeddings: number i has x's resolution, halved i times.
@@ -888,7 +882,7 @@ class EmbeddingNet(nn.Module):
     def __init__(self, c_in, layout, filters, dropout):
         super().__init__()
         self.layout = layout
-        self.first = Conv(c_in, filters, **ORDINARY, full_precision=True)
+        self.first = Conv(c_in, filters, **ORDINARY, outermost=True)
         self.stages = nn.ModuleList(
             Stage(layout, i, filters, dropout, [ORDINARY], [0]) for i in range(len(layout)))
 
@@ -949,8 +943,8 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: one that is given a view of half the resolution has, and
-    the coarsest one, if it is of half the resolution of the next one.
+    """Whether a view has a light network: the view that a Half is applied to has, and the one that
+    it makes, if that is the coarsest.
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1000,10 +994,11 @@ class Factor(nn.Module):
 
     @property
     def at_once(self):
-        """How many images to take at once, so that activations stay within some 4 GiB."""
+        """How many images to take at once, so that what all convolutions read stays within 4 GiB,
+        2^30 numbers of 4 bytes."""
         channels = sum(conv.v.shape[1] for conv in self.net.modules() if isinstance(conv, Conv))
-        numbers = channels * math.prod(self.view.shape[1:])  # what all convolutions read
-        return min(256, max(1, 2**30 // numbers))  # of 4 bytes
+        numbers = channels * math.prod(self.view.shape[1:])
+        return min(256, max(1, 2**30 // numbers))
 
     def planes(self, x, levels):
         """uint8 (N, C, H, W) -> -1 .. 1 and a plane of ones, which tells the image from the zeros
@@ -1177,9 +1172,9 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # data_dependent_init has set all of last.b; the head has its own way with means and
-                # log-scales. What the network adds is small: its deviation is 0.03, the gain of
-                # `last`.
+                # data_dependent_init has made all of last.b 0 on average, so that all components of
+                # a mixture would be the same: the head spreads them. What the network adds to that
+                # is small: its deviation is 0.03, the gain of `last`.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1424,6 +1419,7 @@ class Shapes:
         # radius 2 there, and its centre is a corner of cells, 3, 4 or 5, so that a cell is left at
         # the border.
         radius = 2 * max(1, side // 16)
+        # (In steps that grow with it: else larger images would have many more centres.)
         ys, xs = (range(radius + 1, cells - radius, radius // 2) for cells in (h // 2, w // 2))
         centres = np.array(list(itertools.product(ys, xs)))
         y, x = centres.T[:, :, None, None]  # (centres, 1, 1) each
@@ -1436,7 +1432,7 @@ class Shapes:
         #                 # # # #    . # # .    # # # #    # # # #
         square = np.maximum(abs(dy), abs(dx)) < radius
         cross = square & (np.minimum(abs(dy), abs(dx)) < radius / 2)
-        triangle = square & (2 * abs(dx) < dy + radius + 1)
+        triangle = square & (2 * abs(dx) < dy + radius + 1)  # by row: |dx| < 0.75, 1.25, 1.75, 2.25
         ring = square & (np.maximum(abs(dy), abs(dx)) > radius / 2)
         self.masks_half = np.concatenate([square, cross, triangle, ring])  # (M, H/2, W/2)
         self.masks = self.masks_half.repeat(2, 1).repeat(2, 2)  # (M, H, W)
@@ -1517,7 +1513,7 @@ class Shapes:
         for _ in range(4):
             pmf_of_sum = np.convolve(pmf_of_sum, self.pmf)  # of four noises, in the end
         total = np.arange(-4 * self.farthest, 4 * self.farthest + 1)
-        # At i: the probability of i - farthest.
+        # Sums that Half rounds to one level are added up; at i: the probability of i - farthest.
         pmf = np.bincount((total + 2) // 4 + self.farthest, weights=pmf_of_sum)
         noise = x_hat - self.palette[self.fit(nearest(x_hat, self.palette), self.masks_half)]
         log_count = self.log_count - math.log(len(self.weaves))  # the view does not show the weave
@@ -1568,8 +1564,8 @@ class Dataset:
 
     def holding_out(self, n):
         """The same, but n training images, and copies of them, are kept from training: who looks at
-        a model's progress, and chooses by it, must not do so by the test set. They follow from the
-        images' contents alone. Raises Problem."""
+        a model's progress, and chooses by it, must not do so by the test set. Which ones, follows
+        from the images' contents alone. Raises Problem."""
         if n == 0:
             return self
         if self.train is None or n >= len(self.train):
@@ -1984,8 +1980,8 @@ def steps_of(config, k, data):
 class Stopwatch:
     """How long a factor has been trained, in seconds: of steps, without what is done at looks.
 
-        | steps | seconds(), look(..), then what is done | go_on(), steps | seconds(), look(..), ..
-        counted   not counted                              counted          not counted
+        train_factor calls seconds() and look() when a look begins, and go_on() when it ends; what
+        is between is not counted.
     """
 
     def __init__(self, before):
@@ -2011,8 +2007,8 @@ class Stopwatch:
 
         A process's first step does not count, as much happens only once. Say before is 4 s, of an
         earlier process, and at_looks 13, 14 and 15 s, of 3 minutes. Then the first step took 13 - 4
-        = 9 s, spent is 15 - 9 = 6 s, more than 3% of 180, and pace (15 - 13) / 2 = 1 s: 174 s are
-        left, or as many steps.
+        = 9 s, spent is 15 - 9 = 6 s (4 before, 2 for two steps), more than 3% of 180, and pace
+        (15 - 13) / 2 = 1 s: 174 s are left, or as many steps.
         """
         if len(self.at_looks) < 3:
             return math.inf
@@ -2059,8 +2055,7 @@ class Optimizer:
         self.config, self.muon, self.directions = config, None, []
         convs = [module for module in factor.modules() if isinstance(module, Conv)]
         if config.muon and convs:
-            # full_precision: the first and the last ones
-            self.directions = [conv.v for conv in convs if not conv.full_precision]
+            self.directions = [conv.v for conv in convs if not conv.outermost]
             # Copies, as torch's Muon takes matrices only.
             self.matrices = [nn.Parameter(v.detach().flatten(1).clone()) for v in self.directions]
             self.muon = torch.optim.Muon(self.matrices, weight_decay=0.0)
@@ -2085,10 +2080,10 @@ class Optimizer:
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step.
 
-        Without that learning would fade. weight() does not depend on |v|, so that the gradient is
-        at a right angle to v; a step, whose length is always the same, does not point back either,
-        and makes v longer (threefold in the first 400 steps of `tiny`); and a longer v is turned
-        less by the next.
+        Without that learning would fade. Only v's direction counts, so that the gradient is at a
+        right angle to v; and no step points back. So v becomes longer (threefold in the first 400
+        steps of `tiny`); and a step, whose length is always the same, turns a longer v by a smaller
+        angle.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2233,7 +2228,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
             continue
         bits = float(total) / (step - last_look)  # waits until the device has done it all
         means = mean_of_processes([bits, watch.seconds(), stop()], device)
-        bits, seconds, stopping = means  # stopping > 0: one is to stop
+        bits, seconds, stopping = means  # stopping: above 0 if stop() is True, 1, in one of them
         check_finite(bits, k, step, path)
         watch.look(seconds)
         decided = False  # True at the one look at which minutes become a number of steps
@@ -2356,13 +2351,13 @@ def evaluate(model, images, batch_size=None):
 
 
 REPORT = """\
-{}, bits/dim, divided three ways. of X: bits / {} sub-pixels of X, these add up.
+{images}, bits/dim, divided three ways. of X: bits / {dims} sub-pixels of X, these add up.
 own: bits / sub-pixels of the view. cumulative: bits of all views so far / sub-pixels of this one
 (as in the paper's Table 2).
 bound: the paper's, <=. exact: log p(X) itself, =, of the tight model (the same weights).
 
-{:{wide}}        of X              own           cumulative
-{:{wide}}   bound   exact     bound   exact     bound   exact"""
+{blank:{wide}}        of X              own           cumulative
+{factor:{wide}}   bound   exact     bound   exact     bound   exact"""
 
 
 def widest(model):
@@ -2403,7 +2398,8 @@ def report(model, bound, exact, data, images, kind="test image"):
     result = dict(images=n, factors=factors, bound=total[0], exact=total[1],
                   bound_interval=confidence[0], exact_interval=confidence[1])
 
-    lines = [REPORT.format(counted(n, kind), model.dims, "", "factor", wide=wide)]
+    lines = [REPORT.format(
+        images=counted(n, kind), dims=model.dims, blank="", factor="factor", wide=wide)]
     for row in factors:
         name, _, *numbers = row.values()
         lines.append(f"{name:{wide}}{('{:8.4f}{:8.4f}  ' * 3).format(*numbers)}".rstrip())
@@ -2434,7 +2430,7 @@ def distance_to_truth(model, bound, exact, shapes, images):
              "the rest is noise. excess over the limit, bits per image:"]
     parts, result = [("total", true, bound.sum(0), exact.sum(0))], dict(true=bits)
     # In a pyramid of two views the truth of each factor is known.
-    if [type(view.psi) for view in model.views] == [type(None), Half]:
+    if len(model.views) == 2 and isinstance(model.views[1].psi, Half):
         coarse = shapes.log_prob_half(to_array(model.views_of(to_tensor(images))[0]))
         # log p(X | X_1) = log p(X) - log p(X_1), as X_1 is a function of X.
         parts = [(model.names[0], coarse, bound[0], exact[0]),
@@ -2502,25 +2498,24 @@ def save_samples(model, views, path, given=0):
 # column to the upper right; of the rest X^ tells much, where there is one.)
 #
 # **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
-# one is its *reader*, the other one the *source*. A node is not computed at (r, c) at step lag r +
-# c itself, when the pixel there is drawn, but `offset` steps later: offset -2 is two steps before
-# the pixel. At lag 8 step 24 draws pixel (0, 24), and computes a node of offset -2 at (0, 26).
+# one is its *reader*, the other one the *source*. At (r, c) a node is computed in step lag r + c +
+# offset. With offset 0 that is the step that draws the pixel there, as for h and the output; with
+# offset -2 two steps before it: step 24 draws pixel (0, 24), and computes the node at (0, 26).
 #
-# Say a reader is v's last convolution, of offset 0: at step 24 it is computed at (0, 24), and reads
-# its source at (0, 25). So the source must be there at (0, 25) by step 24, one step before pixel
-# (0, 25) is drawn: its offset is -1 or less. Of a chain of six such convolutions the first one's
-# source has -6. In general, what a reader at (r, c) reads, at (r + dy, c + dx), must be computed by
-# the reader's step:
+# What a reader at (r, c) reads, at (r + dy, c + dx), must be computed by the reader's step:
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
 #
 # (<=, not <: within a step values are computed in the network's order, source before reader.)
 #
-# So each reader sets a deadline for its source, and of several readers the earliest one counts:
-#
 #     offset_source <= offset_reader - (lag dy + dx)
 #
-# Of all that a kernel reads, its lower right corner sets the earliest one. For v's later layers
+# So each reader sets a *deadline* for its source, the largest offset that the source may have; of
+# several readers the smallest one counts. For example v's last convolution, of offset 0, reads its
+# source at (r, c + 1), one step before pixel (r, c + 1) is drawn: the deadline is -1. Of a chain of
+# six such convolutions the first one's source has -6.
+#
+# Of all that a kernel reads its lower right corner sets the smallest one. For v's later layers
 # that is (r, c + 1). For v_first, which reads rows above alone, it is (r - 1, c + 1).
 #
 # Each value is computed as late as its readers allow, its offset is the deadline. From the output
@@ -2539,18 +2534,18 @@ def save_samples(model, views, path, given=0):
 #               (then the pixel is        block 3    block 2    block 2
 #               drawn)
 #
-# Why as late as possible? If v's end were computed 3 steps earlier than needed, all of v, and at
-# last x, would have to come 3 earlier, and the lag would be 11.
+# What decides the lag? All offsets are ours to choose, but that of x: pixel (r, c) is drawn at the
+# end of step lag r + c, and can be read from the next step on, as if x had offset 1. So a lag will
+# do if every deadline for x is 1 or more, and we take the smallest one:
 #
-# What decides the lag? Every other node can be read in the step that computes it. x cannot: pixel
-# (r, c) is drawn at the end of step lag r + c, and can be read from step lag r + c + 1 on, as if x
-# had offset 1. This is not for us to choose. So no deadline for x may be less than 1, and the lag
-# is the smallest for which none is:
-#
-#     reader of x    reads x at       its offset    deadline for x
+#     reader of x    reads x at       reader's      deadline for x
+#                                     offset
 #     v_first        (r - 1, c + 1)       -6        -6 - (-lag + 1) = lag - 7     lag >= 8, as above
 #     h_above        (r - 1, c + 1)        0        lag - 1                       lag >= 2
 #     h_left         (r, c - 1)            0        1                             any lag
+#
+# (Why is each value computed as late as its readers allow? If v's end were computed 3 steps earlier
+# than needed, v_first would have offset -9, its deadline for x would be lag - 10, and the lag 11.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2624,7 +2619,8 @@ class Read:
     apart: int = 1
     # Decided in Plan.allocate: read from source.latest? If not, from source.buffer.
     at_hand: bool = False
-    # (total, values) -> total + values; with a weight total + values weight^T, by choose_products
+    # Without a weight (total, values) -> total + values. With one choose_products puts in (total,
+    # values) -> total + values @ weight.T
     add: object = operator.add
 
     @property
@@ -2634,7 +2630,7 @@ class Read:
 
     @property
     def right(self):
-        """The dx of the last column."""
+        """The dx of the last column. (No relation to Places.right.)"""
         return self.left + (self.nr_columns - 1) * self.apart
 
 
@@ -2681,8 +2677,8 @@ class Node:
 
             element of the buffer     0 1   2 3   4 5   6 7   8 9     row 0, columns 0 .. 4
                                     10 11 12 13 14 15 16 17 18 19     row 1
-            place 0 = (0, 3)      reads 6 7 8 9
-            place 1 = (1, 0)      reads 10 11 12 13
+            position 0 = (0, 3)   reads 6 7 8 9
+            position 1 = (1, 0)   reads 10 11 12 13
             start 6;  next_place = 1 * 10 - 3 * 2 = 4;  next_column = 2
 
         (as_strided: element i, j, .. is number start + i strides[0] + j strides[1] + .. of the
@@ -2733,7 +2729,7 @@ class Plan:
         return None
 
     def offsets(self, lag):
-        """{node: the latest offset that serves all its readers}, from the output back. (Of x the
+        """{node: the largest offset that serves all its readers}, from the output back. (Of x the
         deadline, which must be 1 or more.)"""
         offsets = collections.defaultdict(lambda: math.inf, {self.output: 0})
         for node in reversed(self.nodes):
@@ -2802,7 +2798,8 @@ class Plan:
             return node.function(*values)
         total = node.bias
         for read, value in zip(node.reads, values):
-            # Without a bias the sum begins with a part that was computed before, see Raster order.
+            # add: total + value, or, with a weight, total + value @ weight.T. (Without a bias the
+            # sum begins with a part that was computed before, see Raster order.)
             total = value if total is None else read.add(total, value)
         return total
 
@@ -2904,9 +2901,9 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # of some positions, times its weights; and one large product takes at most half the time of many
 # small ones. Call a node *by rows* if all that it reads is
 #
-#     of rows above, or
-#     by rows itself, or
-#     known from the start.
+#     in rows above, of whatever node, as these are complete, or
+#     of a node by rows, or
+#     of one that is known from the start.
 #
 # So are v_first, which reads rows above of x, v's next convolution, which reads v_first, and so on:
 # all of v. When a row is begun the whole of it can be computed at once. A sum of which only a part
@@ -2938,10 +2935,10 @@ def in_raster_order(nodes, x):
     """Sets offsets -> the nodes, with those that are new. Raises Problem."""
     planned = []
     for node in nodes:  # sources before readers
-        planned += split(node, is_output=node is nodes[-1])
-    # As Plan.offsets, but only what is read in a node's own row sets a deadline. In networks of
-    # others there may be nodes that nobody reads there: their offset is +infinity, after all pixels
-    # of the row.
+        planned += split_sum(node, is_output=node is nodes[-1])
+    # As Plan.offsets, but only what is read in a node's own row sets a deadline. (A node that is
+    # read in rows below alone has none, and so +infinity: a row at once after the row's pixels.
+    # CausalNet has no such node.)
     offsets = collections.defaultdict(lambda: math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         if node.offset != BY_ROWS:
@@ -2955,7 +2952,7 @@ def in_raster_order(nodes, x):
     return planned
 
 
-def split(node, is_output):
+def split_sum(node, is_output):
     """[node], or, of a sum of which a part can be computed a row at once, [this part, the rest]:
 
         before       conv_in     reads h, rows -1 and 0; v          bias
@@ -2964,19 +2961,23 @@ def split(node, is_output):
     """
     early, late = [], []
     for read in node.reads:
-        nr_early = min(read.nr_rows, -read.top // read.apart)  # rows above the node's own
+        # Rows above the node's own. h's conv_in has top -1 and 2 rows, 1 of them above; v_first has
+        # top -2 and 2 rows, both above.
+        nr_early = min(read.nr_rows, -read.top // read.apart)
         if read.source.offset == BY_ROWS or read.source.known:
             nr_early = read.nr_rows
         if nr_early > 0:
             early.append(rows_of(read, 0, nr_early))
         if nr_early < read.nr_rows:
             late.append(rows_of(read, nr_early, read.nr_rows))
-    # The output is never by rows, as it is wanted pixel by pixel.
+    # v's nodes. (The output is never by rows, as it is wanted pixel by pixel.)
     if not late and not is_output:
         node.offset = BY_ROWS
         return [node]
-    if not any(read.weight is not None for read in early):  # no product, and so nothing to gain
+    # h's concat_elu and gate, and the output: no product is early, so there is nothing to gain.
+    if not any(read.weight is not None for read in early):
         return [node]
+    # h's convolutions.
     part = dataclasses.replace(node, reads=early, offset=BY_ROWS)
     node.reads, node.bias = [Read(part), *late], None
     return [part, node]
@@ -2993,7 +2994,7 @@ def raster_steps(size, spacing, offset):
     """The steps of a group, and its Places in each: a whole row or one pixel."""
     height, width = size
     for r in range(0, height, spacing):
-        if math.isinf(offset):
+        if math.isinf(offset):  # before or after the row's pixels
             yield (r, offset), Places(r, 0, width // spacing, down=0, right=spacing)
         else:
             for c in range(0, width, spacing):
@@ -3024,8 +3025,9 @@ def raster_steps(size, spacing, offset):
 # same. So with the zeros between it is a convolution like others.
 #
 # (A kernel that looks one column to its right at spacing 2 looks 2 pixels to the right. So in
-# six_stages(1) v looks 1 + 2 * (2 + 4 + 8) + 2 * (1 + 2) = 35 pixels to the right, by its first
-# layer, the blocks of the six stages and the changes of resolution: the lag is 36. That of
+# six_stages(1) v looks 35 pixels to the right: 1 by its first layer; 1, 2, 4, 4, 2 and 1 by each of
+# the two convolutions of the six blocks; 1 and 2 on the way down, 2 and 1 on the way up. The lag is
+# 36. That of
 # six_stages(6) is 176; narrower images are sampled in raster order.)
 
 
@@ -3055,9 +3057,14 @@ def convolution(conv, x, size):
 #
 # To learn what a network computes its forward pass is run on a stand-in for x, a Symbol, that has
 # no numbers. Every function of torch looks at its arguments before it runs: if one of them has a
-# method __torch_function__, it calls that in its place, and returns what this returns. Symbol's
-# notes the call as a Node, and returns a Symbol of that Node. So of two lines of Block, run on the
-# Symbol of a Node X,
+# method __torch_function__, it calls that in its place, and returns what this returns. Functions of
+# our own do not look, but the decorator wrap_torch_function makes them, at those arguments that its
+# lambda returns: Conv.forward, concat_elu and gate have it. So
+#
+#     conv_in(symbol)  ->  Symbol.__torch_function__(Conv.forward, .., (conv_in, symbol))
+#                      ->  Recorder.record: notes a Node  ->  a Symbol of that Node
+#
+# and of two lines of Block, run on the Symbol of a Node X,
 #
 #     hidden = self.conv_in(concat_elu(x))
 #     hidden = hidden + conv(a)                 (conv: a conv_aux; a: the Symbol of a Node Y)
@@ -3095,12 +3102,7 @@ def traced(net, x, n, size, embeddings):
 
 
 class Symbol(torch.Tensor):
-    """Stands for a Node while a network is traced.
-
-    Functions of our own do not look at their arguments: concat_elu(symbol) would run, and what it
-    calls would be noted. The decorator wrap_torch_function makes such a function look, at those
-    arguments that its lambda returns, so that it is noted as a whole.
-    """
+    """Stands for a Node while a network is traced, see above."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -3124,7 +3126,7 @@ def name_of(function):
     return function.__self__.__name__ if name == "__get__" else name  # of x.shape, "shape"
 
 
-ADDITIONS = (torch.add, torch.Tensor.add)  # x + y is the second
+ADDITIONS = (torch.add, torch.Tensor.add)  # torch hands on x + y as the second
 
 
 class Recorder:
@@ -3152,7 +3154,11 @@ class Recorder:
         return symbol
 
     def record(self, function, args, kwargs):
-        """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node."""
+        """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node.
+
+        Symbols and known tensors become Nodes; then the call is a Conv, a sum, or a function. One
+        with other arguments, too, is made one of values alone.
+        """
         # (torch hands on the options of F.dropout by keyword, in whatever way it was called.)
         if function is F.dropout and not kwargs["training"]:
             return args[0]
@@ -3282,8 +3288,9 @@ def filled_in(function, args, kwargs):
 
 
 def choose_products(plan):
-    """Decides how each read is added -> {group: multiplications of its largest product at one
-    position of n images}, for set_threads."""
+    """Puts in each read's `add`, by which it is multiplied and added -> {group: multiplications of
+    its largest product at one position of n images}, for set_threads: for a kernel of 100 x 2 x 600
+    numbers and 8 images 960,000."""
     work = collections.Counter()
     for node in plan.nodes:
         columns = plan.size[1] // node.spacing
@@ -3360,10 +3367,12 @@ def product(weight, positions):
 #
 # By what is in the folder and what flags say, plan_run comes to
 #
-#     in the folder              no flag      --resume    --factor K                 both
-#     nothing                    a new run    refused     a new run, factor K alone  refused
-#     a run without factor-K.pt  refused      goes on     goes on, factor K alone    as on the left
-#     a run with factor-K.pt     refused      goes on     refused                    as above
+#     in the folder              no flag     --resume    --factor K    both
+#     nothing                    new run     refused     new run, K    refused
+#     a run without factor-K.pt  refused     goes on     goes on, K    goes on, K
+#     a run with factor-K.pt     refused     goes on     refused       goes on, K
+#
+# (K: with factor K alone.)
 #
 # (It goes on if flags do not contradict what the run was begun with. train_factor then goes on from
 # what there is: a finished factor makes no step, one without a checkpoint begins.) Several machines
@@ -3558,8 +3567,9 @@ def plan_in_turn(args, out):
 
 
 def agree(out, config, factors, resume):
-    """With a run that another process has begun in this folder since plan_run has looked, which may
-    be minutes ago, as it reads data. Raises Problem. Say --factor 0 and --factor 1 begin at once:
+    """Check our config against one that another process has written into this folder since plan_run
+    has looked, which may be minutes ago, as it reads data. Raises Problem. Say --factor 0 and
+    --factor 1 begin at once:
 
         A    plans a new run     begins: config.json     its minutes become 900 steps
         B    plans a new run                                                           begins

@@ -662,11 +662,11 @@ def test_initialisation_is_a_function_of_the_weights_and_the_images(dropout):
     assert not torch.equal(found[0]["factors.0.net.last.g"], model.factors[0].net.last.g)
 
 
-def test_only_full_precision_convolutions_keep_float32_in_bfloat16_training():
+def test_only_outermost_convolutions_keep_float32_in_bfloat16_training():
     """It has all its digits under autocast, an ordinary one does not (control)."""
     x = torch.randn(2, 3, 8, 8)
     for exact in (True, False):
-        conv = Conv(3, 4, **pixelaux.VERTICAL, full_precision=exact)
+        conv = Conv(3, 4, **pixelaux.VERTICAL, outermost=exact)
         with torch.autocast("cpu", torch.bfloat16):
             y = conv(x)
         assert y.dtype == (torch.float32 if exact else torch.bfloat16)
@@ -2858,7 +2858,7 @@ def test_muon_gives_its_step_equal_singular_values(seed, wide, rate):
     config = pixelaux.Config(muon=0.05, lr=0.01)
     reach = dict(rows=(-1, 0), columns=(-1, 1)) if wide else pixelaux.POINT
     inner = pixelaux.Conv(12, 8, **reach)
-    outer = pixelaux.Conv(12, 8, **reach, full_precision=True)
+    outer = pixelaux.Conv(12, 8, **reach, outermost=True)
     x, network = torch.randn(2, 12, 5, 5), nn.ModuleList([inner, outer])
     optimizer = pixelaux.Optimizer(network, config)
     v = {conv: conv.v.detach().clone() for conv in network}

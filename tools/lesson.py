@@ -2,9 +2,9 @@
 
 Panels are in the order of pixelaux.py, and numbered as the points of README.md.
 """
+import argparse
 import itertools
 import pathlib
-import sys
 
 import numpy as np
 import torch
@@ -177,8 +177,8 @@ def draw_terms(page, left, top):
              xlabel=f"{HAT}; X is a block of 20, 15, 2, 3")
     at = list(numbers).index(10)
     share, gain = float(bound[at] / bound.sum()), float(cut[at] / bound[at])
-    axes.text(0.03, 0.96, f"p(X): all bars. Bound: {share:.0%},\n{HAT} = 10 alone. If exact:\n"
-              f"this bar only, {gain:.0f}x as high", va="top", transform=axes.transAxes)
+    axes.text(0.03, 0.96, f"p(X): all bars. Bound: {share:.0%},\n{HAT} = 10 alone. Exact (another\n"
+              f"model): this alone, {gain:.0f}x as high", va="top", transform=axes.transAxes)
 
 
 def draw_intervals(page, left, top):
@@ -297,4 +297,6 @@ def draw(path):
 
 
 if __name__ == "__main__":
-    draw(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "pictures/lesson.png"))
+    parser = argparse.ArgumentParser(description="Draw what the README's lesson tells.")
+    parser.add_argument("path", nargs="?", type=pathlib.Path, default="pictures/lesson.png")
+    draw(parser.parse_args().path)

@@ -2897,9 +2897,9 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # right than the image is wide. Then pixels are drawn one by one, and the rows above are complete
 # when a row is begun (on a wavefront they are not).
 #
-# That can be used. A convolution is a matrix product: what the kernel reads at each
-# of some positions, times its weights; and one large product takes at most half the time of many
-# small ones. Call a node *by rows* if all that it reads is
+# That can be used. A convolution is a matrix product: what the kernel reads at each of some
+# positions, times its weights; and one large product takes at most half the time of many small
+# ones. Call a node *by rows* if all that it reads is
 #
 #     in rows above, of whatever node, as these are complete, or
 #     of a node by rows, or
@@ -3027,8 +3027,7 @@ def raster_steps(size, spacing, offset):
 # (A kernel that looks one column to its right at spacing 2 looks 2 pixels to the right. So in
 # six_stages(1) v looks 35 pixels to the right: 1 by its first layer; 1, 2, 4, 4, 2 and 1 by each of
 # the two convolutions of the six blocks; 1 and 2 on the way down, 2 and 1 on the way up. The lag is
-# 36. That of
-# six_stages(6) is 176; narrower images are sampled in raster order.)
+# 36. That of six_stages(6) is 176; narrower images are sampled in raster order.)
 
 
 def convolution(conv, x, size):

@@ -5,7 +5,7 @@
 
 The problem: a model that predicts an image pixel by pixel spends its capacity where the bits are,
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
-pixel). The shape of things, which is all that a person sees, is hardly any of them: a model
+pixel). Few of these bits are about the shape of things, which is all that a person sees: a model
 that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
 (On the built-in data the shape is 10.3 of 4,194 bits; but there a plain PixelCNN learns both in two
 minutes, see `python pixelaux.py claim`.)
@@ -117,7 +117,8 @@ class Failure(Exception):
 # X^) is 0 unless X^ = psi(X); the sum over X^ that makes p(X) has one term only, and the bound is
 # an equality. We call this *tight*. It is another model with the same weights, whose log p(X) is
 # known exactly, and is never below the paper's bound, as dividing by a mass of at most 1 only
-# raises it. (The paper's own p(X), the whole sum, stays unknown.)
+# raises it. (The paper's own p(X), the whole sum, stays unknown. And a model that is trained tight
+# has a poor bound, as nothing teaches it to keep to the intervals by itself.)
 
 
 def feasible(values, weights, low, high, top):
@@ -377,8 +378,8 @@ class LogisticMixture:
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
         and blue likewise, with the weights w_k m_k(r) m_k(g | r). (.. | r: green's mean has moved
-        with r.) Why are the weights after red w_k m_k(r), as without the cut? Because p'(k, r) =
-        w_k m_k(r) / Z, with the same Z = sum_j w_j M_j(r's interval) for all k.
+        with r.) Why are the weights after red w_k m_k(r), as without the cut? Because the
+        cut only divides all pairs (k, r) in the interval, of mass w_k m_k(r), by their sum.
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -618,14 +619,15 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # torch adds weight[0] in(q), weight[1] in(q), .. to its outputs 2 q, 2 q + 1, .. And
-            # the weights of an `up` Conv are stored from the last d to the first. So in a row with
-            # d = -1, 0, 1, of the input a b torch makes
+            # The formula gathers; torch scatters: from output 2 q on it adds weight[0] in(q),
+            # weight[1] in(q), .. Where does in(q) go by the formula? With w_d to out(2 q - d), to
+            # the first place with the last d. So the weights of an `up` Conv are stored from the
+            # last d to the first. In a row with d = -1, 0, 1, of the input a b torch makes
             #
             #     w_1 a    w_0 a    w_-1 a + w_1 b    w_0 b    w_-1 b
             #
-            # which are out(-1), out(0), .., out(3) of the formula above. The first one is not of
-            # the image: as many as the last d are dropped, `bottom` rows and `right` columns.
+            # which are out(-1), out(0), .., out(3). The first one is not of the image, and is
+            # dropped: in general the last d of them, `bottom` rows and `right` columns.
             # (output_padding adds a row and a column behind, for kernels of which the first d is
             # 0.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
@@ -667,12 +669,12 @@ def data_dependent_init(network, *inputs):
 
 # --- Networks ----------------------------------------------------------------------------------
 #
-# A network is a row of residual blocks, in stages; in a causal one each block is two side by side,
-# a vertical and a horizontal one. Its *layout* lists the stages, each (times halved, blocks). 0
-# times is the resolution of x, the image that is modelled. PixelCNN++ goes down to a quarter of the
-# resolution, so that few blocks see far, and comes back. On the way back each block also reads, by
-# a *skip*, what its counterpart on the way down has made, as that has the detail. With 2 blocks a
-# stage, six_stages(2),
+# A network is a sequence of residual blocks, in stages; in a causal one each block is two side by
+# side, a vertical and a horizontal one. Its *layout* lists the stages, each (times halved, blocks).
+# 0 times is always the resolution of x, the image that is modelled. PixelCNN++ goes down to a
+# quarter of the resolution, so that few blocks see far, and comes back. On the way back each block
+# also reads, by a *skip*, what its counterpart on the way down has made, as that has the detail.
+# With 2 blocks a stage, six_stages(2),
 #
 #     ((0, 2), (1, 2), (2, 2), (2, 2), (1, 2), (0, 2))
 #
@@ -686,14 +688,14 @@ def data_dependent_init(network, *inputs):
 # only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near. They are
 # sampled fast, see there.
 #
-# The embedding f_w knows X^ whole, and has one stream. It begins at the resolution of X^: at 1
-# times halved, if that is half as large as x. embeddings[i] is its last output at x's resolution
+# The embedding f_w knows X^ whole, and has one stream. It begins at the resolution of X^: if X^ is
+# x halved once, at 1. embeddings[i] is its last output at x's resolution
 # halved i times, and goes into the causal network's blocks there (in light networks that is
 # embeddings[0] alone). If x is 16x16, and X^ 8x8,
 #
 #     layout        (1, 3),         (2, 6),         (1, 3),         (0, 3)
 #     it has        3 blocks, 8x8   6 blocks, 4x4   3 blocks, 8x8   3 blocks, 16x16
-#     and makes                     embeddings[2]   embeddings[1]   embeddings[0]
+#     and makes                     embeddings[2]   embeddings[1]   embeddings[0]    (the last ones)
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
@@ -715,7 +717,8 @@ def data_dependent_init(network, *inputs):
 #
 # A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
 # pixels before p (and rows above, which kernels read as well, and which do no harm). Let half[q] be
-# h at half the resolution, which on the way up is read by h[2 q] and h[2 q + 1]. The rule:
+# h at half the resolution. On the way up it is read by h[2 q] and h[2 q + 1], of which h[2 q] may
+# know less. So the rule is:
 #
 #     half[q] may know the pixels before 2 q alone
 #
@@ -723,6 +726,7 @@ def data_dependent_init(network, *inputs):
 # d) / 2], where that is whole:
 #
 #     down    half[3] reads h[5], which knows 0..4, and h[6], which knows 0..5: together 0..5
+#             (then blocks read half[2] and half[3], of which no one knows more)
 #     up      h[6] reads half[(6 + 0) / 2], which knows 0..5
 #             h[7] reads half[(7 - 1) / 2], which knows 0..5 (pixel 6, which h[7] may know as
 #             well, is told by the skip)
@@ -887,8 +891,8 @@ class EmbeddingNet(nn.Module):
             Stage(layout, i, filters, dropout, [ORDINARY], [0]) for i in range(len(layout)))
 
     def forward(self, x_hat):
-        """(N, C_in, H^, W^) -> the last outputs, finest first: (N, F, H, W), (N, F, H/2, W/2),
-        .."""
+        """(N, C_in, H^, W^) -> the last outputs, finest first, number i halved i times: (N, F, H,
+        W), (N, F, H/2, W/2), .."""
         y = self.first(x_hat)
         made, last = {}, {}
         for i, stage in enumerate(self.stages):
@@ -943,8 +947,8 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: the view that a Half is applied to has, and the one that
-    it makes, if that is the coarsest.
+    """Whether a view has a light network: each view that is given one of half its size; and the
+    coarsest one, if a Half has made it.
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1036,10 +1040,10 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of P pixels at once,
-    (rows, columns), in each of n images: in sample_naive of one, [r], [c]; in sample_fast of one or
-    more. A head expects images, but these are scattered: so each pixel is handed over as an image
-    of 1x1, n P in all, first the P of image 0, then those of image 1, .. (A decoder of compressed
-    images can take the place of a Draw.)
+    (rows, columns), in each of n images: in sample_naive P is 1, in sample_fast they may be a
+    diagonal. A head expects images, but these are scattered: so each pixel is handed over as an
+    image of 1x1, n P in all, first the P of image 0, then those of image 1, .. (A decoder of
+    compressed images can take the place of a Draw.)
     """
 
     def __init__(self, noise, mode="random"):
@@ -2006,9 +2010,9 @@ class Stopwatch:
         there is a look after each step.)
 
         A process's first step does not count, as much happens only once. Say before is 4 s, of an
-        earlier process, and at_looks 13, 14 and 15 s, of 3 minutes. Then the first step took 13 - 4
-        = 9 s, spent is 15 - 9 = 6 s (4 before, 2 for two steps), more than 3% of 180, and pace
-        (15 - 13) / 2 = 1 s: 174 s are left, or as many steps.
+        earlier process, and at_looks, which begin from there, 13, 14 and 15 s, of 3 minutes. Then
+        the first step took 13 - 4 = 9 s, spent is 15 - 9 = 6 s (4 before, 2 for two steps), more
+        than 3% of 180, and pace (15 - 13) / 2 = 1 s: 174 s are left, or as many steps.
         """
         if len(self.at_looks) < 3:
             return math.inf
@@ -2027,7 +2031,8 @@ def record_steps(out, config, k, steps):
 
     train_factor saves a checkpoint before. If the number were written first, a kill in between
     would leave a number without its checkpoint: the steps so far would be done again, and at other
-    learning rates.
+    learning rates, as these fall with the share of the steps that is done. (As it is, after a kill
+    in between the number is found anew, from the checkpoint on.)
     """
     numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
     numbers[k] = steps
@@ -2080,10 +2085,9 @@ class Optimizer:
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step.
 
-        Without that learning would fade. Only v's direction counts, so that the gradient is at a
-        right angle to v; and no step points back. So v becomes longer (threefold in the first 400
-        steps of `tiny`); and a step, whose length is always the same, turns a longer v by a smaller
-        angle.
+        Without that v would grow (threefold in the first 400 steps of `tiny`): only its direction
+        counts, so that the gradient is at a right angle to it, and no step points back. And a step,
+        whose length is always the same, turns a longer v by a smaller angle: learning would fade.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2483,11 +2487,11 @@ def save_samples(model, views, path, given=0):
 # **The wavefront.** What does pixel (r, c) need in the pyramid's light network? h at (r, c), so v
 # at (r, c). Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one column
 # to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
-# further to the right. Choose a number, the lag, call lag r + c the *wave* of (r, c), and draw its
-# pixel at the end of the step of that number. Waves grow to the right, and with each row by the
-# lag, so it is enough that (r - 1, c + 7) comes before: lag (r - 1) + c + 7 < lag r + c. The
-# smallest lag is 8. The pixels of a wave lie on a diagonal, and 128x128 are drawn in 8 * 127 + 128
-# = 1,144 steps. The wave of each pixel, wave 8 in brackets:
+# further to the right (rows further up are seen no further). Choose a number, the lag, call lag r +
+# c the *wave* of (r, c), and draw its pixel at the end of the step of that number. Waves grow to
+# the right, and with each row by the lag, so it is enough that (r - 1, c + 7) comes before: lag (r
+# - 1) + c + 7 < lag r + c. The smallest lag is 8. The pixels of a wave lie on a diagonal, and
+# 128x128 are drawn in 8 * 127 + 128 = 1,144 steps. The wave of each pixel, wave 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
@@ -2527,7 +2531,8 @@ def save_samples(model, views, path, given=0):
 #     ..
 #     v after its first convolution                                              -6
 #
-# So step 24 has, in row 0, at column 24 - offset (and in row 1 8 columns further left, ..):
+# So step 24 has, in row 0, at column 24 - offset, as 8 * 0 + column + offset = 24 (and in row 1 8
+# columns further left, ..):
 #
 #     column    24                        25         26         27        ..    30
 #     value     v's end, h, the output    within     after      within    ..    v_first
@@ -2611,7 +2616,7 @@ class Read:
     """
 
     source: "Node"
-    weight: torch.Tensor | None = None  # (F, nr_rows, nr_columns * C)
+    weight: torch.Tensor | None = None  # (F, nr_rows, nr_columns * C); see rows_of
     top: int = 0
     left: int = 0
     nr_rows: int = 1
@@ -2717,8 +2722,8 @@ class Plan:
         else:  # the image is too narrow
             self.nodes = in_raster_order(self.nodes, self.x)
         self.allocate(next(net.parameters()))
-        # Gives reads their `add`. work: how much there is to do, for set_threads. (For speed.)
-        self.work = choose_products(self)
+        choose_products(self)  # puts in each read's `add`
+        self.work = work_of(self.nodes, n)  # for set_threads
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def smallest_lag(self, least_lag):
@@ -2764,7 +2769,7 @@ class Plan:
 
     def steps(self):
         """Of each step, in order: {group: Places to compute}. (In the light network from step -6
-        on. In raster order steps are pairs, see there.)"""
+        on. In raster order steps are pairs, see there; they only have to be in order.)"""
         groups = {node.group for node in self.nodes}
         due = collections.defaultdict(dict)
         for spacing, offset in groups:
@@ -2961,23 +2966,23 @@ def split_sum(node, is_output):
     """
     early, late = [], []
     for read in node.reads:
-        # Rows above the node's own. h's conv_in has top -1 and 2 rows, 1 of them above; v_first has
-        # top -2 and 2 rows, both above.
-        nr_early = min(read.nr_rows, -read.top // read.apart)
-        if read.source.offset == BY_ROWS or read.source.known:
-            nr_early = read.nr_rows
+        # Rows above the node's own: of h's conv_in, from row -1 on, 1 of 2; of v_first, from row -2
+        # on, 2 of 2.
+        nr_above = min(read.nr_rows, -read.top // read.apart)
+        complete = read.source.offset == BY_ROWS or read.source.known
+        nr_early = read.nr_rows if complete else nr_above
         if nr_early > 0:
             early.append(rows_of(read, 0, nr_early))
         if nr_early < read.nr_rows:
             late.append(rows_of(read, nr_early, read.nr_rows))
-    # v's nodes. (The output is never by rows, as it is wanted pixel by pixel.)
+    # All is early, as of v's nodes: it is by rows. (But the output is wanted pixel by pixel.)
     if not late and not is_output:
         node.offset = BY_ROWS
         return [node]
-    # h's concat_elu and gate, and the output: no product is early, so there is nothing to gain.
+    # No product is early: a function, which cannot be split, or a sum where nothing is gained.
     if not any(read.weight is not None for read in early):
         return [node]
-    # h's convolutions.
+    # A part is early, as of h's convolutions: it is split.
     part = dataclasses.replace(node, reads=early, offset=BY_ROWS)
     node.reads, node.bias = [Read(part), *late], None
     return [part, node]
@@ -3025,9 +3030,10 @@ def raster_steps(size, spacing, offset):
 # same. So with the zeros between it is a convolution like others.
 #
 # (A kernel that looks one column to its right at spacing 2 looks 2 pixels to the right. So in
-# six_stages(1) v looks 35 pixels to the right: 1 by its first layer; 1, 2, 4, 4, 2 and 1 by each of
-# the two convolutions of the six blocks; 1 and 2 on the way down, 2 and 1 on the way up. The lag is
-# 36. That of six_stages(6) is 176; narrower images are sampled in raster order.)
+# six_stages(1) v looks 1 + 2 * (1 + 2 + 4 + 4 + 2 + 1) + (1 + 2) + (2 + 1) = 35 pixels to the
+# right: by its first layer, by two convolutions in each of the six blocks, on the way down and on
+# the way up. The lag is 36. That of six_stages(6) is 176; narrower images are sampled in raster
+# order.)
 
 
 def convolution(conv, x, size):
@@ -3068,12 +3074,13 @@ def convolution(conv, x, size):
 #     hidden = self.conv_in(concat_elu(x))
 #     hidden = hidden + conv(a)                 (conv: a conv_aux; a: the Symbol of a Node Y)
 #
-# there are four calls:
+# there are four calls (and a fifth one from CausalNet's last line):
 #
 #     concat_elu(x)       A = Node(reads=[Read(X)], function=concat_elu)
 #     conv_in(..)         B = Node(reads=[Read(A, its weight, ..)], bias=its bias)
 #     conv(a)             C = Node(reads=[Read(Y, its weight)], bias=its bias)
 #     hidden + ..         D = Node(reads=[those of B and of C], bias=both biases added)
+#     F.elu(h)            E = Node(reads=[Read(H)], function=value -> F.elu(value, alpha=1.0, ..))
 #
 # A sum takes in its convolutions, so that it is one running total in place of two results and an
 # addition. In the end nobody reads B and C, and they are dropped.
@@ -3082,8 +3089,9 @@ def convolution(conv, x, size):
 # is conv_aux of the embedding; where it is added to a Node, a Node is made of it that is `known`,
 # and has its buffer from the start.
 #
-# A function is called later, with values of some positions, (N, C). So it must do the same to these
-# as to images, (N, C, H, W): dim 1 are channels in both, and no position may see another one.
+# A function is called later, in Plan.compute, with what is read at the positions that are due, (N,
+# C). So it must do the same to these as to images, (N, C, H, W): dim 1 are channels in both, and no
+# position may see another one. That is tried out when it is noted.
 
 
 def traced(net, x, n, size, embeddings):
@@ -3155,8 +3163,9 @@ class Recorder:
     def record(self, function, args, kwargs):
         """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node.
 
-        Symbols and known tensors become Nodes; then the call is a Conv, a sum, or a function. One
-        with other arguments, too, is made one of values alone.
+        Symbols and known tensors become Nodes; then the call is a Conv, a sum, or another function.
+        If that has other arguments, too, as F.elu has alpha, filled_in makes a function of the
+        Nodes' values alone.
         """
         # (torch hands on the options of F.dropout by keyword, in whatever way it was called.)
         if function is F.dropout and not kwargs["training"]:
@@ -3190,7 +3199,7 @@ class Recorder:
                 return a.node
             if not isinstance(a, torch.Tensor):
                 return a
-            # One number stays one: a copy, as it may change later.
+            # One number stays one: a copy, as the network may change it in place.
             return self.known(a, spacing) if a.dim() > 0 else a.clone()
 
         return map_aggregate((args, kwargs), as_node)
@@ -3287,21 +3296,26 @@ def filled_in(function, args, kwargs):
 
 
 def choose_products(plan):
-    """Puts in each read's `add`, by which it is multiplied and added -> {group: multiplications of
-    its largest product at one position of n images}, for set_threads: for a kernel of 100 x 2 x 600
-    numbers and 8 images 960,000."""
-    work = collections.Counter()
+    """Puts in each read's `add`, by which it is multiplied and added."""
     for node in plan.nodes:
         columns = plan.size[1] // node.spacing
-        positions = 1
-        if math.isinf(node.offset):  # a row at once
+        positions = 1  # so many at once, or so
+        if math.isinf(node.offset):  # a row
             positions = columns
         elif plan.lag:  # a diagonal goes lag columns to the left in each row
             positions = max(1, columns // plan.lag)
         for read in node.reads:
             if read.weight is not None:
                 read.add = product(read.weight.flatten(1), plan.n * positions)
-                work[node.group] = max(work[node.group], plan.n * read.weight.numel())
+
+
+def work_of(nodes, n):
+    """{group: multiplications of its largest product, for one position in each of n images}."""
+    work = collections.Counter()
+    for node in nodes:
+        for read in node.reads:
+            if read.weight is not None:
+                work[node.group] = max(work[node.group], n * read.weight.numel())
     return work
 
 
@@ -3335,8 +3349,10 @@ def product(weight, positions):
     """The function (total, values) -> total + values weight^T. weight: (F, K), values: (positions,
     K), usually so many.
 
-    MKL packs the weight anew in each call. oneDNN keeps it packed, and takes half the time where
-    there is much to do. Its operators are private: where they are missing, addmm serves.
+    MKL and oneDNN are libraries for products; they copy a weight into an order that suits the
+    processor, they pack it. MKL, by addmm, does so in each call. oneDNN can keep it packed, and
+    takes half the time where there is much to do. Its operators are private: where they are
+    missing, addmm serves.
     """
     onednn, large = torch.ops.mkldnn, positions * weight.numel() >= 1_000_000
     cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
@@ -3366,12 +3382,12 @@ def product(weight, positions):
 #
 # By what is in the folder and what flags say, plan_run comes to
 #
-#     in the folder              no flag     --resume    --factor K    both
-#     nothing                    new run     refused     new run, K    refused
-#     a run without factor-K.pt  refused     goes on     goes on, K    goes on, K
-#     a run with factor-K.pt     refused     goes on     refused       goes on, K
+#     in the folder               no flag     --resume    --factor K    both
+#     nothing                     new run     refused     new run, K    refused
+#     a run, K not begun          refused     goes on     goes on, K    goes on, K
+#     a run, K begun              refused     goes on     refused       goes on, K
 #
-# (K: with factor K alone.)
+# (", K": factor K alone. Without --factor there is no K, and the two rows of a run are alike.)
 #
 # (It goes on if flags do not contradict what the run was begun with. train_factor then goes on from
 # what there is: a finished factor makes no step, one without a checkpoint begins.) Several machines
@@ -3422,11 +3438,11 @@ def resumed_run(out, fields):
     config = read_config(out)
     for name, new in fields.items():
         flag, old = f"--{name.replace('_', '-')}", getattr(config, name)
-        moved = name == "data_dir" or (name == "data" and kind_of(old) == kind_of(new))
-        if old != new and not moved:
+        may_move = name == "data_dir" or (name == "data" and kind_of(old) == kind_of(new))
+        if old != new and not may_move:
             raise Problem(f"{flag}: {out} was begun with {old}, not {new}; leave this flag out to "
                           "go on, or take another folder")
-        if moved:
+        if may_move:
             setattr(config, name, new)
     data, _ = load_data(config.data, config.data_dir, config.size)
     if config.data_set != describe(data):
@@ -3570,8 +3586,8 @@ def agree(out, config, factors, resume):
     has looked, which may be minutes ago, as it reads data. Raises Problem. Say --factor 0 and
     --factor 1 begin at once:
 
-        A    plans a new run     begins: config.json     its minutes become 900 steps
-        B    plans a new run                                                           begins
+        A    plans a new run     begins: config.json     its minutes become 900 steps, record_steps
+        B    plans a new run                                                              begins
 
     B takes over the number of steps; its settings must be the same otherwise, but for where the
     data lie; and its factor must not be there.

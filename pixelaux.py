@@ -346,7 +346,7 @@ class LogisticMixture:
         """Set the network's last bias, (10 K,): means spread over the range, scales well below it.
 
         PixelCNN++ starts with components as wide as the range, which all have to find places. Here
-        exp(-2.5) = 0.08 is some half of the distance between ten of them.
+        exp(-2.5) = 0.08 is two fifths of the distance between ten of them.
         """
         k = len(bias) // 10
         by_channel = bias[k:].view(3, 3 * k)
@@ -590,8 +590,9 @@ class Conv(nn.Module):
                               f"-first{', last of 0 or more' if up else ''}")
         self.rows, self.columns, self.stride, self.up = rows, columns, stride, up
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
-        # Whether it is a network's first or last layer: these compute in float32 in bfloat16
-        # training, too, and are trained by Adam, whatever trains the others (see Optimizer).
+        # Whether it is a network's first or last layer (of f_w the first): these compute in float32
+        # in bfloat16 training, too, and are trained by Adam, whatever trains the others (see
+        # Optimizer).
         self.outermost = outermost
         kernel = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         # Called v and g by Salimans & Kingma 2016: of a weight the direction, and the length. (No
@@ -948,7 +949,7 @@ def make_views(config):
 
 def is_light(config, view):
     """Whether a view has a light network: each view that is given one of half its size; and the
-    coarsest one, if a Half has made it.
+    coarsest one, if a Half has made it (or would: a pyramid at 8x8 has none).
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -998,8 +999,8 @@ class Factor(nn.Module):
 
     @property
     def at_once(self):
-        """How many images to take at once, so that what all convolutions read stays within 4 GiB,
-        2^30 numbers of 4 bytes."""
+        """How many images to take at once, so that what the causal network's convolutions read stays
+        within 4 GiB, 2^30 numbers of 4 bytes."""
         channels = sum(conv.v.shape[1] for conv in self.net.modules() if isinstance(conv, Conv))
         numbers = channels * math.prod(self.view.shape[1:])
         return min(256, max(1, 2**30 // numbers))
@@ -1176,9 +1177,9 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # data_dependent_init has made all of last.b 0 on average, so that all components of
-                # a mixture would be the same: the head spreads them. What the network adds to that
-                # is small: its deviation is 0.03, the gain of `last`.
+                # data_dependent_init has made the outputs of `last` 0 on average, so that all
+                # components of a mixture would be much the same: the head spreads them by last.b.
+                # What the network adds to that is small: some 0.03, the gain of `last`.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1375,7 +1376,7 @@ def build(name, size, preset="tiny", seed=0, **overrides):
 # What tells data apart:
 #
 #     digest         of an image: a hash of its bytes. It decides whether the image is for training
-#                    or for the test
+#                    or for the test (but of CIFAR-10, which has a test set)
 #     fingerprint    of a data set: a hash of all its digests. `describe` puts it into
 #                    Config.data_set, by which --resume knows the data again
 #     digests.npy    in a run's folder: all digests, so that it can be said what has changed
@@ -1423,7 +1424,7 @@ class Shapes:
         # radius 2 there, and its centre is a corner of cells, 3, 4 or 5, so that a cell is left at
         # the border.
         radius = 2 * max(1, side // 16)
-        # (In steps that grow with it: else larger images would have many more centres.)
+        # (In steps that grow with the radius: else 32x32 would have many more centres.)
         ys, xs = (range(radius + 1, cells - radius, radius // 2) for cells in (h // 2, w // 2))
         centres = np.array(list(itertools.product(ys, xs)))
         y, x = centres.T[:, :, None, None]  # (centres, 1, 1) each
@@ -2086,8 +2087,9 @@ class Optimizer:
         """Rows of v are scaled to length 1, then Muon makes its step.
 
         Without that v would grow (threefold in the first 400 steps of `tiny`): only its direction
-        counts, so that the gradient is at a right angle to it, and no step points back. And a step,
-        whose length is always the same, turns a longer v by a smaller angle: learning would fade.
+        counts, so that the gradient is at a right angle to it, and steps, on average, do not point
+        back. And a step, whose length is always the same, turns a longer v by a smaller angle:
+        learning would fade.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2903,8 +2905,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # when a row is begun (on a wavefront they are not).
 #
 # That can be used. A convolution is a matrix product: what the kernel reads at each of some
-# positions, times its weights; and one large product takes at most half the time of many small
-# ones. Call a node *by rows* if all that it reads is
+# positions, times its weights; and one large product takes less time than many small ones, of one
+# image a fifth to a half. Call a node *by rows* if all that it reads is
 #
 #     in rows above, of whatever node, as these are complete, or
 #     of a node by rows, or
@@ -3032,8 +3034,8 @@ def raster_steps(size, spacing, offset):
 # (A kernel that looks one column to its right at spacing 2 looks 2 pixels to the right. So in
 # six_stages(1) v looks 1 + 2 * (1 + 2 + 4 + 4 + 2 + 1) + (1 + 2) + (2 + 1) = 35 pixels to the
 # right: by its first layer, by two convolutions in each of the six blocks, on the way down and on
-# the way up. The lag is 36. That of six_stages(6) is 176; narrower images are sampled in raster
-# order.)
+# the way up. The lag is 36. That of six_stages(6) is 176; images that are no wider are sampled in
+# raster order.)
 
 
 def convolution(conv, x, size):
@@ -3394,8 +3396,8 @@ def product(weight, positions):
 # may train factors of one run in one folder at the same time, but each factor only one of them: it
 # holds a lock on factor-k as long as it trains.
 #
-# A flag that is not given is None, here as in args: what belongs to the Config has no default in
-# FLAGS, as the preset or the run decides.
+# A flag of the Config that is not given is None in args: it has no default in FLAGS, as the preset
+# or the run decides.
 
 
 def plan_run(args, out):

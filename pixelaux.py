@@ -133,17 +133,16 @@ def feasible(values, weights, low, high, top):
     <= top sum(weights), and high - low + 1 >= each weight, as else low .. high might have no
     multiple of some weight (it has 4 numbers for Half, 4096 for Gray). -> lists lo, hi.
 
-    No interval is empty; who does not doubt it may go on. Suppose that before v, with `rest` what
-    those after v can add (as in the loop once v's share is taken off),
+    No interval is empty; who does not doubt it may go on. `rest` is what those after v can add, and
+    w top what v can. Suppose that before v
 
         (1) high >= 0    (2) low <= rest + w top    (3) high - low + 1 >= each weight
 
-    (rest + w top is what v and those after it can add). If low - rest <= 0, v = 0 will do, by (1).
-    If not, take the first multiple w v from low - rest on. It is at most low - rest + w - 1 <= high
-    - rest <= high, by (3). And w top is a multiple, too, and no less than low - rest, by (2): so
-    the first one is at most w top. After any v of lo..hi, for the
-    reduced low and high, (1) to (3) hold again: high >= 0; low <= rest, which is what the next one
-    and those after it can add; and high - low has not changed.
+    If low - rest <= 0, v = 0 will do, by (1). If not, take the smallest multiple w v that is at
+    least low - rest. It is at most low - rest + w - 1 <= high - rest <= high, by (3). And w top is a
+    multiple, too, and no less than low - rest, by (2): so the smallest one is at most w top. After
+    any v of lo..hi (1) to (3) hold again for the reduced low and high: high >= 0; low <= rest, which
+    is what the next one and those after it can add; and high - low has not changed.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -999,8 +998,8 @@ class Factor(nn.Module):
 
     @property
     def at_once(self):
-        """How many images to take at once, so that what the causal network's convolutions read stays
-        within 4 GiB, 2^30 numbers of 4 bytes."""
+        """How many images to take at once, so that what the causal network's convolutions read
+        stays within 4 GiB, 2^30 numbers of 4 bytes."""
         channels = sum(conv.v.shape[1] for conv in self.net.modules() if isinstance(conv, Conv))
         numbers = channels * math.prod(self.view.shape[1:])
         return min(256, max(1, 2**30 // numbers))

@@ -134,15 +134,15 @@ def feasible(values, weights, low, high, top):
     multiple of some weight (it has 4 numbers for Half, 4096 for Gray). -> lists lo, hi.
 
     No interval is empty; who does not doubt it may go on. `rest` is what those after v can add, and
-    w top what v can. Suppose that before v
+    w * top what v can. Suppose that before v
 
-        (1) high >= 0    (2) low <= rest + w top    (3) high - low + 1 >= each weight
+        (1) high >= 0    (2) low <= rest + w * top    (3) high - low + 1 >= each weight
 
-    If low - rest <= 0, v = 0 will do, by (1). If not, take the smallest multiple w v that is at
-    least low - rest. It is at most low - rest + w - 1 <= high - rest <= high, by (3). And w top is a
-    multiple, too, and no less than low - rest, by (2): so the smallest one is at most w top. After
-    any v of lo..hi (1) to (3) hold again for the reduced low and high: high >= 0; low <= rest, which
-    is what the next one and those after it can add; and high - low has not changed.
+    If low - rest <= 0, v = 0 will do, by (1). If not, take the smallest multiple w * v that is at
+    least low - rest. It is at most low - rest + w - 1 <= high - rest <= high, by (3). And w * top
+    is a multiple, too, and no less than low - rest, by (2): so the smallest one is at most w * top.
+    After any v of lo..hi (1) to (3) hold again for the reduced low and high: high >= 0; low <=
+    rest, which is what the next one and those after it can add; and high - low has not changed.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -377,8 +377,9 @@ class LogisticMixture:
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
         and blue likewise, with the weights w_k m_k(r) m_k(g | r). (.. | r: green's mean has moved
-        with r.) Why are the weights after red w_k m_k(r), as without the cut? Because the
-        cut only divides all pairs (k, r) in the interval, of mass w_k m_k(r), by their sum.
+        with r.) Why are the weights after red w_k m_k(r), as without the cut? The cut divides all
+        p(k, r) = w_k m_k(r) by one number, their sum over the interval, so that p(k | r) is still
+        in proportion to w_k m_k(r).
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -619,15 +620,16 @@ class Conv(nn.Module):
         (top, bottom), (left, right) = self.rows, self.columns
         height, width = x.shape[2:]
         if self.up:
-            # The formula gathers; torch scatters: from output 2 q on it adds weight[0] in(q),
-            # weight[1] in(q), .. Where does in(q) go by the formula? With w_d to out(2 q - d), to
-            # the first place with the last d. So the weights of an `up` Conv are stored from the
-            # last d to the first. In a row with d = -1, 0, 1, of the input a b torch makes
+            # By the formula in(q), times w_d, goes to out(2 q - d): the larger d, the further left.
+            # torch adds weight[0] in(q), weight[1] in(q), .. to its outputs 2 q, 2 q + 1, ..,
+            # weight[0] furthest left. So weight[0] must be w of the largest d: an `up` Conv's
+            # kernel is stored from the last d to the first. In a row with d = -1, 0, 1, of the
+            # input a b torch makes
             #
             #     w_1 a    w_0 a    w_-1 a + w_1 b    w_0 b    w_-1 b
             #
-            # which are out(-1), out(0), .., out(3). The first one is not of the image, and is
-            # dropped: in general the last d of them, `bottom` rows and `right` columns.
+            # which are out(-1), out(0), .., out(3). out(-1) is not of the image, and is dropped: in
+            # general `bottom` rows and `right` columns, the largest d of each.
             # (output_padding adds a row and a column behind, for kernels of which the first d is
             # 0.)
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
@@ -688,10 +690,10 @@ def data_dependent_init(network, *inputs):
 # only what is near, but X^ tells them the rest; and the smallest view, 8x8, is all near. They are
 # sampled fast, see there.
 #
-# The embedding f_w knows X^ whole, and has one stream. It begins at the resolution of X^: if X^ is
-# x halved once, at 1. embeddings[i] is its last output at x's resolution
-# halved i times, and goes into the causal network's blocks there (in light networks that is
-# embeddings[0] alone). If x is 16x16, and X^ 8x8,
+# The embedding f_w knows X^ whole, and has one stream. Its layout, too, counts from x: if X^ is x
+# halved once, it begins with (1, ..). embeddings[i] is its last output at x's resolution halved i
+# times, and goes into the causal network's blocks there (in light networks that is embeddings[0]
+# alone). If x is 16x16, and X^ 8x8,
 #
 #     layout        (1, 3),         (2, 6),         (1, 3),         (0, 3)
 #     it has        3 blocks, 8x8   6 blocks, 4x4   3 blocks, 8x8   3 blocks, 16x16
@@ -2009,10 +2011,14 @@ class Stopwatch:
         left / the time that a step takes. math.inf until 3% of the minutes tell that. (Until then
         there is a look after each step.)
 
-        A process's first step does not count, as much happens only once. Say before is 4 s, of an
-        earlier process, and at_looks, which begin from there, 13, 14 and 15 s, of 3 minutes. Then
-        the first step took 13 - 4 = 9 s, spent is 15 - 9 = 6 s (4 before, 2 for two steps), more
-        than 3% of 180, and pace (15 - 13) / 2 = 1 s: 174 s are left, or as many steps.
+        A process's first step does not count, as much happens only once. For example, of 3 minutes:
+
+            before, of an earlier process                 4 s
+            at_looks, which begin from there              13, 14, 15 s
+            the first step                                13 - 4 = 9 s
+            spent                                         15 - 9 = 6 s, more than 3% of 180 s
+            pace                                          (15 - 13) / 2 = 1 s
+            steps left                                    (180 - 6) / 1 = 174
         """
         if len(self.at_looks) < 3:
             return math.inf
@@ -2086,9 +2092,9 @@ class Optimizer:
         """Rows of v are scaled to length 1, then Muon makes its step.
 
         Without that v would grow (threefold in the first 400 steps of `tiny`): only its direction
-        counts, so that the gradient is at a right angle to it, and steps, on average, do not point
-        back. And a step, whose length is always the same, turns a longer v by a smaller angle:
-        learning would fade.
+        counts, so that the gradient is at a right angle to it, and a step that is makes it longer
+        (steps are so roughly, on average). And a step, whose length is always the same, turns a
+        longer v by a smaller angle: learning would fade.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2523,8 +2529,9 @@ def save_samples(model, views, path, given=0):
 # Of all that a kernel reads its lower right corner sets the smallest one. For v's later layers
 # that is (r, c + 1). For v_first, which reads rows above alone, it is (r - 1, c + 1).
 #
-# Each value is computed as late as its readers allow, its offset is the deadline. From the output
-# back, in the light network:
+# Each value is computed as late as its readers allow, its offset is the deadline: what it is made
+# of must be there by then, in the end pixels, so that to be early makes the lag larger. From the
+# output back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3 (from conv_in), read at (r, c + 1) by conv_out            -1
@@ -2541,8 +2548,9 @@ def save_samples(model, views, path, given=0):
 #               drawn)
 #
 # What decides the lag? All offsets are ours to choose, but that of x: pixel (r, c) is drawn at the
-# end of step lag r + c, and can be read from the next step on, as if x had offset 1. So a lag will
-# do if every deadline for x is 1 or more, and we take the smallest one:
+# end of step lag r + c, and can be read from the next step on, as if x had offset 1. That may not
+# exceed any deadline: so a lag will do if every deadline for x is 1 or more, and we take the
+# smallest one:
 #
 #     reader of x    reads x at       reader's      deadline for x
 #                                     offset
@@ -2550,8 +2558,8 @@ def save_samples(model, views, path, given=0):
 #     h_above        (r - 1, c + 1)        0        lag - 1                       lag >= 2
 #     h_left         (r, c - 1)            0        1                             any lag
 #
-# (Why is each value computed as late as its readers allow? If v's end were computed 3 steps earlier
-# than needed, v_first would have offset -9, its deadline for x would be lag - 10, and the lag 11.)
+# (If v's end were computed 3 steps earlier than needed, v_first would have offset -9, its deadline
+# for x would be lag - 10, and the lag 11.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2565,8 +2573,8 @@ def save_samples(model, views, path, given=0):
 #
 # `traced`, in Tracing, makes a list of Nodes of a network. Plan decides all that can be decided
 # beforehand, and sample_fast is the loop over the steps. For example a light network of one block,
-# without X^. Its lag is 4. Its nodes, in the order in which they are computed within a step (no
-# buffer: `latest` will do):
+# without X^. v has 1 + 2 convolutions, and needs (r - 1, c + 3): its lag is 4. Its nodes, in the
+# order in which they are computed within a step (no buffer: `latest` will do):
 #
 #     node                                 offset    buffer, and for whom
 #     v_first(x)                             -2      for v's gate (x + a sigmoid(b)), at offset 0
@@ -2639,6 +2647,11 @@ class Read:
         """The dx of the last column. (No relation to Places.right.)"""
         return self.left + (self.nr_columns - 1) * self.apart
 
+    @property
+    def own_position(self):
+        """Is it of the node's own position alone?"""
+        return (self.top, self.left, self.nr_rows, self.nr_columns) == (0, 0, 1, 1)
+
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Node:
@@ -2690,7 +2703,7 @@ class Node:
         (as_strided: element i, j, .. is number start + i strides[0] + j strides[1] + .. of the
         memory.)
         """
-        read = read or Read(self)  # the positions themselves, to be written
+        read = read or Read(self)  # of one value, at the position itself
         next_image, next_row, next_column, _ = self.buffer.stride()
         above, _, before, _ = self.margin
         start = (places.row + read.top + above) * next_row
@@ -2752,14 +2765,11 @@ class Plan:
         for node in self.nodes:
             for read in node.reads:
                 source = read.source
-                rectangle = (read.top, read.left, read.nr_rows, read.nr_columns)
-                own_position = rectangle == (0, 0, 1, 1)
-                # x, and what is known, are read from their buffers. (What is known is read at the
-                # node's own position alone, and has no margin.)
-                computed = len(source.reads) > 0
-                read.at_hand = computed and own_position and source.group == node.group
+                computed = len(source.reads) > 0  # x, and what is known, have buffers
+                read.at_hand = computed and read.own_position and source.group == node.group
                 if computed and not read.at_hand:
                     buffered.add(source)
+                # (What is known is read at the node's own position alone, and needs no margin.)
                 beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
                 source.margin = tuple(map(max, source.margin, beyond))
         for node in buffered:
@@ -2830,9 +2840,9 @@ def diagonals(size, lag, spacing):
 
 
 def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
-    """What sample_naive samples, in the time of 2 to 15 passes. In exact arithmetic the images are
-    the same; float32 sums in another order, so that now and then a pixel, and those after it,
-    differ.
+    """What sample_naive samples, in the time of 2 to 15 passes. (It computes about as much as one,
+    but in many small steps.) In exact arithmetic the images are the same; float32 sums in another
+    order, so that now and then a pixel, and those after it, differ.
     """
     channels, height, width = factor.view.shape
     # When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not know
@@ -2904,8 +2914,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # when a row is begun (on a wavefront they are not).
 #
 # That can be used. A convolution is a matrix product: what the kernel reads at each of some
-# positions, times its weights; and one large product takes less time than many small ones, of one
-# image a fifth to a half. Call a node *by rows* if all that it reads is
+# positions, times its weights; and one large product takes less time than many small ones, for one
+# image a fifth to a half of it. Call a node *by rows* if all that it reads is
 #
 #     in rows above, of whatever node, as these are complete, or
 #     of a node by rows, or
@@ -2942,9 +2952,9 @@ def in_raster_order(nodes, x):
     planned = []
     for node in nodes:  # sources before readers
         planned += split_sum(node, is_output=node is nodes[-1])
-    # As Plan.offsets, but only what is read in a node's own row sets a deadline. (A node that is
-    # read in rows below alone has none, and so +infinity: a row at once after the row's pixels.
-    # CausalNet has no such node.)
+    # As Plan.offsets, but only what is read in a node's own row sets a deadline. (In a network that
+    # is no CausalNet a node may be read in rows below alone. Then it has none, and so +infinity: it
+    # is computed a row at once, after the row's pixels.)
     offsets = collections.defaultdict(lambda: math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         if node.offset != BY_ROWS:
@@ -3154,7 +3164,7 @@ class Recorder:
     def __init__(self, n, size, weight):
         """weight: one of the network's, for its dtype and device."""
         self.nodes, self.n, self.size, self.weight = [], n, size, weight
-        self.made = {}  # (function, Nodes) -> Node, for functions that are called again
+        self.made = {}  # (function, Nodes) -> Node, for those that are called again, as concat_elu
 
     def symbol(self, node):
         symbol = torch.empty(0).as_subclass(Symbol)
@@ -3236,7 +3246,7 @@ class Recorder:
         H, W), as it might mix images, and on the list of all positions of the first one: a function
         of values at one position makes the same of both (elu does; a mean over the image, or a
         softmax over columns, does not). And it must leave the list as it is, as others read that,
-        too.
+        too. (concat_elu does: it works in place, but on a copy of its own, which cat makes.)
         """
         sizes = [(2, node.channels, 2, 3) for node in nodes]
         images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(self.weight) for s in sizes]
@@ -3258,7 +3268,8 @@ def as_list(images):
 
 
 def has_convolution(nodes):
-    """Whether a sum of them can take one in."""
+    """Whether there is a convolution among them that their sum can take in. (If channels differ +
+    broadcasts: then it is a function like others.)"""
     alike = nodes[0].channels == nodes[-1].channels
     return alike and any(node.is_sum for node in nodes)
 
@@ -3383,12 +3394,10 @@ def product(weight, positions):
 #
 # By what is in the folder and what flags say, plan_run comes to
 #
-#     in the folder               no flag     --resume    --factor K    both
-#     nothing                     new run     refused     new run, K    refused
-#     a run, K not begun          refused     goes on     goes on, K    goes on, K
-#     a run, K begun              refused     goes on     refused       goes on, K
-#
-# (", K": factor K alone. Without --factor there is no K, and the two rows of a run are alike.)
+#     in the folder    no flag      --resume              --factor K                 both
+#     nothing          a new run    refused               a new run, factor K alone  refused
+#     a run            refused      goes on, all factors  K begins (refused if it    K begins or
+#                                                         has begun)                 goes on
 #
 # (It goes on if flags do not contradict what the run was begun with. train_factor then goes on from
 # what there is: a finished factor makes no step, one without a checkpoint begins.) Several machines
@@ -3585,10 +3594,12 @@ def plan_in_turn(args, out):
 def agree(out, config, factors, resume):
     """Check our config against one that another process has written into this folder since plan_run
     has looked, which may be minutes ago, as it reads data. Raises Problem. Say --factor 0 and
-    --factor 1 begin at once:
+    --factor 1 are begun at once, by A and B:
 
-        A    plans a new run     begins: config.json     its minutes become 900 steps, record_steps
-        B    plans a new run                                                              begins
+        A and B find no config.json, and plan new runs
+        A begins: writes config.json
+        A's minutes become 900 steps: record_steps puts that into config.json
+        B begins: we are here
 
     B takes over the number of steps; its settings must be the same otherwise, but for where the
     data lie; and its factor must not be there.

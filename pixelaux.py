@@ -7,8 +7,8 @@ The problem: a model that predicts an image pixel by pixel spends its capacity w
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel). Few of these bits are about the shape of things, which is all that a person sees: a model
 that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
-(On the built-in data the shape is 10.3 of 4,194 bits; but there a plain PixelCNN learns both in two
-minutes, see `python pixelaux.py claim`.)
+(On the built-in data all but the noise is 10.3 of 4,194 bits; but there a plain PixelCNN learns
+both in two minutes, see `python pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, which is poorer in texture, has a network of its own; and a
@@ -411,9 +411,9 @@ class LogisticMixture:
 
         "random" draws values from the component, by the inverse of the logistic's cdf, which is the
         logit; "map" takes the means of the component, which is still drawn: the image without the
-        noise around it (the paper's MAP sampling, Sec. 4.2). Each channel is rounded before the
-        next is conditioned on it; without that, samples have another distribution than log_prob.
-        interval_of: see sample_tight.
+        noise around it (what the paper calls MAP sampling, Sec. 4.2). Each channel is rounded
+        before the next is conditioned on it; without that, samples have another distribution than
+        log_prob. interval_of: see sample_tight.
         """
         if interval_of is not None:
             return self.sample_tight(noise, mode, interval_of)
@@ -434,16 +434,17 @@ class LogisticMixture:
 
         Without cuts one component serves all channels. Here one is drawn anew for each: component k
         by its weight so far times M_k, then a value of k within the interval. (So one draws from a
-        mixture that is cut as a whole. Without cuts M_k is 1, and the component may be kept.) To
-        keep red's component for green would be wrong. Say
+        mixture that is cut as a whole. Without cuts M_k is 1, and the component may be kept.) Red's
+        cut has changed no weight, see log_prob, but green's does: it leaves component k only M_k of
+        its mass. So to keep red's component for green would be wrong. Say
 
             component     w     m(r)    w m(r)    M(g's interval | r)    w m(r) M
             the first    1/2    0.2     0.10      0.1                    0.01
             the second   1/2    0.1     0.05      0.8                    0.04
 
-        Given r, red's component is the first one with probability 0.10 / 0.15 = 2/3 (by w m(r), see
-        the end of log_prob). Green must have it with 0.01 / 0.05 = 1/5 (by w m(r) M, as in p'(g |
-        r)). "map" keeps the first one that was drawn, so that a pixel's channels belong together.
+        Given r, red's component is the first one with probability 0.10 / 0.15 = 2/3. Green must
+        have it with 0.01 / 0.05 = 1/5, as in p'(g | r). "map" keeps the first one that was drawn,
+        so that a pixel's channels belong together.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -558,11 +559,14 @@ class Categorical:
 
 class Conv(nn.Module):
     """Weight-normalised convolution that reads `rows` and `columns` around its output, inclusive.
-    (Direction and length of the weights are trained apart. That conditions training as batch norm
-    does, without mixing images; but it needs a start, see data_dependent_init.)
+    (Direction and length of the weights are trained apart, so that the scale of outputs stays even,
+    as by batch norm, but without mixing images. It needs a start, see data_dependent_init.)
 
         plain, stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
         up                      out(p) = b + sum over d of w_d in((p + d) / 2)  where that is whole
+
+    (up doubles height and width, on PixelCNN++'s way back: as if there were zeros between the
+    values of `in`, a 0 b 0 c 0, and an ordinary kernel read these.)
 
     d = (dy, dx) runs over rows x columns, and `in` is 0 outside the image. Causality is a matter of
     the two ranges (others multiply a larger kernel by a mask: a masked convolution):
@@ -728,7 +732,7 @@ def data_dependent_init(network, *inputs):
 # d) / 2], where that is whole:
 #
 #     down    half[3] reads h[5], which knows 0..4, and h[6], which knows 0..5: together 0..5
-#             (then blocks read half[2] and half[3], of which no one knows more)
+#             (before 6, as allowed; then blocks read half[2] and half[3], which know no more)
 #     up      h[6] reads half[(6 + 0) / 2], which knows 0..5
 #             h[7] reads half[(7 - 1) / 2], which knows 0..5 (pixel 6, which h[7] may know as
 #             well, is told by the skip)
@@ -950,7 +954,8 @@ def make_views(config):
 
 def is_light(config, view):
     """Whether a view has a light network: each view that is given one of half its size; and the
-    coarsest one, if a Half has made it (or would: a pyramid at 8x8 has none).
+    coarsest one, if a Half has made it, or would if images were larger (a pyramid at 8x8 has no
+    Half).
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1405,9 +1410,9 @@ class Shapes:
         log p(X) = -log_count + sum over the sub-pixels of log pmf(noise)
 
     is exact. (At 16x16 there are 3x3 centres x 4 kinds x 6 pairs of colours x 6 weaves = 1,296
-    configurations, 10.3 bits.) Masks are made of cells of 2x2 pixels, and the weave averages out in
-    every cell: the half-resolution view has the mask and the colours, and leaves the weave to
-    p(X | X_1).
+    configurations, 10.3 bits: 5.2 of the mask, 2.6 of the colours, 2.6 of the weave.) Masks are
+    made of cells of 2x2 pixels, and the weave averages out in every cell: the half-resolution view
+    has the mask and the colours, and leaves the weave to p(X | X_1).
     """
 
     contrast = 41  # of the weave: levels from a colour up to light and down to dark
@@ -2035,10 +2040,10 @@ def record_steps(out, config, k, steps):
     """Write down how many steps factor k takes. In config.json the other factors' numbers may be
     newer than ours, if other processes train them: there only that of k is changed.
 
-    train_factor saves a checkpoint before. If the number were written first, a kill in between
-    would leave a number without its checkpoint: the steps so far would be done again, and at other
-    learning rates, as these fall with the share of the steps that is done. (As it is, after a kill
-    in between the number is found anew, from the checkpoint on.)
+    train_factor saves a checkpoint before. A kill between the two: the number is found anew, from
+    the checkpoint on. In the other order: there would be a number without its checkpoint, and the
+    steps so far would be done again, at other learning rates, as these fall with the share of the
+    steps that is done.
     """
     numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
     numbers[k] = steps
@@ -2293,9 +2298,9 @@ def restore(saved, path, trained, average, optimizer):
     if saved is None:
         return 0, 0.0
     try:
-        training, (weights,) = saved["training"], saved["factors"].values()
+        training, [averaged] = saved["training"], saved["factors"].values()
         trained.load_state_dict(training["weights"])
-        average.module.load_state_dict(weights)
+        average.module.load_state_dict(averaged)
         # At 0 the first update would put the weights in the place of their average.
         average.n_averaged.fill_(training["step"])
         optimizer.load_state_dict(training["optimizer"])
@@ -2494,11 +2499,12 @@ def save_samples(model, views, path, given=0):
 # **The wavefront.** What does pixel (r, c) need in the pyramid's light network? h at (r, c), so v
 # at (r, c). Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one column
 # to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
-# further to the right (rows further up are seen no further). Choose a number, the lag, call lag r +
-# c the *wave* of (r, c), and draw its pixel at the end of the step of that number. Waves grow to
-# the right, and with each row by the lag, so it is enough that (r - 1, c + 7) comes before: lag (r
-# - 1) + c + 7 < lag r + c. The smallest lag is 8. The pixels of a wave lie on a diagonal, and
-# 128x128 are drawn in 8 * 127 + 128 = 1,144 steps. The wave of each pixel, wave 8 in brackets:
+# further to the right (nor in rows further up, which are drawn earlier). Choose a number, the lag,
+# call lag r + c the *wave* of (r, c), and draw its pixel at the end of the step of that number.
+# Waves grow to the right, and with each row by the lag, so it is enough that (r - 1, c + 7) comes
+# before: lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8. The pixels of a wave lie on a
+# diagonal, and 128x128 are drawn in 8 * 127 + 128 = 1,144 steps. The wave of each pixel, wave 8 in
+# brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
@@ -2523,8 +2529,9 @@ def save_samples(model, views, path, given=0):
 #
 # So each reader sets a *deadline* for its source, the largest offset that the source may have; of
 # several readers the smallest one counts. For example v's last convolution, of offset 0, reads its
-# source at (r, c + 1), one step before pixel (r, c + 1) is drawn: the deadline is -1. Of a chain of
-# six such convolutions the first one's source has -6.
+# source at (r, c + 1): the deadline is 0 - (0 + 1) = -1. (For the reader works in the step of pixel
+# (r, c), one before that of pixel (r, c + 1), where its source stands.) Of a chain of six such
+# convolutions the first one's source has -6.
 #
 # Of all that a kernel reads its lower right corner sets the smallest one. For v's later layers
 # that is (r, c + 1). For v_first, which reads rows above alone, it is (r - 1, c + 1).
@@ -2594,7 +2601,8 @@ def save_samples(model, views, path, given=0):
 # four columns further to the right, ..
 #
 # Two things are left for sections of their own: *Raster order*, where the image is too narrow for a
-# wavefront, and *Half the resolution*. Until then let `spacing` and `apart` be 1.
+# wavefront, and *Half the resolution*. Until then let `spacing` and `apart` be 1, and skip what is
+# done if `lag` is None.
 
 
 class Places(typing.NamedTuple):
@@ -2953,8 +2961,8 @@ def in_raster_order(nodes, x):
     for node in nodes:  # sources before readers
         planned += split_sum(node, is_output=node is nodes[-1])
     # As Plan.offsets, but only what is read in a node's own row sets a deadline. (In a network that
-    # is no CausalNet a node may be read in rows below alone. Then it has none, and so +infinity: it
-    # is computed a row at once, after the row's pixels.)
+    # is no CausalNet a node may be read from rows below alone. Then it has none, and so +infinity:
+    # it is computed a row at once, after the row's pixels.)
     offsets = collections.defaultdict(lambda: math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         if node.offset != BY_ROWS:
@@ -3029,6 +3037,8 @@ def raster_steps(size, spacing, offset):
 #
 #     apart = the smaller of the spacings of source and result
 #
+# On the way down it steps through the finer source, on the way up, over the zeros, to the finer
+# result.
 # A kernel of columns -1 and 0, with weights w_-1 and w_0,
 #
 #     from spacing  to    source, columns 0 .. 5    apart    out in column 2
@@ -3132,8 +3142,8 @@ class Symbol(torch.Tensor):
 
 def elements(structure, kind):
     """Those of a kind in lists, tuples and dicts that may lie in each other, in order.
-    (map_aggregate(structure, f) is the same structure with f of each element; here it only visits
-    them.)"""
+    (map_aggregate(structure, f) returns the same structure with each element replaced by f of it;
+    here it only visits them.)"""
     found = []
     map_aggregate(structure, lambda a: found.append(a) if isinstance(a, kind) else None)
     return found
@@ -3175,15 +3185,20 @@ class Recorder:
         """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node.
 
         Symbols and known tensors become Nodes; then the call is a Conv, a sum, or another function.
-        If that has other arguments, too, as F.elu has alpha, filled_in makes a function of the
-        Nodes' values alone.
+        Say CausalNet calls F.elu(h), h being the Symbol of a Node H. torch hands that on with all
+        its arguments, of which Nodes' values are to be the only ones:
+
+            with_nodes     args (H,), kwargs {alpha: 1.0, inplace: False}
+            nodes          [H], not alone
+            filled_in      a function of one value: elu(value, alpha=1.0, inplace=False)
+            call           E = Node(reads=[Read(H)], function=that)
         """
         # (torch hands on the options of F.dropout by keyword, in whatever way it was called.)
         if function is F.dropout and not kwargs["training"]:
             return args[0]
         args, kwargs = self.with_nodes(function, args, kwargs)
         nodes = elements((args, kwargs), Node)
-        nodes_alone = nodes == list(args) and not kwargs  # there are no other arguments
+        nodes_alone = nodes == list(args) and not kwargs  # no other arguments
         if function is Conv.forward:  # torch hands over the decorated one
             node = convolution(*args, **kwargs, size=self.size)
         elif function in ADDITIONS and nodes_alone and has_convolution(nodes):
@@ -3199,7 +3214,7 @@ class Recorder:
         return self.symbol(node)
 
     def with_nodes(self, function, args, kwargs):
-        """The arguments with Nodes in the places of Symbols, and of known tensors."""
+        """The arguments, Symbols and known tensors replaced by Nodes. Raises Problem."""
         spacings = {symbol.node.spacing for symbol in elements((args, kwargs), Symbol)}
         if len(spacings) > 1:
             raise Problem(f"sample_fast: {name_of(function)} of values at two resolutions")

@@ -43,7 +43,8 @@ For example a pyramid at 32x32, K = 2:
     views[0] = X_2     <-- psi_1 --     views[1] = X_1     <-- psi_0 --     views[2] = X_0 = X
     8x8                                 16x16                               32x32
 
-views[k].psi makes views[k - 1].
+views[k].psi makes views[k - 1]. (model.views[k] is a View, which describes X_{K-k}; elsewhere views
+are the images.)
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -141,8 +142,9 @@ def feasible(values, weights, low, high, top):
     If low - rest <= 0, v = 0 will do, by (1). If not, take the smallest multiple w * v that is at
     least low - rest. It is at most low - rest + w - 1 <= high - rest <= high, by (3). And w * top
     is a multiple, too, and no less than low - rest, by (2): so the smallest one is at most w * top.
-    After any v of lo..hi (1) to (3) hold again for the reduced low and high: high >= 0; low <=
-    rest, which is what the next one and those after it can add; and high - low has not changed.
+    After any v of lo..hi (1) to (3) hold again for the reduced low and high: high >= 0, as w * v
+    was at most high; low <= rest, as w * v was at least low - rest, and rest is what the next one
+    and those after it can add; and high - low has not changed.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -289,9 +291,9 @@ def log_mass(means, log_scales, lo, hi, levels):
 
     At the last level b is infinite, which leaves log sigma(-a); at level 0 a is -infinite, which
     leaves log sigma(b). (`edges` gives finite ones; masked_fill puts in what infinite ones would
-    give.) This is exact and stable everywhere. (Instead, widely copied code takes the density where
-    the mass is below 1e-5: at the worst the masses of all levels then sum to 1 - 1.4e-5, and a
-    level in a tail is given up to 3 bits too many or too few.)
+    give, 0 for all that is left out.) This is exact and stable everywhere. (Instead, widely copied
+    code takes the density where the mass is below 1e-5: at the worst the masses of all levels then
+    sum to 1 - 1.4e-5, and a level in a tail is given up to 3 bits too many or too few.)
     """
     a, b = edges(means, log_scales, lo, hi, levels)
     # b - a, not by subtraction: both are large and nearly equal where a bin is narrow and far off.
@@ -434,9 +436,9 @@ class LogisticMixture:
 
         Without cuts one component serves all channels. Here one is drawn anew for each: component k
         by its weight so far times M_k, then a value of k within the interval. (So one draws from a
-        mixture that is cut as a whole. Without cuts M_k is 1, and the component may be kept.) Red's
-        cut has changed no weight, see log_prob, but green's does: it leaves component k only M_k of
-        its mass. So to keep red's component for green would be wrong. Say
+        mixture that is cut as a whole. Without cuts M_k is 1, and the component may be kept.) To
+        keep red's component for green would be wrong: it was drawn by red's M_k, and green must be
+        drawn by green's. (Once red is drawn, its cut has changed no weight, see log_prob.) Say
 
             component     w     m(r)    w m(r)    M(g's interval | r)    w m(r) M
             the first    1/2    0.2     0.10      0.1                    0.01
@@ -696,8 +698,8 @@ def data_dependent_init(network, *inputs):
 #
 # The embedding f_w knows X^ whole, and has one stream. Its layout, too, counts from x: if X^ is x
 # halved once, it begins with (1, ..). embeddings[i] is its last output at x's resolution halved i
-# times, and goes into the causal network's blocks there (in light networks that is embeddings[0]
-# alone). If x is 16x16, and X^ 8x8,
+# times, and goes into the causal network's blocks there (a light network has one resolution, and
+# reads embeddings[0] alone). If x is 16x16, and X^ 8x8,
 #
 #     layout        (1, 3),         (2, 6),         (1, 3),         (0, 3)
 #     it has        3 blocks, 8x8   6 blocks, 4x4   3 blocks, 8x8   3 blocks, 16x16
@@ -834,11 +836,11 @@ class CausalNet(nn.Module):
     """PixelCNN++, or a light network of the pyramid, by its layout: the parameters of every pixel's
     distribution from the pixels before it.
 
-    Deviations, for those who know PixelCNN++: all six stages have as many blocks, 6 x 6 = 36 and
-    6 x 4 = 24 as in the paper; its code also has skips from the first and from the strided layers,
-    and for these one block more in each of two stages on the way up. The fourth stage follows the
-    third at the same resolution, and so its first skip is its own input (both are the output of the
-    third stage's last block), and adds little.
+    Deviations, for those who know PixelCNN++: all six stages have as many blocks, 6 x 6 = 36 and 6
+    x 4 = 24 as in the paper; PixelCNN++'s code also has skips from the first and from the strided
+    layers, and for these one block more in each of two stages on the way up. The fourth stage
+    follows the third at the same resolution, and so its first skip is its own input (both are the
+    output of the third stage's last block), and adds little.
     """
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
@@ -954,8 +956,8 @@ def make_views(config):
 
 def is_light(config, view):
     """Whether a view has a light network: each view that is given one of half its size; and the
-    coarsest one, if a Half has made it, or would if images were larger (a pyramid at 8x8 has no
-    Half).
+    coarsest one, if the model's last psi is Half, even where images are too small for it to be
+    applied.
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1382,7 +1384,7 @@ def build(name, size, preset="tiny", seed=0, **overrides):
 # What tells data apart:
 #
 #     digest         of an image: a hash of its bytes. It decides whether the image is for training
-#                    or for the test (but of CIFAR-10, which has a test set)
+#                    or for the test (except in CIFAR-10, which has a test set)
 #     fingerprint    of a data set: a hash of all its digests. `describe` puts it into
 #                    Config.data_set, by which --resume knows the data again
 #     digests.npy    in a run's folder: all digests, so that it can be said what has changed
@@ -2096,10 +2098,10 @@ class Optimizer:
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step.
 
-        Without that v would grow (threefold in the first 400 steps of `tiny`): only its direction
-        counts, so that the gradient is at a right angle to it, and a step that is makes it longer
-        (steps are so roughly, on average). And a step, whose length is always the same, turns a
-        longer v by a smaller angle: learning would fade.
+        Without that v would grow (threefold in the first 400 steps of `tiny`). For only its
+        direction counts, so that the gradient is at a right angle to it; a step at a right angle
+        makes it longer, and Muon's are roughly so, on average. And a step, whose length is always
+        the same, turns a longer v by a smaller angle: learning would fade.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2435,7 +2437,7 @@ def distance_to_truth(model, bound, exact, shapes, images):
     """For images of `shapes`: lines, and the same as a dict.
 
     The mean of -log2 p_model(X) + log2 p_true(X) is KL(p_true || p_model), the distance to the
-    limit.
+    limit; here it is estimated by these images.
     """
     true = shapes.log_prob(images)
     bits = float(bits_per_dim(true.mean(), model.dims))
@@ -2529,16 +2531,16 @@ def save_samples(model, views, path, given=0):
 #
 # So each reader sets a *deadline* for its source, the largest offset that the source may have; of
 # several readers the smallest one counts. For example v's last convolution, of offset 0, reads its
-# source at (r, c + 1): the deadline is 0 - (0 + 1) = -1. (For the reader works in the step of pixel
-# (r, c), one before that of pixel (r, c + 1), where its source stands.) Of a chain of six such
-# convolutions the first one's source has -6.
+# source at (r, c + 1): the deadline is 0 - (0 + 1) = -1. (With offset 0 it would be there in the
+# step of pixel (r, c + 1), one too late.) Of a chain of six such convolutions the first one's
+# source has -6.
 #
 # Of all that a kernel reads its lower right corner sets the smallest one. For v's later layers
 # that is (r, c + 1). For v_first, which reads rows above alone, it is (r - 1, c + 1).
 #
-# Each value is computed as late as its readers allow, its offset is the deadline: what it is made
-# of must be there by then, in the end pixels, so that to be early makes the lag larger. From the
-# output back, in the light network:
+# Each value is computed as late as its readers allow: its offset is its deadline. Earlier would do
+# harm: its sources, and in the end the pixels that it is made of, would be needed earlier, too, and
+# pixels come earlier only at a larger lag. From the output back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3 (from conv_in), read at (r, c + 1) by conv_out            -1
@@ -2641,8 +2643,8 @@ class Read:
     apart: int = 1
     # Decided in Plan.allocate: read from source.latest? If not, from source.buffer.
     at_hand: bool = False
-    # Without a weight (total, values) -> total + values. With one choose_products puts in (total,
-    # values) -> total + values @ weight.T
+    # How it is added to a running total: (total, values) -> total + values, or, with a weight,
+    # total + values @ weight.T, by a library that choose_products chooses.
     add: object = operator.add
 
     @property
@@ -2685,7 +2687,7 @@ class Node:
 
     @property
     def is_sum(self):
-        """A convolution, or several added up."""
+        """A convolution, or several added up, perhaps with other values."""
         return self.function is None and len(self.reads) > 0
 
     @property
@@ -2749,7 +2751,7 @@ class Plan:
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def smallest_lag(self, least_lag):
-        """None if it is not below the width: then each pixel has a wave of its own."""
+        """None if no lag below the width will do: at others each pixel has a wave of its own."""
         for lag in range(least_lag, self.size[1]):
             if self.offsets(lag)[self.x] >= 1:
                 return lag
@@ -2923,7 +2925,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #
 # That can be used. A convolution is a matrix product: what the kernel reads at each of some
 # positions, times its weights; and one large product takes less time than many small ones, for one
-# image a fifth to a half of it. Call a node *by rows* if all that it reads is
+# image a fifth to a half of theirs. Call a node *by rows* if all that it reads is
 #
 #     in rows above, of whatever node, as these are complete, or
 #     of a node by rows, or
@@ -2960,9 +2962,9 @@ def in_raster_order(nodes, x):
     planned = []
     for node in nodes:  # sources before readers
         planned += split_sum(node, is_output=node is nodes[-1])
-    # As Plan.offsets, but only what is read in a node's own row sets a deadline. (In a network that
-    # is no CausalNet a node may be read from rows below alone. Then it has none, and so +infinity:
-    # it is computed a row at once, after the row's pixels.)
+    # As Plan.offsets, but only what is read in a node's own row sets a deadline. (In
+    # networks of others the readers of a node may all be in lower rows. Then its deadline stays
+    # +infinity: it is computed a row at once, after the row's pixels.)
     offsets = collections.defaultdict(lambda: math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         if node.offset != BY_ROWS:
@@ -2987,7 +2989,7 @@ def split_sum(node, is_output):
     for read in node.reads:
         # Rows above the node's own: of h's conv_in, from row -1 on, 1 of 2; of v_first, from row -2
         # on, 2 of 2.
-        nr_above = min(read.nr_rows, -read.top // read.apart)
+        nr_above = min(read.nr_rows, (-read.top) // read.apart)
         complete = read.source.offset == BY_ROWS or read.source.known
         nr_early = read.nr_rows if complete else nr_above
         if nr_early > 0:
@@ -2998,8 +3000,9 @@ def split_sum(node, is_output):
     if not late and not is_output:
         node.offset = BY_ROWS
         return [node]
-    # No product is early: a function, which cannot be split, or a sum where nothing is gained.
-    if not any(read.weight is not None for read in early):
+    # Without an early product nothing is gained. (A function, which cannot be split, has none.)
+    product_is_early = any(read.weight is not None for read in early)
+    if not product_is_early:
         return [node]
     # A part is early, as of h's convolutions: it is split.
     part = dataclasses.replace(node, reads=early, offset=BY_ROWS)
@@ -3083,9 +3086,13 @@ def convolution(conv, x, size):
 #
 # To learn what a network computes its forward pass is run on a stand-in for x, a Symbol, that has
 # no numbers. Every function of torch looks at its arguments before it runs: if one of them has a
-# method __torch_function__, it calls that in its place, and returns what this returns. Functions of
-# our own do not look, but the decorator wrap_torch_function makes them, at those arguments that its
-# lambda returns: Conv.forward, concat_elu and gate have it. So
+# method __torch_function__, it calls that in its place, and returns what this returns. Symbol's
+# notes the call as a Node, and returns a Symbol of that.
+#
+# Functions of our own do not look: concat_elu(symbol) would be noted as cat and elu, and gate would
+# fail, as chunk returns two values. The decorator wrap_torch_function makes a function look, at
+# those arguments that its lambda returns, so that it is noted as a whole: Conv.forward, concat_elu
+# and gate have it. So
 #
 #     conv_in(symbol)  ->  Symbol.__torch_function__(Conv.forward, .., (conv_in, symbol))
 #                      ->  Recorder.record: notes a Node  ->  a Symbol of that Node
@@ -3110,9 +3117,10 @@ def convolution(conv, x, size):
 # is conv_aux of the embedding; where it is added to a Node, a Node is made of it that is `known`,
 # and has its buffer from the start.
 #
-# A function is called later, in Plan.compute, with what is read at the positions that are due, (N,
-# C). So it must do the same to these as to images, (N, C, H, W): dim 1 are channels in both, and no
-# position may see another one. That is tried out when it is noted.
+# So arguments are replaced twice: Symbols by their Nodes when a call is noted, and Nodes by values
+# when it is made, in Plan.compute, at the positions that are due. Values are then (N, C), a list of
+# positions. So a function must do the same to these as to images, (N, C, H, W): dim 1 are channels
+# in both, and no position may see another one. That is tried out when it is noted.
 
 
 def traced(net, x, n, size, embeddings):
@@ -3149,11 +3157,6 @@ def elements(structure, kind):
     return found
 
 
-def name_of(function):
-    name = getattr(function, "__name__", str(function))
-    return function.__self__.__name__ if name == "__get__" else name  # of x.shape, "shape"
-
-
 ADDITIONS = (torch.add, torch.Tensor.add)  # torch hands on x + y as the second
 
 
@@ -3165,16 +3168,15 @@ class Recorder:
         conv_in(a)                     convolution
         conv_in(a) + conv_aux(b)       sum_of
         conv_in(a) + conv_aux(e)       known, of the tensor conv_aux(e), then sum_of
-        concat_elu(x), gate(x, y)      call: the function itself, of Nodes alone
-        F.elu(h)                       call: torch hands it on as elu(h, alpha=1.0, inplace=False)
-
-    All else is for networks of others.
+        concat_elu(x), gate(x, y)      call, of the function as it is
+        F.elu(h)                       call, of a function that nodes_to_values makes
+        F.dropout(..)                  not at all
     """
 
     def __init__(self, n, size, weight):
         """weight: one of the network's, for its dtype and device."""
         self.nodes, self.n, self.size, self.weight = [], n, size, weight
-        self.made = {}  # (function, Nodes) -> Node, for those that are called again, as concat_elu
+        self.made = {}  # (function, Nodes) -> Node, for what is called again, as concat_elu(v)
 
     def symbol(self, node):
         symbol = torch.empty(0).as_subclass(Symbol)
@@ -3182,39 +3184,29 @@ class Recorder:
         return symbol
 
     def record(self, function, args, kwargs):
-        """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node.
-
-        Symbols and known tensors become Nodes; then the call is a Conv, a sum, or another function.
-        Say CausalNet calls F.elu(h), h being the Symbol of a Node H. torch hands that on with all
-        its arguments, of which Nodes' values are to be the only ones:
-
-            with_nodes     args (H,), kwargs {alpha: 1.0, inplace: False}
-            nodes          [H], not alone
-            filled_in      a function of one value: elu(value, alpha=1.0, inplace=False)
-            call           E = Node(reads=[Read(H)], function=that)
-        """
-        # (torch hands on the options of F.dropout by keyword, in whatever way it was called.)
+        """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node."""
+        # In evaluation dropout returns what it is given. (torch hands on all of its options by
+        # keyword.)
         if function is F.dropout and not kwargs["training"]:
             return args[0]
-        args, kwargs = self.with_nodes(function, args, kwargs)
+        args, kwargs = self.symbols_to_nodes(function, args, kwargs)
         nodes = elements((args, kwargs), Node)
         nodes_alone = nodes == list(args) and not kwargs  # no other arguments
-        if function is Conv.forward:  # torch hands over the decorated one
+        if function is Conv.forward:
             node = convolution(*args, **kwargs, size=self.size)
         elif function in ADDITIONS and nodes_alone and has_convolution(nodes):
             node = sum_of(nodes)
+        elif nodes_alone:
+            # Without its decorator, which would look for Symbols in each step.
+            node = self.call(getattr(function, "__wrapped__", function), nodes)
         else:
-            # Undecorated: wrap_torch_function's version would look for Symbols in each step.
-            function = getattr(function, "__wrapped__", function)
-            if not nodes_alone:
-                function = filled_in(function, args, kwargs)
-            node = self.call(function, nodes)
+            node = self.call(nodes_to_values(function, args, kwargs), nodes)
         if node not in self.nodes:
             self.nodes.append(node)
         return self.symbol(node)
 
-    def with_nodes(self, function, args, kwargs):
-        """The arguments, Symbols and known tensors replaced by Nodes. Raises Problem."""
+    def symbols_to_nodes(self, function, args, kwargs):
+        """The arguments with Nodes in the places of Symbols, and of tensors that are known."""
         spacings = {symbol.node.spacing for symbol in elements((args, kwargs), Symbol)}
         if len(spacings) > 1:
             raise Problem(f"sample_fast: {name_of(function)} of values at two resolutions")
@@ -3225,7 +3217,8 @@ class Recorder:
                 return a.node
             if not isinstance(a, torch.Tensor):
                 return a
-            # One number stays one: a copy, as the network may change it in place.
+            # A tensor of one number is no image, and stays one: a copy, as the network may change
+            # it in place.
             return self.known(a, spacing) if a.dim() > 0 else a.clone()
 
         return map_aggregate((args, kwargs), as_node)
@@ -3243,50 +3236,13 @@ class Recorder:
         return Node(spacing, channels, known=True, buffer=buffer)
 
     def call(self, function, nodes):
-        """A Node: function of the values of Nodes. Called again, as concat_elu(v) for h and by v's
-        next block, it is the Node that there is."""
-        if (function, *nodes) not in self.made:
-            channels = self.tried(function, nodes)
-            if channels is None:
-                raise Problem(f"sample_fast: {name_of(function)} is no function of values at one "
-                              "position")
-            node = Node(nodes[0].spacing, channels, list(map(Read, nodes)), function)
-            self.made[function, *nodes] = node
-        return self.made[function, *nodes]
-
-    def tried(self, function, nodes):
-        """How many channels it returns, or None if it will not do.
-
-        The sampler will call it on lists of positions, (N, C). So it is tried on two images, (2, C,
-        H, W), as it might mix images, and on the list of all positions of the first one: a function
-        of values at one position makes the same of both (elu does; a mean over the image, or a
-        softmax over columns, does not). And it must leave the list as it is, as others read that,
-        too. (concat_elu does: it works in place, but on a copy of its own, which cat makes.)
-        """
-        sizes = [(2, node.channels, 2, 3) for node in nodes]
-        images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(self.weight) for s in sizes]
-        lists = [as_list(image[:1]) for image in images]
-        given = list(map(torch.clone, lists))
-        try:
-            made, expected = function(*given), as_list(function(*map(torch.clone, images))[:1])
-            unchanged = all(map(torch.equal, given, lists))
-            alike = made.shape == expected.shape and torch.allclose(expected, made)
-            if made.dim() == 2 and alike and unchanged:
-                return made.shape[1]
-        except Exception:  # it may raise any kind
-            return None
-
-
-def as_list(images):
-    """(N, C, H, W) as the list of all positions, (N H W, C)."""
-    return images.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def has_convolution(nodes):
-    """Whether there is a convolution among them that their sum can take in. (If channels differ +
-    broadcasts: then it is a function like others.)"""
-    alike = nodes[0].channels == nodes[-1].channels
-    return alike and any(node.is_sum for node in nodes)
+        """A Node: function(*values of Nodes). Called again, as concat_elu(v) for h and by v's next
+        block, it is the Node that there is. (What nodes_to_values makes is new each time.)"""
+        key = function, *nodes
+        if key not in self.made:
+            channels = channels_of(function, nodes, self.weight)
+            self.made[key] = Node(nodes[0].spacing, channels, list(map(Read, nodes)), function)
+        return self.made[key]
 
 
 def sum_of(nodes):
@@ -3301,9 +3257,17 @@ def sum_of(nodes):
     return total
 
 
-def filled_in(function, args, kwargs):
-    """The function of values alone that calls function(*args, **kwargs) with these in the places of
-    Nodes. Of F.elu: value -> F.elu(value, alpha=1.0, inplace=False)."""
+def has_convolution(nodes):
+    """Whether there is a convolution among them that their sum can take in. (If channels differ +
+    broadcasts: then it is a function like others.)"""
+    alike = nodes[0].channels == nodes[-1].channels
+    return alike and any(node.is_sum for node in nodes)
+
+
+def nodes_to_values(function, args, kwargs):
+    """The function of values that calls function(*args, **kwargs) with these in the places of
+    Nodes. CausalNet calls F.elu(h), which torch hands on as elu(h, alpha=1.0, inplace=False): it
+    becomes value -> elu(value, alpha=1.0, inplace=False)."""
 
     @functools.wraps(function)
     def of_values(*values):
@@ -3313,6 +3277,39 @@ def filled_in(function, args, kwargs):
         return function(*filled[0], **filled[1])
 
     return of_values
+
+
+def channels_of(function, nodes, weight):
+    """How many channels function(*values of Nodes) has. The rest is for networks of others: raises
+    Problem if it is no function of values at one position. CausalNet has none.
+
+    It is tried on two images, (2, C, H, W), as it might mix images, and on the list of all
+    positions of the first one, (H W, C): a function of values at one position makes the same of
+    both (elu does; a mean over the image, or a softmax over columns, does not). And it must leave
+    the list as it is, as others read that, too. (concat_elu does: it works in place, but on a copy
+    of its own, which cat makes.)
+    """
+    sizes = [(2, node.channels, 2, 3) for node in nodes]
+    images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(weight) for s in sizes]
+    lists = [as_list(image[:1]) for image in images]
+    given = list(map(torch.clone, lists))
+    with contextlib.suppress(Exception):  # it may raise any kind
+        made, expected = function(*given), as_list(function(*map(torch.clone, images))[:1])
+        unchanged = all(map(torch.equal, given, lists))
+        alike = made.shape == expected.shape and torch.allclose(expected, made)
+        if made.dim() == 2 and alike and unchanged:
+            return made.shape[1]
+    raise Problem(f"sample_fast: {name_of(function)} is no function of values at one position")
+
+
+def as_list(images):
+    """(N, C, H, W) as the list of all positions, (N H W, C)."""
+    return images.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def name_of(function):
+    name = getattr(function, "__name__", str(function))
+    return function.__self__.__name__ if name == "__get__" else name  # of x.shape, "shape"
 
 
 # --- Products and threads: nothing of the method comes here ------------------------------------
@@ -3570,9 +3567,9 @@ def begin(out, config, factors, data, args, device):
 
 def show_samples(model, k, first, data, out, stop):
     """Pictures during training: samples of the views up to k, and curves. first: the first factor
-    that is trained by this call. (With --factor 2 views 0 and 1, whose factors may not be there,
-    are of test images, and view 2 is sampled.) If they cannot be made, training goes on without; a
-    signal ends them at once, as all is saved by now."""
+    that is trained by this call. Views before it are given, of test images, as their factors may
+    not be there (with --factor 2 views 0 and 1; view 2 is sampled). If they cannot be made,
+    training goes on without; a signal ends them at once, as all is saved by now."""
     try:
         stop.immediately = True
         if stop():

@@ -7,8 +7,8 @@ The problem: a model that predicts an image pixel by pixel spends its capacity w
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel). Few of these bits are about the shape of things, which is all that a person sees: a model
 that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
-(On the built-in data all but the noise is 10.3 of 4,194 bits; but there a plain PixelCNN learns
-both in two minutes, see `python pixelaux.py claim`.)
+(The images that are built in have 10.3 bits of shape, colours and weave, and 4,184 of noise. They
+are so simple that a plain PixelCNN learns both in two minutes, see `python pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, which is poorer in texture, has a network of its own; and a
@@ -43,8 +43,7 @@ For example a pyramid at 32x32, K = 2:
     views[0] = X_2     <-- psi_1 --     views[1] = X_1     <-- psi_0 --     views[2] = X_0 = X
     8x8                                 16x16                               32x32
 
-views[k].psi makes views[k - 1]. (model.views[k] is a View, which describes X_{K-k}; elsewhere views
-are the images.)
+views[k].psi makes views[k - 1]. (model.views[k] is a View, which describes X_{K-k}.)
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -372,16 +371,16 @@ class LogisticMixture:
         one with hardly any mass on the interval would keep all of its weight there.)
 
         Channel by channel the mixture is cut to the interval, and then the weights of its
-        components change by the value that the channel has. With w_k the weights, m_k a component's
+        components change by the value that the channel has. The cut itself changes no weight: it
+        divides all p(k, r) by one number, their sum over the interval, so that p(k | r) is what it
+        was. With w_k the weights, m_k a component's
         mass on a value, M_k on an interval,
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
         and blue likewise, with the weights w_k m_k(r) m_k(g | r). (.. | r: green's mean has moved
-        with r.) Why are the weights after red w_k m_k(r), as without the cut? The cut divides all
-        p(k, r) = w_k m_k(r) by one number, their sum over the interval, so that p(k | r) is still
-        in proportion to w_k m_k(r).
+        with r.)
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -437,16 +436,17 @@ class LogisticMixture:
         Without cuts one component serves all channels. Here one is drawn anew for each: component k
         by its weight so far times M_k, then a value of k within the interval. (So one draws from a
         mixture that is cut as a whole. Without cuts M_k is 1, and the component may be kept.) To
-        keep red's component for green would be wrong: it was drawn by red's M_k, and green must be
-        drawn by green's. (Once red is drawn, its cut has changed no weight, see log_prob.) Say
+        keep red's component for green would be wrong: given r it has the weights w m(r), as it was
+        drawn by w M(red's interval), then r by m(r) / M(red's interval), and M cancels. But by p'(g
+        | r) green needs w m(r) M(g's interval | r). Say
 
             component     w     m(r)    w m(r)    M(g's interval | r)    w m(r) M
             the first    1/2    0.2     0.10      0.1                    0.01
             the second   1/2    0.1     0.05      0.8                    0.04
 
-        Given r, red's component is the first one with probability 0.10 / 0.15 = 2/3. Green must
-        have it with 0.01 / 0.05 = 1/5, as in p'(g | r). "map" keeps the first one that was drawn,
-        so that a pixel's channels belong together.
+        Red's component is the first one with probability 0.10 / 0.15 = 2/3, given r. Green must
+        have it with 0.01 / 0.05 = 1/5. "map" keeps the first one that was drawn, so that a pixel's
+        channels belong together.
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -496,8 +496,10 @@ def logistic_between(a, b, u):
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
     u = torch.where(flip, 1 - u, u)
-    # With sigma(low) = ratio sigma(high), sigma(z) = sigma(low) + u (sigma(high) - sigma(low)) is
-    # sigma(high) (ratio + u (1 - ratio)), and z is its logit.
+    #     sigma(low) = ratio sigma(high)
+    #     sigma(z) = sigma(low) + u (sigma(high) - sigma(low)) = sigma(high) (ratio + u (1 - ratio))
+    #
+    # and z is its logit. All by logs, as sigma may be too small for a number.
     ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
@@ -586,8 +588,9 @@ class Conv(nn.Module):
     def __init__(self, c_in, c_out, rows, columns, stride=1, up=False, gain=1.0,
                  outermost=False):
         super().__init__()
-        # Required: that a kernel reaches up at least as far as down, and left as far as right. Then
-        # torch can pad both sides alike, and we cut off what is too much. `up`: see convolve.
+        # Required: that a kernel reaches up at least as far as down, and left as far as right, as
+        # rows (-2, -1), (-1, 0) and (-1, 1) do, but not (0, 1). Then torch can pad both sides
+        # alike, and we cut off what is too much. `up`: see convolve.
         if stride not in (1, 2) or (up and stride > 1):
             raise Problem(f"Conv cannot have {stride=}, {up=}: expected stride 1 or 2, or up")
         for first, last in (rows, columns):
@@ -630,16 +633,19 @@ class Conv(nn.Module):
             # torch adds weight[0] in(q), weight[1] in(q), .. to its outputs 2 q, 2 q + 1, ..,
             # weight[0] furthest left. So weight[0] must be w of the largest d: an `up` Conv's
             # kernel is stored from the last d to the first. In a row with d = -1, 0, 1, of the
-            # input a b torch makes
+            # input a b,
             #
-            #     w_1 a    w_0 a    w_-1 a + w_1 b    w_0 b    w_-1 b
+            #     torch's output    0        1        2                 3        4
+            #     makes             w_1 a    w_0 a    w_-1 a + w_1 b    w_0 b    w_-1 b
+            #     which is out(p)   -1       0        1                 2        3
             #
-            # which are out(-1), out(0), .., out(3). out(-1) is not of the image, and is dropped: in
-            # general `bottom` rows and `right` columns, the largest d of each.
+            # So what comes before row 0 and column 0 is dropped, as much as the largest d.
             # (output_padding adds a row and a column behind, for kernels of which the first d is
             # 0.)
+            before_row_0, before_column_0 = bottom, right
             y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
-            return y[:, :, bottom : bottom + 2 * height, right : right + 2 * width]
+            y = y[:, :, before_row_0:, before_column_0:]
+            return y[:, :, : 2 * height, : 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
         # below and on the right. This saves the copy that padding by hand would make.
         y = F.conv2d(x, weight, bias, self.stride, padding=(-top, -left))
@@ -703,7 +709,9 @@ def data_dependent_init(network, *inputs):
 #
 #     layout        (1, 3),         (2, 6),         (1, 3),         (0, 3)
 #     it has        3 blocks, 8x8   6 blocks, 4x4   3 blocks, 8x8   3 blocks, 16x16
-#     and makes                     embeddings[2]   embeddings[1]   embeddings[0]    (the last ones)
+#     and makes                     embeddings[2]   embeddings[1]   embeddings[0]
+#
+# (The first stage makes none, as the third one is the last at its resolution.)
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
@@ -725,10 +733,10 @@ def data_dependent_init(network, *inputs):
 #
 # A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
 # pixels before p (and rows above, which kernels read as well, and which do no harm). Let half[q] be
-# h at half the resolution. On the way up it is read by h[2 q] and h[2 q + 1], of which h[2 q] may
-# know less. So the rule is:
+# h at half the resolution. On the way up it is read by h[2 q], which may know the pixels before 2
+# q, and by h[2 q + 1], which may know one more. It serves both:
 #
-#     half[q] may know the pixels before 2 q alone
+#     half[q] may know no pixel but those before 2 q
 #
 # By Conv's formulas half[q] reads h[2 q + d], d = -1 and 0, and on the way up h[p] reads half[(p +
 # d) / 2], where that is whole:
@@ -956,8 +964,8 @@ def make_views(config):
 
 def is_light(config, view):
     """Whether a view has a light network: each view that is given one of half its size; and the
-    coarsest one, if the model's last psi is Half, even where images are too small for it to be
-    applied.
+    coarsest one, if the model's last psi is Half, even if it is applied 0 times, as by a pyramid at
+    8x8: that is one light network.
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1049,9 +1057,9 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it.
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of P pixels at once,
-    (rows, columns), in each of n images: in sample_naive P is 1, in sample_fast they may be a
-    diagonal. A head expects images, but these are scattered: so each pixel is handed over as an
-    image of 1x1, n P in all, first the P of image 0, then those of image 1, .. (A decoder of
+    (rows, columns), in each of n images: in sample_naive P is 1, in sample_fast, further down, they
+    may be a diagonal. A head expects images, but these are scattered: so each pixel is handed over
+    as an image of 1x1, n P in all, first the P of image 0, then those of image 1, .. (A decoder of
     compressed images can take the place of a Draw.)
     """
 
@@ -1116,7 +1124,8 @@ class PixelAux(nn.Module):
     @property
     def size_multiple(self):
         """Height and width of X must be multiples of this."""
-        multiple, scale = 1, 1  # scale: how many rows of X are one of the view
+        # scale: how many rows of X are one of the view, in a pyramid 1, 2, 4, ..
+        multiple, scale = 1, 1
         for factor in reversed(self.factors):
             multiple = math.lcm(multiple, scale * factor.multiple)
             scale *= factor.view.psi.cell if factor.view.psi else 1
@@ -1161,8 +1170,8 @@ class PixelAux(nn.Module):
 
     def pairs(self, x):
         """Of each factor what it models and what it is given: [(X_K, None), .., (X, X_1)]."""
-        views = self.views_of(x)
-        return list(zip(views, [None, *views]))
+        images = self.views_of(x)
+        return list(zip(images, [None, *images]))
 
     def log_prob_factors(self, x, tight=False):
         """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], nats per image, (N,) each.
@@ -1206,20 +1215,20 @@ class PixelAux(nn.Module):
             raise Problem(f"expected n of 1 or more, and as many images if any are given, got "
                           f"{got}")
         check_one_of("mode", mode, ("random", "map"))
-        views = [] if given is None else self.views_of(given, self.view_like(given, given_view))
+        images = [] if given is None else self.views_of(given, self.view_like(given, given_view))
         sampler = sample_fast if fast else sample_naive
         with evaluating(self):
-            for k in range(len(views), until or len(self.views)):
-                factor, images = self.factors[k], []
+            for k in range(len(images), until or len(self.views)):
+                factor, parts = self.factors[k], []
                 for numbers in torch.arange(n).split(factor.at_once):
-                    x_hat = views[-1][numbers] if views else None
+                    x_hat = images[-1][numbers] if images else None
                     noise = noise_for(seed, k, numbers, self.views[k].shape).to(self.device)
                     # The coarsest view has no x_hat to be cut by.
                     draw, tight_here = Draw(noise, mode), tight and k > 0
-                    images.append(
+                    parts.append(
                         sampler(factor, len(numbers), x_hat, draw, tight_here, shift, progress))
-                views.append(torch.cat(images))
-        return views
+                images.append(torch.cat(parts))
+        return images
 
     def view_like(self, x, k=None):
         """The number of the view of which x are images: k, or by their shape. Raises Problem."""
@@ -2021,9 +2030,10 @@ class Stopwatch:
         A process's first step does not count, as much happens only once. For example, of 3 minutes:
 
             before, of an earlier process                 4 s
-            at_looks, which begin from there              13, 14, 15 s
+            at_looks, with these 4 s                      13, 14, 15 s
             the first step                                13 - 4 = 9 s
-            spent                                         15 - 9 = 6 s, more than 3% of 180 s
+            spent                                         15 - 9 = 6 s (4 before, 2 now), more
+                                                          than 3% of 180 s
             pace                                          (15 - 13) / 2 = 1 s
             steps left                                    (180 - 6) / 1 = 174
         """
@@ -2042,20 +2052,21 @@ def record_steps(out, config, k, steps):
     """Write down how many steps factor k takes. In config.json the other factors' numbers may be
     newer than ours, if other processes train them: there only that of k is changed.
 
-    train_factor saves a checkpoint before. A kill between the two: the number is found anew, from
-    the checkpoint on. In the other order: there would be a number without its checkpoint, and the
-    steps so far would be done again, at other learning rates, as these fall with the share of the
-    steps that is done.
+    train_factor saves a checkpoint, then writes this number. If it is killed in between, the number
+    is found anew, from the checkpoint on. The other way round there would be a number without its
+    checkpoint: the steps so far would be done again, and at other learning rates, as these fall
+    with the share of the steps that is done.
     """
-    numbers = [of_factor(config.steps, j) for j in range(len(make_views(config)))]
-    numbers[k] = steps
-    config.steps = tuple(numbers)
+    factors = range(len(make_views(config)))
+    ours = [of_factor(config.steps, j) for j in factors]
+    ours[k] = steps
+    config.steps = tuple(ours)
     if rank() == 0:
         with locked(out, "config", wait=True):
             there = read_config(out)
-            numbers = [of_factor(there.steps, j) for j in range(len(numbers))]
-            numbers[k] = steps
-            write_config(out, dataclasses.replace(there, steps=tuple(numbers)))
+            theirs = [of_factor(there.steps, j) for j in factors]
+            theirs[k] = steps
+            write_config(out, dataclasses.replace(there, steps=tuple(theirs)))
 
 
 class Optimizer:
@@ -2501,7 +2512,7 @@ def save_samples(model, views, path, given=0):
 # **The wavefront.** What does pixel (r, c) need in the pyramid's light network? h at (r, c), so v
 # at (r, c). Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one column
 # to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
-# further to the right (nor in rows further up, which are drawn earlier). Choose a number, the lag,
+# further to the right in any row. Choose a number, the lag,
 # call lag r + c the *wave* of (r, c), and draw its pixel at the end of the step of that number.
 # Waves grow to the right, and with each row by the lag, so it is enough that (r - 1, c + 7) comes
 # before: lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8. The pixels of a wave lie on a
@@ -2513,13 +2524,15 @@ def save_samples(model, views, path, given=0):
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
 # (An option, look_right=False: the kernel of v's later layers is moved to the left, VERTICAL_LEFT.
-# The lag is 2, and 128x128 take 382 steps. The price is a blind spot, as v sees no more than one
-# column to the upper right; of the rest X^ tells much, where there is one.)
+# Then only v_first looks right, to (r - 1, c + 1): the lag is 2, and 128x128 take 382 steps. The
+# price is a blind spot, as v sees no more than one column to the upper right; of the rest X^ tells
+# much, where there is one.)
 #
 # **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
 # one is its *reader*, the other one the *source*. At (r, c) a node is computed in step lag r + c +
-# offset. With offset 0 that is the step that draws the pixel there, as for h and the output; with
-# offset -2 two steps before it: step 24 draws pixel (0, 24), and computes the node at (0, 26).
+# offset. With offset 0 that is the step that draws the pixel there, as for h and the output. With
+# offset -2 it is two steps before; so a step computes the node two columns to the right of its
+# pixel: at lag 8 step 24 draws pixel (0, 24), and computes the node at (0, 26).
 #
 # What a reader at (r, c) reads, at (r + dy, c + dx), must be computed by the reader's step:
 #
@@ -2529,18 +2542,18 @@ def save_samples(model, views, path, given=0):
 #
 #     offset_source <= offset_reader - (lag dy + dx)
 #
-# So each reader sets a *deadline* for its source, the largest offset that the source may have; of
-# several readers the smallest one counts. For example v's last convolution, of offset 0, reads its
-# source at (r, c + 1): the deadline is 0 - (0 + 1) = -1. (With offset 0 it would be there in the
+# So each reader sets a *deadline*, an upper limit of its source's offset; with several readers, or
+# several values that a kernel reads, the lowest limit holds. Of a kernel that is the one of its
+# lower right corner, where lag dy + dx is largest: for v's later layers (r, c + 1), for v_first,
+# which reads rows above alone, (r - 1, c + 1). For example v's last convolution, of offset 0, reads
+# its source at (r, c + 1): the limit is 0 - (0 + 1) = -1. (With offset 0 it would be there in the
 # step of pixel (r, c + 1), one too late.) Of a chain of six such convolutions the first one's
 # source has -6.
 #
-# Of all that a kernel reads its lower right corner sets the smallest one. For v's later layers
-# that is (r, c + 1). For v_first, which reads rows above alone, it is (r - 1, c + 1).
-#
 # Each value is computed as late as its readers allow: its offset is its deadline. Earlier would do
-# harm: its sources, and in the end the pixels that it is made of, would be needed earlier, too, and
-# pixels come earlier only at a larger lag. From the output back, in the light network:
+# harm: its sources, and in the end pixels of the row above, would be needed earlier, too. But what
+# is drawn of the row above is always `lag` columns ahead of us: to need more of it means a larger
+# lag. From the output back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3 (from conv_in), read at (r, c + 1) by conv_out            -1
@@ -2686,9 +2699,14 @@ class Node:
     latest: torch.Tensor | None = None  # (n * positions, C)
 
     @property
+    def computed(self):
+        """Is it neither x nor known from the start?"""
+        return len(self.reads) > 0
+
+    @property
     def is_sum(self):
         """A convolution, or several added up, perhaps with other values."""
-        return self.function is None and len(self.reads) > 0
+        return self.function is None and self.computed
 
     @property
     def group(self):
@@ -2710,6 +2728,8 @@ class Node:
             position 1 = (1, 0)   reads 10 11 12 13
             start 6;  next_place = 1 * 10 - 3 * 2 = 4;  next_column = 2
 
+        With a margin of a row above and a column on the left rows have 12 elements, and position 0
+        starts at (0 + 1) * 12 + (3 + 1) * 2 = 20.
         (as_strided: element i, j, .. is number start + i strides[0] + j strides[1] + .. of the
         memory.)
         """
@@ -2751,7 +2771,7 @@ class Plan:
         self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
 
     def smallest_lag(self, least_lag):
-        """None if no lag below the width will do: at others each pixel has a wave of its own."""
+        """None if it would be the width or more, as then each pixel has a wave of its own."""
         for lag in range(least_lag, self.size[1]):
             if self.offsets(lag)[self.x] >= 1:
                 return lag
@@ -2769,17 +2789,19 @@ class Plan:
         return offsets
 
     def allocate(self, weight):
-        """Decides which reads are of source.latest. All other sources get a buffer, with margins of
-        zeros as wide as the kernels that read it."""
+        """A read is of source.latest if that has just been computed for the same positions, by a
+        node of the same group, and only the own position is read. All others are of source.buffer,
+        with margins of zeros as wide as the kernels that read it."""
         buffered = {self.x}
         for node in self.nodes:
             for read in node.reads:
                 source = read.source
-                computed = len(source.reads) > 0  # x, and what is known, have buffers
-                read.at_hand = computed and read.own_position and source.group == node.group
-                if computed and not read.at_hand:
+                read.at_hand = (
+                    source.computed and source.group == node.group and read.own_position)
+                if source.computed and not read.at_hand:
                     buffered.add(source)
-                # (What is known is read at the node's own position alone, and needs no margin.)
+                # (What is known has a buffer, and as it is read at the node's own position alone,
+                # no margin.)
                 beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
                 source.margin = tuple(map(max, source.margin, beyond))
         for node in buffered:
@@ -2924,8 +2946,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # when a row is begun (on a wavefront they are not).
 #
 # That can be used. A convolution is a matrix product: what the kernel reads at each of some
-# positions, times its weights; and one large product takes less time than many small ones, for one
-# image a fifth to a half of theirs. Call a node *by rows* if all that it reads is
+# positions, times its weights; and one large product takes less time than many small ones (of one
+# image 20 to 50% of it). Call a node *by rows* if all that it reads is
 #
 #     in rows above, of whatever node, as these are complete, or
 #     of a node by rows, or
@@ -2934,7 +2956,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # So are v_first, which reads rows above of x, v's next convolution, which reads v_first, and so on:
 # all of v. When a row is begun the whole of it can be computed at once. A sum of which only a part
 # is so is split: this part becomes a node of its own, by rows, and the rest is added pixel by
-# pixel. For example h's conv_in, to which v is added by a conv_aux:
+# pixel. For example h's conv_in, to which v is added by a conv_aux (as v is by rows, it is complete
+# in the own row, too):
 #
 #     out = [bias + kernel row -1 of h + v by conv_aux, a row at once]
 #           + kernel row 0 of h, pixel by pixel
@@ -2954,17 +2977,18 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # -infinity, so that it comes before all else in its row.
 
 
-BY_ROWS = -math.inf
+BY_ROWS = -math.inf  # a whole row, before its pixels; math.inf: after them; finite: pixel by pixel
 
 
 def in_raster_order(nodes, x):
     """Sets offsets -> the nodes, with those that are new. Raises Problem."""
+    # Forwards: which nodes are by rows. (The offsets of others are not set yet.)
     planned = []
-    for node in nodes:  # sources before readers
+    for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
-    # As Plan.offsets, but only what is read in a node's own row sets a deadline. (In
-    # networks of others the readers of a node may all be in lower rows. Then its deadline stays
-    # +infinity: it is computed a row at once, after the row's pixels.)
+    # Backwards: the others' offsets. As Plan.offsets, but only what is read in a node's own row
+    # sets a deadline. (In networks of others the readers of a node may all be in lower rows. Then
+    # its deadline stays +infinity: it is computed a row at once, after the row's pixels.)
     offsets = collections.defaultdict(lambda: math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         if node.offset != BY_ROWS:
@@ -3084,10 +3108,16 @@ def convolution(conv, x, size):
 
 # --- Tracing: what a network computes, as a list of nodes --------------------------------------
 #
-# To learn what a network computes its forward pass is run on a stand-in for x, a Symbol, that has
-# no numbers. Every function of torch looks at its arguments before it runs: if one of them has a
-# method __torch_function__, it calls that in its place, and returns what this returns. Symbol's
-# notes the call as a Node, and returns a Symbol of that.
+# What a network computes is noted once, and run in each step:
+#
+#     noted    by Recorder.record    a call becomes a Node: a function, or weights, and its reads
+#     run      by Plan.compute       node.function(*values), or bias + values times weights; values
+#                                    are (N, C), those at the positions that are due
+#
+# To note it, the network's forward pass is run on a stand-in for x, a Symbol, that has no numbers.
+# Every function of torch looks at its arguments before it runs: if one of them has a method
+# __torch_function__, it calls that in its place, and returns what this returns. Symbol's notes the
+# call as a Node, and returns a Symbol of that.
 #
 # Functions of our own do not look: concat_elu(symbol) would be noted as cat and elu, and gate would
 # fail, as chunk returns two values. The decorator wrap_torch_function makes a function look, at
@@ -3102,13 +3132,13 @@ def convolution(conv, x, size):
 #     hidden = self.conv_in(concat_elu(x))
 #     hidden = hidden + conv(a)                 (conv: a conv_aux; a: the Symbol of a Node Y)
 #
-# there are four calls (and a fifth one from CausalNet's last line):
+# there are four calls (and a fifth one from CausalNet's last line, on the Symbol of a Node H):
 #
 #     concat_elu(x)       A = Node(reads=[Read(X)], function=concat_elu)
 #     conv_in(..)         B = Node(reads=[Read(A, its weight, ..)], bias=its bias)
 #     conv(a)             C = Node(reads=[Read(Y, its weight)], bias=its bias)
 #     hidden + ..         D = Node(reads=[those of B and of C], bias=both biases added)
-#     F.elu(h)            E = Node(reads=[Read(H)], function=value -> F.elu(value, alpha=1.0, ..))
+#     F.elu(h)            E = Node(reads=[Read(H)], function=..), see below
 #
 # A sum takes in its convolutions, so that it is one running total in place of two results and an
 # addition. In the end nobody reads B and C, and they are dropped.
@@ -3117,10 +3147,15 @@ def convolution(conv, x, size):
 # is conv_aux of the embedding; where it is added to a Node, a Node is made of it that is `known`,
 # and has its buffer from the start.
 #
-# So arguments are replaced twice: Symbols by their Nodes when a call is noted, and Nodes by values
-# when it is made, in Plan.compute, at the positions that are due. Values are then (N, C), a list of
-# positions. So a function must do the same to these as to images, (N, C, H, W): dim 1 are channels
-# in both, and no position may see another one. That is tried out when it is noted.
+# To run it, Nodes are replaced by values: A.function is concat_elu itself. But torch hands on
+# F.elu(h) as elu(h, alpha=1.0, inplace=False), and so nodes_to_values makes a function that has the
+# values alone for arguments:
+#
+#     noted    E.function = value -> elu(value, alpha=1.0, inplace=False)
+#     run      E.function(H's values)
+#
+# A function must do the same to values (N, C), a list of positions, as to images, (N, C, H, W): dim
+# 1 are channels in both, and no position may see another one. That is tried out when it is noted.
 
 
 def traced(net, x, n, size, embeddings):
@@ -3192,14 +3227,13 @@ class Recorder:
         args, kwargs = self.symbols_to_nodes(function, args, kwargs)
         nodes = elements((args, kwargs), Node)
         nodes_alone = nodes == list(args) and not kwargs  # no other arguments
-        if function is Conv.forward:
+        if function is Conv.forward:  # conv_in(a)
             node = convolution(*args, **kwargs, size=self.size)
         elif function in ADDITIONS and nodes_alone and has_convolution(nodes):
             node = sum_of(nodes)
-        elif nodes_alone:
-            # Without its decorator, which would look for Symbols in each step.
+        elif nodes_alone:  # concat_elu(x); without its decorator, which would look in each step
             node = self.call(getattr(function, "__wrapped__", function), nodes)
-        else:
+        else:  # F.elu(h)
             node = self.call(nodes_to_values(function, args, kwargs), nodes)
         if node not in self.nodes:
             self.nodes.append(node)
@@ -3217,8 +3251,9 @@ class Recorder:
                 return a.node
             if not isinstance(a, torch.Tensor):
                 return a
-            # A tensor of one number is no image, and stays one: a copy, as the network may change
-            # it in place.
+            # What stands beside a Symbol, as conv_aux(e) in conv_in(a) + conv_aux(e), does not
+            # depend on x, and is known. (A single number stays one: a copy, as the network may
+            # change it in place.)
             return self.known(a, spacing) if a.dim() > 0 else a.clone()
 
         return map_aggregate((args, kwargs), as_node)
@@ -3266,8 +3301,7 @@ def has_convolution(nodes):
 
 def nodes_to_values(function, args, kwargs):
     """The function of values that calls function(*args, **kwargs) with these in the places of
-    Nodes. CausalNet calls F.elu(h), which torch hands on as elu(h, alpha=1.0, inplace=False): it
-    becomes value -> elu(value, alpha=1.0, inplace=False)."""
+    Nodes: value -> elu(value, alpha=1.0, inplace=False)."""
 
     @functools.wraps(function)
     def of_values(*values):
@@ -3571,7 +3605,7 @@ def show_samples(model, k, first, data, out, stop):
     not be there (with --factor 2 views 0 and 1; view 2 is sampled). If they cannot be made,
     training goes on without; a signal ends them at once, as all is saved by now."""
     try:
-        stop.immediately = True
+        stop.immediately = True  # from here on a signal raises at once, see signals_noted
         if stop():
             raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
         given = model.views_of(to_tensor(data.test[:16]))[first - 1] if first else None

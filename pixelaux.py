@@ -289,8 +289,8 @@ def log_mass(means, log_scales, lo, hi, levels):
         its log             = log sigma(b) + log sigma(-a) + log(1 - e^(a-b))
 
     At the last level b is infinite, which leaves log sigma(-a); at level 0 a is -infinite, which
-    leaves log sigma(b). (`edges` gives finite ones; masked_fill puts in what infinite ones would
-    give, 0 for all that is left out.) This is exact and stable everywhere. (Instead, widely copied
+    leaves log sigma(b). (`edges` gives finite ones there, too: masked_fill makes 0 of what is left
+    out.) This is exact and stable everywhere. (Instead, widely copied
     code takes the density where the mass is below 1e-5: at the worst the masses of all levels then
     sum to 1 - 1.4e-5, and a level in a tail is given up to 3 bits too many or too few.)
     """
@@ -366,21 +366,22 @@ class LogisticMixture:
     def log_prob(self, x, intervals=None):
         """x: uint8 (N, 3, H, W) -> nats of each pixel, (N, H, W), its channels together.
 
-        intervals = (lo, hi) of psi.bounds: each channel's mixture, as a whole, is cut to its
-        interval: that divides it by one mass of at most 1. (If each component were cut by itself,
-        one with hardly any mass on the interval would keep all of its weight there.)
+        intervals = (lo, hi) of psi.bounds: each channel's mixture is cut to its interval. With w_k
+        the weights and m_k a component's mass on a value, it is without intervals
 
-        Channel by channel the mixture is cut to the interval, and then the weights of its
-        components change by the value that the channel has. The cut itself changes no weight: it
-        divides all p(k, r) by one number, their sum over the interval, so that p(k | r) is what it
-        was. With w_k the weights, m_k a component's
-        mass on a value, M_k on an interval,
+            p(r, g, b) = sum_k w_k m_k(r) m_k(g | r) m_k(b | r, g)
+
+        (.. | r: green's mean has moved with r). With them each of p(r), p(g | r) and p(b | r, g) is
+        divided by what the mixture gives to all that is allowed; M_k is a component's mass on an
+        interval:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        and blue likewise, with the weights w_k m_k(r) m_k(g | r). (.. | r: green's mean has moved
-        with r.)
+        and blue likewise, with the weights w_k m_k(r) m_k(g | r). (Given r, the weights are the
+        same as without the cut, which divides all p(k, r) = w_k m_k(r) by one number. If each
+        component were cut by itself, one with hardly any mass on the interval would keep all of its
+        weight there.)
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -433,18 +434,20 @@ class LogisticMixture:
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each: a
         function, as green's interval depends on the red that was drawn.
 
-        Without cuts one component serves all channels. Here one is drawn anew for each: component k
-        by its weight so far times M_k, then a value of k within the interval. (So one draws from a
-        mixture that is cut as a whole. Without cuts M_k is 1, and the component may be kept.) To
-        keep red's component for green would be wrong: given r it has the weights w m(r), as it was
-        drawn by w M(red's interval), then r by m(r) / M(red's interval), and M cancels. But by p'(g
-        | r) green needs w m(r) M(g's interval | r). Say
+        For each channel a component is drawn, by its weight so far times its mass on the interval,
+        M; then a value from it, within the interval; then its weight so far is multiplied by the
+        mass of that value, m.
+
+        (Without cuts one component serves all channels, as M is 1.) Why not keep red's here? It was
+        drawn in proportion to w M(r's interval), then r with m(r) / M(r's interval): so given r its
+        probability is in proportion to w m(r). But by p'(g | r) green needs w m(r) M(g's interval |
+        r). Say
 
             component     w     m(r)    w m(r)    M(g's interval | r)    w m(r) M
             the first    1/2    0.2     0.10      0.1                    0.01
             the second   1/2    0.1     0.05      0.8                    0.04
 
-        Red's component is the first one with probability 0.10 / 0.15 = 2/3, given r. Green must
+        Given r, red's component is the first one with probability 0.10 / 0.15 = 2/3. Green must
         have it with 0.01 / 0.05 = 1/5. "map" keeps the first one that was drawn, so that a pixel's
         channels belong together.
         """
@@ -466,6 +469,7 @@ class LogisticMixture:
                 logistic = logistic_between(a, b, noise[:, 2 * c + 1].unsqueeze(1))
                 value = mean + log_scale.exp() * logistic
             x.append(self.round(value).clamp(lo, hi))
+            # By m alone, without M: see above.
             log_joint = log_joint + log_mass(means, log_scales, x[c], x[c], self.levels)
         return torch.cat(x, 1)
 
@@ -715,6 +719,7 @@ def data_dependent_init(network, *inputs):
 #
 # Config, further down, has four layouts, here with the paper's values, which presets change:
 #
+#     networks                                             field           the paper's
 #     pixelcnn's X; grayscale's gray; they have no f_w     layout          six_stages(6)
 #     X given gray, and its f_w                            layout_cond     six_stages(4)
 #     all views of a pyramid, the coarsest too             layout_light    ((0, 3),)
@@ -732,21 +737,18 @@ def data_dependent_init(network, *inputs):
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
 # A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
-# pixels before p (and rows above, which kernels read as well, and which do no harm). Let half[q] be
-# h at half the resolution. On the way up it is read by h[2 q], which may know the pixels before 2
-# q, and by h[2 q + 1], which may know one more. It serves both:
+# pixels before p (and rows above, which kernels read as well, and which do no harm). By Conv's
+# formulas its value at half the resolution, half[q], reads h[2 q - 1] and h[2 q]; and on the way up
+# h[2 q] and h[2 q + 1] both read half[q]:
 #
-#     half[q] may know no pixel but those before 2 q
+#     pixels                  0 1 2 3 4 5 6 7
+#     h[5] knows              x x x x x
+#     h[6] knows              x x x x x x
+#     half[3] reads both      x x x x x x
+#     h[6] reads half[3]      x x x x x x      may know those before 6
+#     h[7] reads half[3]      x x x x x x      may know those before 7 (pixel 6 comes by the skip)
 #
-# By Conv's formulas half[q] reads h[2 q + d], d = -1 and 0, and on the way up h[p] reads half[(p +
-# d) / 2], where that is whole:
-#
-#     down    half[3] reads h[5], which knows 0..4, and h[6], which knows 0..5: together 0..5
-#             (before 6, as allowed; then blocks read half[2] and half[3], which know no more)
-#     up      h[6] reads half[(6 + 0) / 2], which knows 0..5
-#             h[7] reads half[(7 - 1) / 2], which knows 0..5 (pixel 6, which h[7] may know as
-#             well, is told by the skip)
-#
+# In general half[q] knows those before 2 q, however many blocks there are at half the resolution.
 # (v likewise: its row 3 at half the resolution reads v's rows 5 and 6, and so knows the rows 0..5.)
 
 
@@ -835,7 +837,8 @@ class Stage(nn.Module):
 
 
 def multiple_of(layout):
-    """What height and width must be multiples of, so that they can be halved and doubled so."""
+    """What height and width must be multiples of, so that they can be halved and doubled so. (Only
+    differences count, as layouts of older runs have other numbers.)"""
     halved = [halved for halved, _ in layout]
     return 2 ** (max(halved) - min(halved))
 
@@ -854,8 +857,9 @@ class CausalNet(nn.Module):
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
         self.layout, self.conditional = layout, conditional
-        # h's first layer reads no rectangle, so it is two. (h could have row -1 from v; but so it
-        # is in PixelCNN++.) look_right: see VERTICAL_LEFT.
+        # (Rows -2 and -1, as in PixelCNN++; one would do.) h's first layer reads no rectangle, so
+        # it is two. (h could have row -1 from v; but so it is in PixelCNN++.) look_right: see
+        # VERTICAL_LEFT.
         self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), outermost=True)
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), outermost=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), outermost=True)
@@ -2524,15 +2528,16 @@ def save_samples(model, views, path, given=0):
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
 #
 # (An option, look_right=False: the kernel of v's later layers is moved to the left, VERTICAL_LEFT.
-# Then only v_first looks right, to (r - 1, c + 1): the lag is 2, and 128x128 take 382 steps. The
-# price is a blind spot, as v sees no more than one column to the upper right; of the rest X^ tells
-# much, where there is one.)
+# Then only the first layers look right, to (r - 1, c + 1): the lag is 2, and 128x128 take 382
+# steps. The price is a blind spot, as v sees no more than one column to the upper right; of the
+# rest X^ tells much, where there is one.)
 #
 # **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
 # one is its *reader*, the other one the *source*. At (r, c) a node is computed in step lag r + c +
 # offset. With offset 0 that is the step that draws the pixel there, as for h and the output. With
-# offset -2 it is two steps before; so a step computes the node two columns to the right of its
-# pixel: at lag 8 step 24 draws pixel (0, 24), and computes the node at (0, 26).
+# offset -2 it is two steps before. So at lag 8 step 24 draws pixel (0, 24), and computes the node
+# at (0, 26), as 26 - 2 = 24: the lower the offset, the earlier in a place, and the further right in
+# a step.
 #
 # What a reader at (r, c) reads, at (r + dy, c + dx), must be computed by the reader's step:
 #
@@ -2550,10 +2555,9 @@ def save_samples(model, views, path, given=0):
 # step of pixel (r, c + 1), one too late.) Of a chain of six such convolutions the first one's
 # source has -6.
 #
-# Each value is computed as late as its readers allow: its offset is its deadline. Earlier would do
-# harm: its sources, and in the end pixels of the row above, would be needed earlier, too. But what
-# is drawn of the row above is always `lag` columns ahead of us: to need more of it means a larger
-# lag. From the output back, in the light network:
+# Each value is computed as late as its readers allow: its offset is its deadline. In a step earlier
+# means further right, and there it would need pixels of the row above further right, which only a
+# larger lag gives. From the output back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3 (from conv_in), read at (r, c + 1) by conv_out            -1
@@ -2768,7 +2772,7 @@ class Plan:
         self.allocate(next(net.parameters()))
         choose_products(self)  # puts in each read's `add`
         self.work = work_of(self.nodes, n)  # for set_threads
-        self.nodes_of = {}  # groups that are due in one step -> their nodes, in order
+        self.nodes_of = {}  # groups that are due in one step, as they come again -> their nodes
 
     def smallest_lag(self, least_lag):
         """None if it would be the width or more, as then each pixel has a wave of its own."""
@@ -2789,9 +2793,9 @@ class Plan:
         return offsets
 
     def allocate(self, weight):
-        """A read is of source.latest if that has just been computed for the same positions, by a
-        node of the same group, and only the own position is read. All others are of source.buffer,
-        with margins of zeros as wide as the kernels that read it."""
+        """A read is of source.latest if source and reader are of one group, so that it has just
+        been computed for the same positions, and only the own position is read. All others are of
+        source.buffer, with margins of zeros as wide as the kernels that read it."""
         buffered = {self.x}
         for node in self.nodes:
             for read in node.reads:
@@ -2812,7 +2816,8 @@ class Plan:
 
     def steps(self):
         """Of each step, in order: {group: Places to compute}. (In the light network from step -6
-        on. In raster order steps are pairs, see there; they only have to be in order.)"""
+        on. At half the resolution a group is due in every second step, or so. In raster order steps
+        are pairs, see there; they only have to be in order.)"""
         groups = {node.group for node in self.nodes}
         due = collections.defaultdict(dict)
         for spacing, offset in groups:
@@ -2946,8 +2951,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # when a row is begun (on a wavefront they are not).
 #
 # That can be used. A convolution is a matrix product: what the kernel reads at each of some
-# positions, times its weights; and one large product takes less time than many small ones (of one
-# image 20 to 50% of it). Call a node *by rows* if all that it reads is
+# positions, times its weights; and one large product is faster than many small ones (for one image
+# two to five times). Call a node *by rows* if all that it reads is
 #
 #     in rows above, of whatever node, as these are complete, or
 #     of a node by rows, or
@@ -3028,7 +3033,7 @@ def split_sum(node, is_output):
     product_is_early = any(read.weight is not None for read in early)
     if not product_is_early:
         return [node]
-    # A part is early, as of h's convolutions: it is split.
+    # A part is early, as of h's convolutions: it is split. (Of the output perhaps all is early.)
     part = dataclasses.replace(node, reads=early, offset=BY_ROWS)
     node.reads, node.bias = [Read(part), *late], None
     return [part, node]
@@ -3122,7 +3127,8 @@ def convolution(conv, x, size):
 # Functions of our own do not look: concat_elu(symbol) would be noted as cat and elu, and gate would
 # fail, as chunk returns two values. The decorator wrap_torch_function makes a function look, at
 # those arguments that its lambda returns, so that it is noted as a whole: Conv.forward, concat_elu
-# and gate have it. So
+# and gate have it. (What is handed on is the decorated function; its __wrapped__ is the plain one,
+# which is run later.) So
 #
 #     conv_in(symbol)  ->  Symbol.__torch_function__(Conv.forward, .., (conv_in, symbol))
 #                      ->  Recorder.record: notes a Node  ->  a Symbol of that Node
@@ -3343,7 +3349,8 @@ def as_list(images):
 
 def name_of(function):
     name = getattr(function, "__name__", str(function))
-    return function.__self__.__name__ if name == "__get__" else name  # of x.shape, "shape"
+    # x.shape is a call of __get__, of an object named "shape".
+    return function.__self__.__name__ if name == "__get__" else name
 
 
 # --- Products and threads: nothing of the method comes here ------------------------------------

@@ -43,7 +43,8 @@ For example a pyramid at 32x32, K = 2:
     views[0] = X_2     <-- psi_1 --     views[1] = X_1     <-- psi_0 --     views[2] = X_0 = X
     8x8                                 16x16                               32x32
 
-views[k].psi makes views[k - 1]. (model.views[k] is a View, which describes X_{K-k}.)
+views[k].psi makes views[k - 1], so that psi_0 is views[2].psi. (model.views[k] is a View, which
+describes X_{K-k}.)
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -289,10 +290,11 @@ def log_mass(means, log_scales, lo, hi, levels):
         its log             = log sigma(b) + log sigma(-a) + log(1 - e^(a-b))
 
     At the last level b is infinite, which leaves log sigma(-a); at level 0 a is -infinite, which
-    leaves log sigma(b). (`edges` gives finite ones there, too: masked_fill makes 0 of what is left
-    out.) This is exact and stable everywhere. (Instead, widely copied
-    code takes the density where the mass is below 1e-5: at the worst the masses of all levels then
-    sum to 1 - 1.4e-5, and a level in a tail is given up to 3 bits too many or too few.)
+    leaves log sigma(b). (`edges` does not know of open bins, and returns finite a and b there, too:
+    masked_fill makes 0 of the terms that vanish.) This is exact and stable everywhere. (Instead,
+    widely copied code takes the density where the mass is below 1e-5: at the worst the masses of
+    all levels then sum to 1 - 1.4e-5, and a level in a tail is given up to 3 bits too many or too
+    few.)
     """
     a, b = edges(means, log_scales, lo, hi, levels)
     # b - a, not by subtraction: both are large and nearly equal where a bin is narrow and far off.
@@ -337,7 +339,7 @@ class LogisticMixture:
         self.logit_probs = params[:, :k]  # (N, K, H, W)
         self.means = by_channel[:, :, :k]  # (N, 3, K, H, W), as the next two
         # PixelCNN++'s clamp: at -7 half a bin is e^7 / 255 = 4.3 scales, and one level holds 97% of
-        # a component centred on it. 7 is a guard.
+        # a component centred on it. 7 is ours, so that exp stays finite.
         self.log_scales = by_channel[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
         self.coeffs = by_channel[:, :, 2 * k :].tanh()  # dim 1: R in G, R in B, G in B
 
@@ -651,7 +653,9 @@ class Conv(nn.Module):
             y = y[:, :, before_row_0:, before_column_0:]
             return y[:, :, : 2 * height, : 2 * width]
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
-        # below and on the right. This saves the copy that padding by hand would make.
+        # below and on the right. (With rows (-1, 0) a row above and a row below: the first output
+        # reads rows -1 and 0, as it should, and the one after the last reads the row below.) This
+        # saves the copy that padding by hand would make.
         y = F.conv2d(x, weight, bias, self.stride, padding=(-top, -left))
         return y[:, :, : height // self.stride, : width // self.stride]
 
@@ -745,8 +749,8 @@ def data_dependent_init(network, *inputs):
 #     h[5] knows              x x x x x
 #     h[6] knows              x x x x x x
 #     half[3] reads both      x x x x x x
-#     h[6] reads half[3]      x x x x x x      may know those before 6
-#     h[7] reads half[3]      x x x x x x      may know those before 7 (pixel 6 comes by the skip)
+#     h[6], on the way up     x x x x x x      may know those before 6
+#     h[7], on the way up     x x x x x x      may know those before 7 (pixel 6 comes by the skip)
 #
 # In general half[q] knows those before 2 q, however many blocks there are at half the resolution.
 # (v likewise: its row 3 at half the resolution reads v's rows 5 and 6, and so knows the rows 0..5.)
@@ -837,8 +841,8 @@ class Stage(nn.Module):
 
 
 def multiple_of(layout):
-    """What height and width must be multiples of, so that they can be halved and doubled so. (Only
-    differences count, as layouts of older runs have other numbers.)"""
+    """What height and width must be multiples of, so that they can be halved and doubled so.
+    (Layouts of older runs count from X^; differences are the same.)"""
     halved = [halved for halved, _ in layout]
     return 2 ** (max(halved) - min(halved))
 
@@ -2034,7 +2038,7 @@ class Stopwatch:
         A process's first step does not count, as much happens only once. For example, of 3 minutes:
 
             before, of an earlier process                 4 s
-            at_looks, with these 4 s                      13, 14, 15 s
+            at_looks, since training began                13, 14, 15 s (with those 4)
             the first step                                13 - 4 = 9 s
             spent                                         15 - 9 = 6 s (4 before, 2 now), more
                                                           than 3% of 180 s
@@ -2535,29 +2539,31 @@ def save_samples(model, views, path, given=0):
 # **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
 # one is its *reader*, the other one the *source*. At (r, c) a node is computed in step lag r + c +
 # offset. With offset 0 that is the step that draws the pixel there, as for h and the output. With
-# offset -2 it is two steps before. So at lag 8 step 24 draws pixel (0, 24), and computes the node
-# at (0, 26), as 26 - 2 = 24: the lower the offset, the earlier in a place, and the further right in
-# a step.
+# offset -2
 #
-# What a reader at (r, c) reads, at (r + dy, c + dx), must be computed by the reader's step:
+#     at one position    it is computed two steps before the pixel
+#     in one step        it is computed two columns to the right of the pixel: at lag 8 step 24
+#                        draws pixel (0, 24), and computes it at (0, 26), as 26 - 2 = 24
+#
+# For example v's last convolution, of offset 0, is computed at (0, 24) in step 24, and reads its
+# source at (0, 25). So the source must be a column ahead: its offset is -1, or less. Of a chain of
+# six such convolutions the first one's source has -6. In general, what a reader at (r, c) reads, at
+# (r + dy, c + dx), must be computed by the reader's step:
 #
 #     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
+#                             offset_source <= offset_reader - (lag dy + dx)
 #
 # (<=, not <: within a step values are computed in the network's order, source before reader.)
-#
-#     offset_source <= offset_reader - (lag dy + dx)
 #
 # So each reader sets a *deadline*, an upper limit of its source's offset; with several readers, or
 # several values that a kernel reads, the lowest limit holds. Of a kernel that is the one of its
 # lower right corner, where lag dy + dx is largest: for v's later layers (r, c + 1), for v_first,
-# which reads rows above alone, (r - 1, c + 1). For example v's last convolution, of offset 0, reads
-# its source at (r, c + 1): the limit is 0 - (0 + 1) = -1. (With offset 0 it would be there in the
-# step of pixel (r, c + 1), one too late.) Of a chain of six such convolutions the first one's
-# source has -6.
+# which reads rows above alone, (r - 1, c + 1).
 #
-# Each value is computed as late as its readers allow: its offset is its deadline. In a step earlier
-# means further right, and there it would need pixels of the row above further right, which only a
-# larger lag gives. From the output back, in the light network:
+# Each value is computed as late as its readers allow: its offset is its deadline. Why not earlier?
+# With a lower offset it is computed further to the right, where it needs pixels of the row above
+# that are further to the right, and only a larger lag has drawn these. From the output back, in the
+# light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3 (from conv_in), read at (r, c + 1) by conv_out            -1
@@ -2626,7 +2632,8 @@ def save_samples(model, views, path, given=0):
 
 class Places(typing.NamedTuple):
     """Where a group is due in a step: `count` positions (row, column), (row + down, column +
-    right), .. in pixels of x. On a diagonal of lag 8 down = 1, right = -8."""
+    right), .. in pixels of x: down and right are steps from each to the next. On a diagonal of lag
+    8 down = 1, right = -8."""
 
     row: int
     column: int
@@ -2697,7 +2704,8 @@ class Node:
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False  # from the start, as what is made of X^ alone
     # Decided in Plan:
-    offset: float = 0  # a whole number; in raster order perhaps infinite, see there
+    by_rows: bool = False  # see Raster order
+    offset: float = 0  # a whole number; in raster order perhaps infinite
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if it is needed
     latest: torch.Tensor | None = None  # (n * positions, C)
@@ -2772,7 +2780,8 @@ class Plan:
         self.allocate(next(net.parameters()))
         choose_products(self)  # puts in each read's `add`
         self.work = work_of(self.nodes, n)  # for set_threads
-        self.nodes_of = {}  # groups that are due in one step, as they come again -> their nodes
+        # Groups that are due in one step -> their nodes: a few combinations come again and again.
+        self.nodes_of = {}
 
     def smallest_lag(self, least_lag):
         """None if it would be the width or more, as then each pixel has a wave of its own."""
@@ -2860,6 +2869,8 @@ class Plan:
         """What is read for places, (n * positions, nr_rows * nr_columns * C)."""
         if read.at_hand:
             return read.source.latest
+        # The window itself costs nothing. To make vectors of several kernel rows, or of those that
+        # overlap, reshape copies.
         window = read.source.window(places, read)
         return window.reshape(-1, math.prod(window.shape[2:]))
 
@@ -2987,17 +2998,16 @@ BY_ROWS = -math.inf  # a whole row, before its pixels; math.inf: after them; fin
 
 def in_raster_order(nodes, x):
     """Sets offsets -> the nodes, with those that are new. Raises Problem."""
-    # Forwards: which nodes are by rows. (The offsets of others are not set yet.)
+    # Forwards: which nodes are by rows.
     planned = []
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
-    # Backwards: the others' offsets. As Plan.offsets, but only what is read in a node's own row
+    # Backwards: offsets. As Plan.offsets, but only what is read in a node's own row
     # sets a deadline. (In networks of others the readers of a node may all be in lower rows. Then
     # its deadline stays +infinity: it is computed a row at once, after the row's pixels.)
     offsets = collections.defaultdict(lambda: math.inf, {planned[-1]: 0})
     for node in reversed(planned):
-        if node.offset != BY_ROWS:
-            node.offset = offsets[node]
+        node.offset = BY_ROWS if node.by_rows else offsets[node]
         for read in node.reads:
             if read.bottom == 0:
                 deadline = node.offset - read.right
@@ -3008,33 +3018,35 @@ def in_raster_order(nodes, x):
 
 
 def split_sum(node, is_output):
-    """[node], or, of a sum of which a part can be computed a row at once, [this part, the rest]:
+    """Decides whether a node is by rows -> [node], or, if it is a sum of which a part can be, [this
+    part, the rest]:
 
         before       conv_in     reads h, rows -1 and 0; v          bias
         after        the part    reads h, row -1; v                 bias    by rows
                      conv_in     reads the part; h, row 0
+
+    The output is never by rows, as it is wanted pixel by pixel: if all of it could be, the rest has
+    the part alone to read.
     """
     early, late = [], []
     for read in node.reads:
         # Rows above the node's own: of h's conv_in, from row -1 on, 1 of 2; of v_first, from row -2
         # on, 2 of 2.
         nr_above = min(read.nr_rows, (-read.top) // read.apart)
-        complete = read.source.offset == BY_ROWS or read.source.known
+        complete = read.source.by_rows or read.source.known
         nr_early = read.nr_rows if complete else nr_above
         if nr_early > 0:
             early.append(rows_of(read, 0, nr_early))
         if nr_early < read.nr_rows:
             late.append(rows_of(read, nr_early, read.nr_rows))
-    # All is early, as of v's nodes: it is by rows. (But the output is wanted pixel by pixel.)
-    if not late and not is_output:
-        node.offset = BY_ROWS
+    if not late and not is_output:  # as of v's nodes
+        node.by_rows = True
         return [node]
     # Without an early product nothing is gained. (A function, which cannot be split, has none.)
     product_is_early = any(read.weight is not None for read in early)
     if not product_is_early:
         return [node]
-    # A part is early, as of h's convolutions: it is split. (Of the output perhaps all is early.)
-    part = dataclasses.replace(node, reads=early, offset=BY_ROWS)
+    part = dataclasses.replace(node, reads=early, by_rows=True)  # as of h's convolutions
     node.reads, node.bias = [Read(part), *late], None
     return [part, node]
 
@@ -3171,7 +3183,7 @@ def traced(net, x, n, size, embeddings):
     output = net(recorder.symbol(x), embeddings)
     if not isinstance(output, Symbol) or output.node.spacing > 1 or output.node is x:
         raise Problem("sample_fast: the network's output is x, or smaller, or does not depend on x")
-    needed = {output.node}
+    needed = {output.node}  # leaving out what nobody reads, as B and C above
     for node in reversed(recorder.nodes):
         if node in needed:
             needed.update(read.source for read in node.reads)
@@ -3660,7 +3672,7 @@ def agree(out, config, factors, resume):
     if (out / "config.json").exists():
         there = read_config(out)
         if any(config.minutes) and config.minutes == there.minutes:
-            config.steps = there.steps
+            config.steps = there.steps  # what the same minutes have become
         may_differ = dict(data=config.data, data_dir=config.data_dir)
         if dataclasses.replace(there, **may_differ) != config:
             raise Problem(f"--out: {out} was begun meanwhile with other settings")

@@ -572,11 +572,9 @@ class Conv(nn.Module):
     (Direction and length of the weights are trained apart, so that the scale of outputs stays even,
     as by batch norm, but without mixing images. It needs a start, see data_dependent_init.)
 
-        plain, stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
-        up                      out(p) = b + sum over d of w_d in((p + d) / 2)  where that is whole
-
-    (up doubles height and width, on PixelCNN++'s way back: as if there were zeros between the
-    values of `in`, a 0 b 0 c 0, and an ordinary kernel read these.)
+        stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
+        up               the same with stride 1, of `in` with zeros between its values, a 0 b 0 c 0:
+                         it doubles height and width, on PixelCNN++'s way back
 
     d = (dy, dx) runs over rows x columns, and `in` is 0 outside the image. Causality is a matter of
     the two ranges (others multiply a larger kernel by a mask: a masked convolution):
@@ -596,13 +594,13 @@ class Conv(nn.Module):
         super().__init__()
         # Required: that a kernel reaches up at least as far as down, and left as far as right, as
         # rows (-2, -1), (-1, 0) and (-1, 1) do, but not (0, 1). Then torch can pad both sides
-        # alike, and we cut off what is too much. `up`: see convolve.
+        # alike, and we cut off what is too much.
         if stride not in (1, 2) or (up and stride > 1):
             raise Problem(f"Conv cannot have {stride=}, {up=}: expected stride 1 or 2, or up")
         for first, last in (rows, columns):
-            if not first <= last <= -first or (up and last < 0):
+            if not first <= last <= -first:
                 raise Problem(f"Conv cannot read {rows=}, {columns=}: expected first <= last <= "
-                              f"-first{', last of 0 or more' if up else ''}")
+                              "-first")
         self.rows, self.columns, self.stride, self.up = rows, columns, stride, up
         self.gain = gain  # the standard deviation of its outputs after data_dependent_init
         # Whether it is a network's first or last layer (of f_w the first): these compute in float32
@@ -617,8 +615,10 @@ class Conv(nn.Module):
         self.b = nn.Parameter(torch.zeros(c_out))
 
     def weight(self):
-        """g v / |v|, the norm over all but the output channels."""
-        return self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+        """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
+        weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+        # In checkpoints the v of an `up` Conv is turned by 180 degrees.
+        return weight.flip(2, 3) if self.up else weight
 
     # For sample_fast, so that a stand-in for x can be handed in, and the call noted as one (see
     # Tracing; skip it until then). With ordinary tensors it changes nothing.
@@ -632,32 +632,24 @@ class Conv(nn.Module):
             return self.convolve(x.to(self.v.dtype), self.weight(), self.b)
 
     def convolve(self, x, weight, bias):
-        (top, bottom), (left, right) = self.rows, self.columns
-        height, width = x.shape[2:]
         if self.up:
-            # By the formula in(q), times w_d, goes to out(2 q - d): the larger d, the further left.
-            # torch adds weight[0] in(q), weight[1] in(q), .. to its outputs 2 q, 2 q + 1, ..,
-            # weight[0] furthest left. So weight[0] must be w of the largest d: an `up` Conv's
-            # kernel is stored from the last d to the first. In a row with d = -1, 0, 1, of the
-            # input a b,
-            #
-            #     torch's output    0        1        2                 3        4
-            #     makes             w_1 a    w_0 a    w_-1 a + w_1 b    w_0 b    w_-1 b
-            #     which is out(p)   -1       0        1                 2        3
-            #
-            # So what comes before row 0 and column 0 is dropped, as much as the largest d.
-            # (output_padding adds a row and a column behind, for kernels of which the first d is
-            # 0.)
-            before_row_0, before_column_0 = bottom, right
-            y = F.conv_transpose2d(x, weight.transpose(0, 1), bias, stride=2, output_padding=1)
-            y = y[:, :, before_row_0:, before_column_0:]
-            return y[:, :, : 2 * height, : 2 * width]
+            x = zeros_between(x)
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
         # below and on the right. (With rows (-1, 0) a row above and a row below: the first output
         # reads rows -1 and 0, as it should, and the one after the last reads the row below.) This
         # saves the copy that padding by hand would make.
-        y = F.conv2d(x, weight, bias, self.stride, padding=(-top, -left))
+        y = F.conv2d(x, weight, bias, self.stride, padding=(-self.rows[0], -self.columns[0]))
+        height, width = x.shape[2:]
         return y[:, :, : height // self.stride, : width // self.stride]
+
+
+def zeros_between(x):
+    """(N, C, H, W) -> (N, C, 2 H, 2 W): of a b c, in rows and in columns, a 0 b 0 c 0. (torch's
+    transposed convolution leaves the zeros out; training as a whole would gain 0 to 3% by it.)"""
+    y = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    y = y.contiguous(memory_format=torch.channels_last)
+    y[:, :, ::2, ::2] = x
+    return y
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
@@ -741,9 +733,9 @@ def data_dependent_init(network, *inputs):
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
 # A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
-# pixels before p (and rows above, which kernels read as well, and which do no harm). By Conv's
-# formulas its value at half the resolution, half[q], reads h[2 q - 1] and h[2 q]; and on the way up
-# h[2 q] and h[2 q + 1] both read half[q]:
+# pixels before p (and rows above, which kernels read as well, and which do no harm). Kernels of
+# columns -1 and 0 read h[2 q - 1] and h[2 q] for half[q], h at half the resolution. On the way up
+# they read half[0] 0 half[1] 0 .., so that h[2 q] and h[2 q + 1] both get half[q]:
 #
 #     pixels                  0 1 2 3 4 5 6 7
 #     h[5] knows              x x x x x
@@ -1601,7 +1593,7 @@ class Dataset:
         if self.train is None or n >= len(self.train):
             there = "made on the fly" if self.train is None else f"{len(self.train)} in number"
             raise Problem(f"--hold-out {n}: expected fewer than all images, which are {there}")
-        # By another seed than split's, by which the lowest digests have gone to the test.
+        # By another seed than split's, so as to have nothing to do with it.
         values = digests(self.train, seed=1)
         lowest = np.argsort(values, kind="stable")[:n]
         rest = np.flatnonzero(values > values[lowest[-1]])  # not >=: a copy has the same value
@@ -2582,7 +2574,7 @@ def save_samples(model, views, path, given=0):
 # What decides the lag? All offsets are ours to choose, but that of x: pixel (r, c) is drawn at the
 # end of step lag r + c, and can be read from the next step on, as if x had offset 1. That may not
 # exceed any deadline: so a lag will do if every deadline for x is 1 or more, and we take the
-# smallest one:
+# smallest one. In the light network it is 8, as above, but now by a rule for any network:
 #
 #     reader of x    reads x at       reader's      deadline for x
 #                                     offset
@@ -2860,8 +2852,8 @@ class Plan:
             return node.function(*values)
         total = node.bias
         for read, value in zip(node.reads, values):
-            # add: total + value, or, with a weight, total + value @ weight.T. (Without a bias the
-            # sum begins with a part that was computed before, see Raster order.)
+            # add: total + value, or, with a weight, total + value @ weight.T. (There is no bias
+            # in the rest of a split sum, see Raster order.)
             total = value if total is None else read.add(total, value)
         return total
 
@@ -3090,9 +3082,8 @@ def raster_steps(size, spacing, offset):
 #          2        2     a 0 b 0 c 0               2        w_-1 a + w_0 b
 #          2        1     a 0 b 0 c 0               1        w_-1 0 + w_0 b    (in column 3: w_-1 b)
 #
-# The last one doubles the resolution, `up`. Conv says of it: out(p) = b + sum over d of w_d in((p +
-# d) / 2) where that is whole. For p = 2 and d = -1 it is not, and for d = 0 it is in(1) = b: the
-# same. So with the zeros between it is a convolution like others.
+# The last one doubles the resolution, `up`. As Conv has the same zeros between, it is an ordinary
+# convolution here.
 #
 # (A kernel that looks one column to its right at spacing 2 looks 2 pixels to the right. So in
 # six_stages(1) v looks 1 + 2 * (1 + 2 + 4 + 4 + 2 + 1) + (1 + 2) + (2 + 1) = 35 pixels to the
@@ -3103,20 +3094,17 @@ def raster_steps(size, spacing, offset):
 
 def convolution(conv, x, size):
     """A Node: what conv makes of the Node x, in images of size (H, W). Raises Problem."""
-    spacing, kernel = x.spacing * conv.stride, conv.weight()
-    if conv.up:
-        # conv.v begins with w of the last d, see Conv.convolve; here the first comes first.
-        spacing, kernel = x.spacing // 2, kernel.flip(2, 3)
+    spacing = x.spacing // 2 if conv.up else x.spacing * conv.stride
     if spacing == 0:
         raise Problem("sample_fast: values of more than the resolution of x")
     if conv.rows[1] > 0:
         raise Problem("sample_fast: the network is not causal, or reads rows below")
     if size[0] % spacing or size[1] % spacing:
         raise Problem(f"sample_fast: {size[0]}x{size[1]} cannot be halved as the network wants")
-    if kernel.shape[1] != x.channels:
-        raise Problem(f"sample_fast: a Conv of {kernel.shape[1]} channels reads {x.channels}")
+    weight = conv.weight().permute(0, 2, 3, 1)  # (F, rows, columns, C)
+    if weight.shape[3] != x.channels:
+        raise Problem(f"sample_fast: a Conv of {weight.shape[3]} channels reads {x.channels}")
     apart = min(x.spacing, spacing)
-    weight = kernel.permute(0, 2, 3, 1)  # (F, rows, columns, C)
     nr_rows, nr_columns = weight.shape[1:3]
     top, left = apart * conv.rows[0], apart * conv.columns[0]
     read = Read(x, weight.flatten(2), top, left, nr_rows, nr_columns, apart)
@@ -3232,6 +3220,7 @@ class Recorder:
         self.made = {}  # (function, Nodes) -> Node, for what is called again, as concat_elu(v)
 
     def symbol(self, node):
+        # A Tensor, so that its methods, + and the like are those of torch; empty, as none runs.
         symbol = torch.empty(0).as_subclass(Symbol)
         symbol.recorder, symbol.node = self, node
         return symbol
@@ -3270,8 +3259,8 @@ class Recorder:
             if not isinstance(a, torch.Tensor):
                 return a
             # What stands beside a Symbol, as conv_aux(e) in conv_in(a) + conv_aux(e), does not
-            # depend on x, and is known. (A single number stays one: a copy, as the network may
-            # change it in place.)
+            # depend on x, and is known. (A tensor without dimensions, as a learned scale,
+            # stays one: a copy, as the network may change it in place.)
             return self.known(a, spacing) if a.dim() > 0 else a.clone()
 
         return map_aggregate((args, kwargs), as_node)
@@ -3344,7 +3333,7 @@ def channels_of(function, nodes, weight):
     sizes = [(2, node.channels, 2, 3) for node in nodes]
     images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(weight) for s in sizes]
     lists = [as_list(image[:1]) for image in images]
-    given = list(map(torch.clone, lists))
+    given = list(map(torch.clone, lists))  # to the function, which may change them
     with contextlib.suppress(Exception):  # it may raise any kind
         made, expected = function(*given), as_list(function(*map(torch.clone, images))[:1])
         unchanged = all(map(torch.equal, given, lists))

@@ -2459,7 +2459,7 @@ def distance_to_truth(model, bound, exact, shapes, images):
              "the rest is noise. excess over the limit, bits per image:"]
     parts, result = [("total", true, bound.sum(0), exact.sum(0))], dict(true=bits)
     # In a pyramid of two views the truth of each factor is known.
-    if len(model.views) == 2 and isinstance(model.views[1].psi, Half):
+    if len(model.views) == 2 and type(model.views[1].psi) is Half:
         coarse = shapes.log_prob_half(to_array(model.views_of(to_tensor(images))[0]))
         # log p(X | X_1) = log p(X) - log p(X_1), as X_1 is a function of X.
         parts = [(model.names[0], coarse, bound[0], exact[0]),
@@ -2831,6 +2831,7 @@ class Plan:
         for step in sorted(due):
             yield due[step]
 
+    @torch.inference_mode()  # no gradients, and quicker than no_grad
     def run_step(self, due):
         """Compute what is due, {group: Places}."""
         set_threads(self, due)
@@ -2892,8 +2893,7 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     embeddings = factor.embeddings(x_hat)
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
     x = torch.zeros(n, channels, height, width, dtype=torch.uint8, device=factor.a_weight.device)
-    # inference_mode: no gradients, and quicker than no_grad.
-    with threads_put_back(), torch.inference_mode():
+    with threads_put_back(), torch.no_grad():
         for due in plan.steps():
             plan.run_step(due)
             # The output's offset is 0: where it is due pixels can be drawn.
@@ -3338,7 +3338,7 @@ def channels_of(function, nodes, weight):
         made, expected = function(*given), as_list(function(*map(torch.clone, images))[:1])
         unchanged = all(map(torch.equal, given, lists))
         alike = made.shape == expected.shape and torch.allclose(expected, made)
-        if made.dim() == 2 and alike and unchanged:
+        if alike and unchanged:
             return made.shape[1]
     raise Problem(f"sample_fast: {name_of(function)} is no function of values at one position")
 
@@ -3388,7 +3388,7 @@ def work_of(nodes, n):
 def set_threads(plan, due):
     """The number of threads for a step: all, or one. Small products gain little from more, and
     beside other load threads wait long for each other."""
-    work = max((plan.work[group] * places.count for group, places in due.items()), default=0)
+    work = max(plan.work[group] * places.count for group, places in due.items())
     torch.set_num_threads(plan.threads if work > 20_000_000 else 1)
 
 
@@ -3660,8 +3660,8 @@ def agree(out, config, factors, resume):
     """
     if (out / "config.json").exists():
         there = read_config(out)
-        if any(config.minutes) and config.minutes == there.minutes:
-            config.steps = there.steps  # what the same minutes have become
+        if any(config.minutes):
+            config.steps = there.steps  # what minutes have become
         may_differ = dict(data=config.data, data_dir=config.data_dir)
         if dataclasses.replace(there, **may_differ) != config:
             raise Problem(f"--out: {out} was begun meanwhile with other settings")

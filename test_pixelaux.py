@@ -991,6 +991,10 @@ def test_sizes_that_do_not_fit_are_named_with_those_that_do():
                 dict(name="pyramid", size=32, nr_filtres=3)):
         with pytest.raises(Problem, match="expected one of"):
             build(**bad)
+    with pytest.raises(Problem, match="multiples of 4"):  # f_w's own layout counts
+        build("pyramid", 10, **{**SMALL, "halvings": 1})
+    old = ((0, 1), (1, 1), (0, 1), (-1, 1))  # of an older version: counts from X^
+    assert build("pyramid", 12, **{**SMALL, "halvings": 1, "layout_embed": old}).size_multiple == 4
     assert make_config("tiny", model="pyramid", steps=[3, 4]).steps == (3, 4)
 
 
@@ -1221,6 +1225,22 @@ def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size
             assert node.offset == (-math.inf if by_rows else 0)
 
 
+def test_what_is_made_of_rows_above_and_of_what_is_known_is_by_rows():
+    """In raster order v is a row at once in conditional networks, too."""
+    for layout in (((0, 2),), STAGES):
+        net = CausalNet(4, 20, layout, 2, 0.0, True).double()
+        known = [torch.randn(1, 2, 8 >> halved, 4 >> halved, dtype=torch.float64)
+                 for halved in range(1 + max(halved for halved, _ in layout))]
+        with torch.no_grad():
+            plan = Plan(net, 4, 1, (8, 4), known)
+        rows_back = {plan.x: 0}
+        for node in plan.nodes:
+            back = [rows_back[source] - dy for source, dy, _ in reads_of(node)]
+            rows_back[node] = min(back, default=math.inf)
+            by_rows = rows_back[node] > 0 and node is not plan.output
+            assert node.offset == (-math.inf if by_rows else 0)
+
+
 class Own:
     """What the samplers ask of a factor, around any causal network, for images of one channel."""
 
@@ -1349,6 +1369,19 @@ class LooksAhead(nn.Module):
         return self.head(F.elu(self.above(torch.sin(row)) + self.left(x)))
 
 
+class FarAbove(nn.Module):
+    """Its first layer ends two rows above its own."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.far = Conv(c_in, 4, rows=(-3, -2), columns=(-1, 1))
+        self.left = Conv(c_in, 4, rows=(0, 0), columns=(-2, -1))
+        self.head = Conv(4, c_out, rows=(-1, 0), columns=(-1, 0), gain=2.0)
+
+    def forward(self, x, embeddings=()):
+        return self.head(F.elu(self.far(x) + self.left(x)))
+
+
 class LooksRight(nn.Module):
     """What it sees of its row ends so far to the left that the next layer may look right: it is
     computed before its pixel is due, and yet after what is of the rows above."""
@@ -1405,6 +1438,7 @@ class UsedTwice(nn.Module):
     (OneConvolution, (5, 7), 1), (OneConvolution, (4, 1), None), (OneConvolution, (1, 1), None),
     (RowsAbove, (5, 9), 3), (RowsAbove, (5, 2), None), (LooksAhead, (4, 12), 7),
     (LooksAhead, (4, 3), None), (LooksAhead, (4, 1), None),
+    (FarAbove, (7, 9), 1), (FarAbove, (7, 1), None),
     (LooksRight, (4, 9), 3), (LooksRight, (4, 3), None), (LooksRight, (4, 2), None),
     (Hourglass, (8, 24), 4), (Hourglass, (8, 4), None)],
     ids=lambda v: getattr(v, "__name__", str(v)))
@@ -1614,6 +1648,13 @@ def plus_equals_of_two_names(net, h, x):
     return h * other
 
 
+def plus_equals_a_value(net, h, x):
+    other = net.more(h)
+    more = other
+    more += h
+    return h * other
+
+
 def known_that_changes(net, h, x):
     known = net.place - 0.5
     before = h + known
@@ -1643,6 +1684,10 @@ AT_ONE_POSITION = {  # functions of values at one position: they must be right
     "slices": lambda net, h, x: h * h[:, :1] + h[:, 1:2] * h[:, 2:3],
     "softmax over channels": lambda net, h, x: h.softmax(1) * h,
     "h + h": lambda net, h, x: h + h,
+    "difference": lambda net, h, x: net.more(h) - h,
+    "difference of convolutions": lambda net, h, x: h - net.more(h.sin()) - net.more(h),
+    "a vector over columns": lambda net, h, x: h * net.place[0, 0, 0],
+    "a matrix over the image": lambda net, h, x: net.more(h) + net.place[0, 0],
     "a convolution twice": lambda net, h, x: net.more(h) + net.more(h),
     "a convolution read twice": lambda net, h, x: F.elu(net.more(h)) + net.more(h),
     "an unused value": lambda net, h, x: (torch.tanh(net.more(h)), h)[1],
@@ -1670,6 +1715,7 @@ REFUSED_OR_RIGHT = {
     "chunk": two_of_chunk,
     "where": lambda net, h, x: torch.where(h > 0, h, 0.1 * h),
     "+=": plus_equals, "+= of two names": plus_equals_of_two_names,
+    "+= of a value": plus_equals_a_value, "group_norm": lambda net, h, x: F.group_norm(h, 2) + h,
     "in place": elu_in_place, "module in place": module_in_place,
     "method in place": lambda net, h, x: net.more(h) + h.relu_(),
     "over the columns: softmax": lambda net, h, x: h.softmax(-1),
@@ -1727,6 +1773,66 @@ def test_networks_that_make_no_image_are_refused_when_they_are_planned(change):
         change(net)
         with pytest.raises(Problem, match="sample_fast"):
             Plan(net.double(), 2, 1, (6, 14))
+
+
+def test_channels_are_compared_when_a_convolution_is_noted():
+    net = Around(lambda net, h, x: h, (6, 14)).double()
+    with torch.no_grad():
+        Plan(net, 2, 1, (6, 14))  # control
+        net.head = Conv(3, 6, rows=(0, 0), columns=(0, 0)).double()
+        with pytest.raises(Problem, match="a Conv of 3 channels reads 4"):
+            Plan(net, 2, 1, (6, 14))
+
+
+def test_dropout_is_refused_in_training_mode():
+    """PixelAux.sample sees to it that networks are in evaluation mode."""
+    net = CausalNet(4, 20, ((0, 1),), 2, 0.5, False)
+    with torch.no_grad():
+        Plan(net.eval(), 4, 1, (8, 8))  # control
+        with pytest.raises(Problem, match="dropout"):
+            Plan(net.train(), 4, 1, (8, 8))
+
+
+@pytest.mark.parametrize("between, name", [
+    (lambda net, h, x: h.softmax(-1), "softmax"), (lambda net, h, x: h * h.shape[1], "shape"),
+    (lambda net, h, x: F.group_norm(h, 2), "group_norm")])
+def test_refusals_name_the_function(between, name):
+    with torch.no_grad(), pytest.raises(Problem, match=f"sample_fast: {name} is no function"):
+        Plan(Around(between, (6, 14)).double(), 2, 1, (6, 14))
+
+
+@pytest.mark.parametrize("between", [
+    lambda net, h, x: net.more(h.tanh()) + net.more(h.sin()),
+    lambda net, h, x: net.more(h.tanh()) + h.sin(),
+    lambda net, h, x: h.sin() + net.more(h.tanh())])
+def test_a_sum_takes_its_convolutions_in(between):
+    """Three sums are left: the first layers', this one, the head."""
+    with torch.no_grad():
+        plan = Plan(Around(between, (6, 14)).double(), 2, 1, (6, 14))
+    assert sum(node.is_sum for node in plan.nodes) == 3
+    assert {node.function.__name__ for node in plan.nodes if not node.is_sum} == {"tanh", "sin"}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_samples_are_ordinary_tensors(fast):
+    """Also what a Draw sees: they may be changed, and gradients may flow through what reads them."""
+    model, seen = small("pyramid", (8, 16), halvings=1), []
+
+    class Keep(Draw):
+        def __call__(self, *arguments):
+            seen.append(super().__call__(*arguments))
+            return seen[-1]
+
+    factor = model.factors[0]
+    noise = torch.rand(2, 6, *factor.view.shape[1:], dtype=torch.float64)
+    with torch.no_grad():
+        x = (sample_fast if fast else sample_naive)(factor, 2, None, Keep(noise))
+    for values in (x, seen[0], *model.sample(1, fast=fast)):
+        assert not values.is_inference()
+        weights = torch.randn(256, dtype=torch.float64).requires_grad_()
+        weights[values.long()].sum().backward()
+        values.add_(1)
+    assert not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize("output", [
@@ -3440,6 +3546,37 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     os.close(read), os.close(write)
 
 
+def test_a_run_that_was_begun_meanwhile_is_agreed_with_or_refused(tmp_path):
+    """What the other's minutes have become is taken over; places of the data may differ, and
+    nothing else; a factor that is there by now is refused, unless it is resumed."""
+
+    def config(**fields):
+        return make_config("tiny", model="pyramid", size=(16, 16), data_set="one", **fields)
+
+    def agreed(there, ours, factors=(1,), resume=False):
+        pixelaux.write_config(tmp_path, there)
+        pixelaux.agree(tmp_path, ours, factors, resume)
+        return ours
+
+    minutes = dict(minutes=(0.5,), steps=(0,))
+    there = config(minutes=(0.5,), steps=(900, 0))
+    assert tuple(agreed(there, config(**minutes)).steps) == (900, 0)
+    for other in (config(minutes=(0.6,), steps=(0,)), config(seed=1, **minutes)):
+        with pytest.raises(Problem, match="other settings"):
+            agreed(there, other)
+    with pytest.raises(Problem, match="other settings"):  # without minutes steps are a setting
+        agreed(config(steps=(900,)), config(steps=(800,)))
+    moved = config(data="folder:/there", data_dir="/a", **minutes)
+    agreed(config(data="folder:/here", data_dir="/b", **minutes), moved)
+    assert (moved.data, moved.data_dir) == ("folder:/there", "/a")
+    (tmp_path / "factor-1.pt").touch()
+    agreed(there, config(**minutes), factors=[0])
+    agreed(there, config(**minutes), factors=[0, 1], resume=True)
+    for factors in ([1], [0, 1]):
+        with pytest.raises(Problem, match="holds a run by now"):
+            agreed(there, config(**minutes), factors)
+
+
 # --- Checkpoints that cannot be used -------------------------------------------------------------
 
 
@@ -4021,6 +4158,38 @@ def test_columns_of_the_report_are_in_line_whatever_views_are_called():
         rows = lines[heading : heading + 3]
         assert len({len(line) for line in rows}) == 1
         assert all(row.startswith(name) for row, name in zip(rows[1:], names))
+
+
+def test_the_reports_interval_is_that_of_its_dict():
+    """The interval in the table is that of the dict, the same each time; of one image there is none."""
+    model, (data, _) = build("pyramid", 16, **SMALL_RUN), pixelaux.load_data("shapes")
+    rng = np.random.default_rng(0)
+    bound = rng.uniform(-3000, -2000, (len(model.views), 12))
+    exact = bound + rng.uniform(100, 300, bound.shape)
+    text, result = pixelaux.report(model, bound, exact, data, data.test[:12])
+    assert pixelaux.report(model, bound, exact, data, data.test[:12]) == (text, result)
+    of_bound, of_exact = ("{:.4f}..{:.4f}".format(*result[f"{kind}_interval"])
+                          for kind in ("bound", "exact"))
+    assert f"95% interval over the images: bound {of_bound}, exact {of_exact}" in text
+    assert of_bound != of_exact
+    text, _ = pixelaux.report(model, bound[:, :1], exact[:, :1], data, data.test[:1])
+    assert "1 test image," in text and "95%" not in text
+
+
+def test_of_three_views_the_truth_of_x_alone_is_told(monkeypatch):
+    """Nor is that of a view that is not made by Half itself."""
+    class OtherHalf(Half):
+        pass
+
+    monkeypatch.setitem(pixelaux.MODELS, "other", [OtherHalf])
+    data, _ = pixelaux.load_data("shapes", size=(16, 16))
+    model = build("pyramid", 16, **{**SMALL_RUN, "halvings": 2})
+    bound = np.full((3, 4), -3000.0)
+    _, result = pixelaux.report(model, bound, bound, data, data.test[:4])
+    assert [key for key in result if "excess" in key] == ["excess_bits total"]
+    _, result = pixelaux.report(
+        build("other", 16, **SMALL_RUN), bound[:2], bound[:2], data, data.test[:4])
+    assert [key for key in result if "excess" in key] == ["excess_bits total"]
 
 
 # --- Sampling from the command line --------------------------------------------------------------

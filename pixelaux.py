@@ -380,8 +380,8 @@ class LogisticMixture:
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        and blue likewise, with the weights w_k m_k(r) m_k(g | r). (Given r, the weights are the
-        same as without the cut, which divides all p(k, r) = w_k m_k(r) by one number. If each
+        and blue likewise, with the weights w_k m_k(r) m_k(g | r). The cut of red divides all
+        w_k m_k(r) by one number, which cancels in the weights given r: they need no M. (If each
         component were cut by itself, one with hardly any mass on the interval would keep all of its
         weight there.)
         """
@@ -502,11 +502,12 @@ def logistic_between(a, b, u):
     low = torch.where(flip, -b, a)
     high = torch.where(flip, -a, b)
     u = torch.where(flip, 1 - u, u)
-    #     sigma(low) = ratio sigma(high)
+    # With ratio = sigma(low) / sigma(high)
+    #
     #     sigma(z) = sigma(low) + u (sigma(high) - sigma(low)) = sigma(high) (ratio + u (1 - ratio))
     #
     # and z is its logit. All by logs, as sigma may be too small for a number.
-    ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))  # sigma(low) / sigma(high)
+    ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
     return torch.where(flip, -z, z)
@@ -617,7 +618,8 @@ class Conv(nn.Module):
     def weight(self):
         """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
         weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        # In checkpoints the v of an `up` Conv is turned by 180 degrees.
+        # Only a matter of storage: in checkpoints the v of an `up` Conv is that of torch's
+        # transposed convolution, which is turned by 180 degrees.
         return weight.flip(2, 3) if self.up else weight
 
     # For sample_fast, so that a stand-in for x can be handed in, and the call noted as one (see
@@ -635,9 +637,9 @@ class Conv(nn.Module):
         if self.up:
             x = zeros_between(x)
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
-        # below and on the right. (With rows (-1, 0) a row above and a row below: the first output
-        # reads rows -1 and 0, as it should, and the one after the last reads the row below.) This
-        # saves the copy that padding by hand would make.
+        # below and on the right. (With columns (-1, 0) of a b c it makes 0 a b c 0, and of that 0a,
+        # ab, bc, c0: the last one is too much.) This saves the copy that padding by hand would
+        # make.
         y = F.conv2d(x, weight, bias, self.stride, padding=(-self.rows[0], -self.columns[0]))
         height, width = x.shape[2:]
         return y[:, :, : height // self.stride, : width // self.stride]
@@ -734,15 +736,15 @@ def data_dependent_init(network, *inputs):
 #
 # A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
 # pixels before p (and rows above, which kernels read as well, and which do no harm). Kernels of
-# columns -1 and 0 read h[2 q - 1] and h[2 q] for half[q], h at half the resolution. On the way up
-# they read half[0] 0 half[1] 0 .., so that h[2 q] and h[2 q + 1] both get half[q]:
+# columns -1 and 0 read h[2 q - 1] and h[2 q] for half[q], its value at half the resolution. On the
+# way up they read half[0] 0 half[1] 0 ..: up[2 q] reads 0 and half[q], up[2 q + 1] half[q] and 0.
 #
 #     pixels                  0 1 2 3 4 5 6 7
 #     h[5] knows              x x x x x
 #     h[6] knows              x x x x x x
 #     half[3] reads both      x x x x x x
-#     h[6], on the way up     x x x x x x      may know those before 6
-#     h[7], on the way up     x x x x x x      may know those before 7 (pixel 6 comes by the skip)
+#     up[6] reads half[3]     x x x x x x      may know those before 6
+#     up[7] reads half[3]     x x x x x x      may know those before 7 (pixel 6 comes by the skip)
 #
 # In general half[q] knows those before 2 q, however many blocks there are at half the resolution.
 # (v likewise: its row 3 at half the resolution reads v's rows 5 and 6, and so knows the rows 0..5.)
@@ -2109,10 +2111,10 @@ class Optimizer:
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step.
 
-        Without that v would grow (threefold in the first 400 steps of `tiny`). For only its
-        direction counts, so that the gradient is at a right angle to it; a step at a right angle
-        makes it longer, and Muon's are roughly so, on average. And a step, whose length is always
-        the same, turns a longer v by a smaller angle: learning would fade.
+        Without that v would grow (threefold in the first 400 steps of `tiny`). In the weight, g v /
+        |v|, the length of v changes nothing: so the gradient has no part along v; and a step across
+        it makes it longer, as Muon's are, roughly, on average. Steps are always of one length, and
+        turn a longer v by a smaller angle: learning would fade.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2530,12 +2532,9 @@ def save_samples(model, views, path, given=0):
 #
 # **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
 # one is its *reader*, the other one the *source*. At (r, c) a node is computed in step lag r + c +
-# offset. With offset 0 that is the step that draws the pixel there, as for h and the output. With
-# offset -2
-#
-#     at one position    it is computed two steps before the pixel
-#     in one step        it is computed two columns to the right of the pixel: at lag 8 step 24
-#                        draws pixel (0, 24), and computes it at (0, 26), as 26 - 2 = 24
+# offset. Offset 0 is the step that draws the pixel there, as for h and the output; a smaller one is
+# earlier. In one step a node of offset -2 is two columns ahead of the pixel that is drawn: at lag 8
+# step 24 draws pixel (0, 24), and computes the node at (0, 26), as 26 - 2 = 24.
 #
 # For example v's last convolution, of offset 0, is computed at (0, 24) in step 24, and reads its
 # source at (0, 25). So the source must be a column ahead: its offset is -1, or less. Of a chain of
@@ -2547,15 +2546,14 @@ def save_samples(model, views, path, given=0):
 #
 # (<=, not <: within a step values are computed in the network's order, source before reader.)
 #
-# So each reader sets a *deadline*, an upper limit of its source's offset; with several readers, or
-# several values that a kernel reads, the lowest limit holds. Of a kernel that is the one of its
-# lower right corner, where lag dy + dx is largest: for v's later layers (r, c + 1), for v_first,
-# which reads rows above alone, (r - 1, c + 1).
+# So each reader sets a *deadline* for its source, the right side: the largest offset that the
+# source may have. With several readers, or several values that a kernel reads, the smallest one
+# counts. Of a kernel that is the one of its lower right corner, where lag dy + dx is largest: for
+# v's later layers (r, c + 1), for v_first, which reads rows above alone, (r - 1, c + 1).
 #
-# Each value is computed as late as its readers allow: its offset is its deadline. Why not earlier?
-# With a lower offset it is computed further to the right, where it needs pixels of the row above
-# that are further to the right, and only a larger lag has drawn these. From the output back, in the
-# light network:
+# Each value is computed as late as its readers allow: its offset is its deadline. (Earlier it would
+# be further ahead, and so would need pixels of the row above that are further ahead; only a larger
+# lag has drawn these.) From the output back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3 (from conv_in), read at (r, c + 1) by conv_out            -1
@@ -2572,22 +2570,28 @@ def save_samples(model, views, path, given=0):
 #               drawn)
 #
 # What decides the lag? All offsets are ours to choose, but that of x: pixel (r, c) is drawn at the
-# end of step lag r + c, and can be read from the next step on, as if x had offset 1. That may not
-# exceed any deadline: so a lag will do if every deadline for x is 1 or more, and we take the
-# smallest one. In the light network it is 8, as above, but now by a rule for any network:
+# end of step lag r + c, and can be read from step lag r + c + 1 on, so its offset is 1. With
+# offset_source = 1 the inequality must hold for each reader of x, and the lag is the smallest for
+# which it does:
 #
-#     reader of x    reads x at       reader's      deadline for x
-#                                     offset
-#     v_first        (r - 1, c + 1)       -6        -6 - (-lag + 1) = lag - 7     lag >= 8, as above
-#     h_above        (r - 1, c + 1)        0        lag - 1                       lag >= 2
-#     h_left         (r, c - 1)            0        1                             any lag
+#     reader of x    reads x at        its offset    1 <= its offset - (lag dy + dx)
+#     v_first        (r - 1, c + 1)    -6            1 <= -6 + lag - 1         lag >= 8, as above
+#     h_above        (r - 1, c + 1)     0            1 <=  0 + lag - 1         lag >= 2
+#     h_left         (r, c - 1)         0            1 <=  0 + 1               any lag
 #
-# (If v's end were computed 3 steps earlier than needed, v_first would have offset -9, its deadline
-# for x would be lag - 10, and the lag 11.)
+# (If v's end were computed 3 steps earlier than needed, v_first would have offset -9, and the lag
+# would be 11.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
-# functions of values at one position. Words:
+# functions of values at one position. The loop is
+#
+#     for each step                   Plan.steps
+#         for each node that is due   Plan.run_step
+#             read, compute, store    Plan.value, Plan.compute, Node.window
+#         draw the pixels where the output was computed, write them into x
+#
+# Words:
 #
 #     node      as above, for example v_first(x): C channels at each of its positions
 #     group     nodes that are computed in the same steps at the same positions
@@ -2651,7 +2655,7 @@ class Read:
     """
 
     source: "Node"
-    weight: torch.Tensor | None = None  # (F, nr_rows, nr_columns * C); see rows_of
+    weight: torch.Tensor | None = None  # (F, nr_rows, nr_columns * C), as Raster order splits rows
     top: int = 0
     left: int = 0
     nr_rows: int = 1
@@ -2720,11 +2724,11 @@ class Node:
         """A torch view (no copy), (n, count, nr_rows, nr_columns, C), of `buffer`: of each image,
         for each position of `places`, the rectangle that `read` tells, or the position alone.
 
-        In NHWC neighbours with all their channels are one run of memory, so that what a kernel row
-        reads at a position is a vector; neighbouring vectors overlap, and begin at equal distances.
-        So do those of a diagonal: a row down and lag columns to the left. So a view with the right
-        strides is all that is needed: no copy, and no table of indices. With 2 channels, rows of 5
-        columns, no margins, lag 3, and a kernel of one row and 2 columns, c and c + 1:
+        torch's as_strided(size, strides, start) is a view of which element i, j, .. is number start
+        + i strides[0] + j strides[1] + .. of the memory: no copy, and no table of indices. It will
+        do, as positions are equally far apart in memory, on a diagonal next_place: a row down and
+        lag columns to the left. With 2 channels, rows of 5 columns, no margins, lag 3, and a kernel
+        of one row and 2 columns, c and c + 1:
 
             element of the buffer     0 1   2 3   4 5   6 7   8 9     row 0, columns 0 .. 4
                                     10 11 12 13 14 15 16 17 18 19     row 1
@@ -2734,8 +2738,6 @@ class Node:
 
         With a margin of a row above and a column on the left rows have 12 elements, and position 0
         starts at (0 + 1) * 12 + (3 + 1) * 2 = 20.
-        (as_strided: element i, j, .. is number start + i strides[0] + j strides[1] + .. of the
-        memory.)
         """
         read = read or Read(self)  # of one value, at the position itself
         next_image, next_row, next_column, _ = self.buffer.stride()
@@ -2770,8 +2772,9 @@ class Plan:
         else:  # the image is too narrow
             self.nodes = in_raster_order(self.nodes, self.x)
         self.allocate(next(net.parameters()))
-        choose_products(self)  # puts in each read's `add`
-        self.work = work_of(self.nodes, n)  # for set_threads
+        # For speed alone, see Products and threads: puts in each read's `add`; for set_threads.
+        choose_products(self)
+        self.work = work_of(self.nodes, n)
         # Groups that are due in one step -> their nodes: a few combinations come again and again.
         self.nodes_of = {}
 
@@ -2834,7 +2837,7 @@ class Plan:
     @torch.inference_mode()  # no gradients, and quicker than no_grad
     def run_step(self, due):
         """Compute what is due, {group: Places}."""
-        set_threads(self, due)
+        set_threads(self, due)  # for speed alone
         groups = tuple(due)
         if groups not in self.nodes_of:
             self.nodes_of[groups] = [
@@ -3087,9 +3090,9 @@ def raster_steps(size, spacing, offset):
 #
 # (A kernel that looks one column to its right at spacing 2 looks 2 pixels to the right. So in
 # six_stages(1) v looks 1 + 2 * (1 + 2 + 4 + 4 + 2 + 1) + (1 + 2) + (2 + 1) = 35 pixels to the
-# right: by its first layer, by two convolutions in each of the six blocks, on the way down and on
-# the way up. The lag is 36. That of six_stages(6) is 176; images that are no wider are sampled in
-# raster order.)
+# right: by its first layer, by two convolutions in each of the six blocks, and by one at each
+# change of resolution, which reaches by the finer spacing. The lag is 36. That of six_stages(6) is
+# 176; images that are no wider are sampled in raster order.)
 
 
 def convolution(conv, x, size):
@@ -3120,9 +3123,16 @@ def convolution(conv, x, size):
 #                                    are (N, C), those at the positions that are due
 #
 # To note it, the network's forward pass is run on a stand-in for x, a Symbol, that has no numbers.
-# Every function of torch looks at its arguments before it runs: if one of them has a method
-# __torch_function__, it calls that in its place, and returns what this returns. Symbol's notes the
-# call as a Node, and returns a Symbol of that.
+# Every function of torch looks at its arguments before it runs: if the class of one of them has a
+# method __torch_function__, it calls that in its place, and returns what this returns. So with
+#
+#     class Symbol(torch.Tensor):
+#         @classmethod
+#         def __torch_function__(cls, function, types, args=(), kwargs=None):
+#             print(function.__name__)
+#
+# F.elu(symbol) would print "elu", and symbol + symbol "add". Ours notes the call as a Node, and
+# returns a Symbol of that.
 #
 # Functions of our own do not look: concat_elu(symbol) would be noted as cat and elu, and gate would
 # fail, as chunk returns two values. The decorator wrap_torch_function makes a function look, at
@@ -3293,7 +3303,8 @@ def sum_of(nodes):
     for node in nodes:
         if node.is_sum:
             total.bias = total.bias + node.bias
-            total.reads += map(dataclasses.replace, node.reads)  # copies: others may read node
+            # Copies, as Plan writes into a Read what depends on its reader.
+            total.reads += map(dataclasses.replace, node.reads)
         else:
             total.reads.append(Read(node))
     return total

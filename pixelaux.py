@@ -618,8 +618,8 @@ class Conv(nn.Module):
     def weight(self):
         """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
         weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        # Only a matter of storage: in checkpoints the v of an `up` Conv is that of torch's
-        # transposed convolution, which is turned by 180 degrees.
+        # Only a matter of storage, to read older files: the v of an `up` Conv is turned by 180
+        # degrees.
         return weight.flip(2, 3) if self.up else weight
 
     # For sample_fast, so that a stand-in for x can be handed in, and the call noted as one (see
@@ -757,7 +757,8 @@ def six_stages(blocks):
 
 def skip_source(layout, i, j):
     """Where block j of stage i has its skip from, as (stage, block): the last stage before at its
-    resolution, whose blocks are taken from the last to the first. None if there is none."""
+    resolution, whose blocks are taken from the last to the first. None if there is no such stage,
+    or if it has fewer blocks."""
     halved = layout[i][0]
     earlier = [k for k in range(i) if layout[k][0] == halved]
     if not earlier or j >= layout[earlier[-1]][1]:
@@ -1955,11 +1956,12 @@ def progress_bar(iterable=None, **options):
 # and its loop is
 #
 #     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
-#     at a look     (some 20 steps apart) what follows, in this order
+#     at a look     what the table below has, in this order
 #
-# To read the loss means to wait for the device, so there is a look every 20 steps only, and after
-# the last one. More often in short runs; after each step while their number is not known
-# (--minutes); and, of a single process, when a signal comes.
+# A look is made after a step whose loss is read. That means to wait for the device, so there is one
+# every 20 steps only, and after the last one; in short runs every hundredth part of the steps;
+# after each step while their number is not known (--minutes); and, of a single process, when a
+# signal comes.
 #
 #     what is done at a look                            at which looks
 #     is the loss finite?                               all
@@ -1971,7 +1973,7 @@ def progress_bar(iterable=None, **options):
 #                                                       (--save-every); when minutes have become
 #                                                       steps; at a signal
 #     stop                                              at a signal
-#     pictures                                          each quarter but the last; then by train
+#     pictures                                          each quarter but the last (then by `train`)
 #
 # With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
 # becomes a number, once and for all: it is written to config.json, and all that follows is again a
@@ -2533,8 +2535,8 @@ def save_samples(model, views, path, given=0):
 # **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
 # one is its *reader*, the other one the *source*. At (r, c) a node is computed in step lag r + c +
 # offset. Offset 0 is the step that draws the pixel there, as for h and the output; a smaller one is
-# earlier. In one step a node of offset -2 is two columns ahead of the pixel that is drawn: at lag 8
-# step 24 draws pixel (0, 24), and computes the node at (0, 26), as 26 - 2 = 24.
+# earlier. So in row 0 a step computes the node in column step - offset: at lag 8 step 24 draws
+# pixel (0, 24), and computes a node of offset -2 two columns further to the right, at (0, 26).
 #
 # For example v's last convolution, of offset 0, is computed at (0, 24) in step 24, and reads its
 # source at (0, 25). So the source must be a column ahead: its offset is -1, or less. Of a chain of
@@ -2551,9 +2553,10 @@ def save_samples(model, views, path, given=0):
 # counts. Of a kernel that is the one of its lower right corner, where lag dy + dx is largest: for
 # v's later layers (r, c + 1), for v_first, which reads rows above alone, (r - 1, c + 1).
 #
-# Each value is computed as late as its readers allow: its offset is its deadline. (Earlier it would
-# be further ahead, and so would need pixels of the row above that are further ahead; only a larger
-# lag has drawn these.) From the output back, in the light network:
+# Each value is computed as late as its readers allow: its offset is its deadline. (Earlier, it
+# would be further ahead, and so would need pixels of the row above that are further ahead; only a
+# larger lag has drawn these. If v's end were computed 3 steps earlier than needed, all of v would
+# be 3 columns further to the right, and the lag 11.) From the output back, in the light network:
 #
 #     the output; h, whose readers read nothing to their right; v at the end      0
 #     v within block 3 (from conv_in), read at (r, c + 1) by conv_out            -1
@@ -2578,9 +2581,6 @@ def save_samples(model, views, path, given=0):
 #     v_first        (r - 1, c + 1)    -6            1 <= -6 + lag - 1         lag >= 8, as above
 #     h_above        (r - 1, c + 1)     0            1 <=  0 + lag - 1         lag >= 2
 #     h_left         (r, c - 1)         0            1 <=  0 + 1               any lag
-#
-# (If v's end were computed 3 steps earlier than needed, v_first would have offset -9, and the lag
-# would be 11.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -3134,8 +3134,8 @@ def convolution(conv, x, size):
 # F.elu(symbol) would print "elu", and symbol + symbol "add". Ours notes the call as a Node, and
 # returns a Symbol of that.
 #
-# Functions of our own do not look: concat_elu(symbol) would be noted as cat and elu, and gate would
-# fail, as chunk returns two values. The decorator wrap_torch_function makes a function look, at
+# Functions of our own do not do so: concat_elu(symbol) would be noted as cat and elu, and gate
+# would fail, as chunk returns two values. The decorator wrap_torch_function makes them look, at
 # those arguments that its lambda returns, so that it is noted as a whole: Conv.forward, concat_elu
 # and gate have it. (What is handed on is the decorated function; its __wrapped__ is the plain one,
 # which is run later.) So
@@ -3159,9 +3159,9 @@ def convolution(conv, x, size):
 # A sum takes in its convolutions, so that it is one running total in place of two results and an
 # addition. In the end nobody reads B and C, and they are dropped.
 #
-# What does not depend on x is an ordinary tensor, computed as ever, at once for the whole image. So
-# is conv_aux of the embedding; where it is added to a Node, a Node is made of it that is `known`,
-# and has its buffer from the start.
+# What does not depend on x, as f_w(X^) and conv_aux of it, is no Symbol: it is really computed,
+# once for the whole image. Where such a tensor is added to a Symbol, a Node is made of it that is
+# `known`, and has its buffer from the start.
 #
 # To run it, Nodes are replaced by values: A.function is concat_elu itself. But torch hands on
 # F.elu(h) as elu(h, alpha=1.0, inplace=False), and so nodes_to_values makes a function that has the

@@ -2318,7 +2318,7 @@ def restore(saved, path, trained, average, optimizer):
         training, [averaged] = saved["training"], saved["factors"].values()
         trained.load_state_dict(training["weights"])
         average.module.load_state_dict(averaged)
-        # At 0 the first update would put the weights in the place of their average.
+        # At its first update, number 0, AveragedModel copies the weights; then it averages.
         average.n_averaged.fill_(training["step"])
         optimizer.load_state_dict(training["optimizer"])
         return training["step"], training["seconds"]
@@ -2582,6 +2582,9 @@ def save_samples(model, views, path, given=0):
 #     h_above        (r - 1, c + 1)     0            1 <=  0 + lag - 1         lag >= 2
 #     h_left         (r, c - 1)         0            1 <=  0 + 1               any lag
 #
+# (Of CausalNet's nodes only x is read from rows above alone, so that the other offsets do not
+# depend on the lag. In other networks they may: so smallest_lag tries one lag after the other.)
+#
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
 # functions of values at one position. The loop is
@@ -2605,13 +2608,14 @@ def save_samples(model, views, path, given=0):
 # order in which they are computed within a step (no buffer: `latest` will do):
 #
 #     node                                 offset    buffer, and for whom
-#     v_first(x)                             -2      for v's gate (x + a sigmoid(b)), at offset 0
+#     v_first(x)                             -2      for v's gate (x + a sigmoid(b)), at offset 0;
+#                                                    it is its concat_elu that needs it at -2
 #     h_above(x) + h_left(x): one sum         0      none
-#     concat_elu of v_first                  -2      for conv_in, which reads (r, c + 1), too
+#     concat_elu of v_first                  -2      for conv_in, at -1, which reads (r, c + 1)
 #     v's conv_in                            -1      none: concat_elu, at -1 as well, takes `latest`
 #     concat_elu of that                     -1      for conv_out
 #     v's conv_out; gate; concat_elu          0      none: h reads it at its own position
-#     concat_elu of h's sum                   0      for conv_in, which reads (r - 1, c), too
+#     concat_elu of h's sum                   0      for conv_in, which reads (r - 1, c)
 #     h's conv_in, and v by a conv_aux        0      none: this is one sum, too
 #     concat_elu of that                      0      for conv_out
 #     h's conv_out; gate; elu; last           0      none
@@ -2820,8 +2824,8 @@ class Plan:
 
     def steps(self):
         """Of each step, in order: {group: Places to compute}. (In the light network from step -6
-        on. At half the resolution a group is due in every second step, or so. In raster order steps
-        are pairs, see there; they only have to be in order.)"""
+        on. At half the resolution a group is due in every second step at most. In raster order
+        steps are pairs, see there; they only have to be in order.)"""
         groups = {node.group for node in self.nodes}
         due = collections.defaultdict(dict)
         for spacing, offset in groups:
@@ -2865,8 +2869,7 @@ class Plan:
         """What is read for places, (n * positions, nr_rows * nr_columns * C)."""
         if read.at_hand:
             return read.source.latest
-        # The window itself costs nothing. To make vectors of several kernel rows, or of those that
-        # overlap, reshape copies.
+        # The window is a view. reshape copies where what is read is not one run of memory.
         window = read.source.window(places, read)
         return window.reshape(-1, math.prod(window.shape[2:]))
 
@@ -2997,9 +3000,10 @@ def in_raster_order(nodes, x):
     planned = []
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
-    # Backwards: offsets. As Plan.offsets, but only what is read in a node's own row
-    # sets a deadline. (In networks of others the readers of a node may all be in lower rows. Then
-    # its deadline stays +infinity: it is computed a row at once, after the row's pixels.)
+    # Backwards: offsets. As Plan.offsets, but only what is read in a node's own row sets a
+    # deadline, as rows above are complete. (In networks of others the readers of a node may all be
+    # in lower rows. Then its deadline stays +infinity: it is computed a row at once, after the
+    # row's pixels.)
     offsets = collections.defaultdict(lambda: math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         node.offset = BY_ROWS if node.by_rows else offsets[node]
@@ -3007,7 +3011,7 @@ def in_raster_order(nodes, x):
             if read.bottom == 0:
                 deadline = node.offset - read.right
                 offsets[read.source] = min(offsets[read.source], deadline)
-    if offsets[x] < 1:
+    if offsets[x] < 1:  # pixel c can be read from step (r, c + 1) on
         raise Problem("sample_fast: the network is not causal")
     return planned
 
@@ -3025,8 +3029,8 @@ def split_sum(node, is_output):
     """
     early, late = [], []
     for read in node.reads:
-        # Rows above the node's own: of h's conv_in, from row -1 on, 1 of 2; of v_first, from row -2
-        # on, 2 of 2.
+        # A kernel that begins at row `top` has -top / apart rows above the node's own: h's conv_in
+        # (top -1, 2 rows) 1, v_first (top -2, 2 rows) 2, which is all.
         nr_above = min(read.nr_rows, (-read.top) // read.apart)
         complete = read.source.by_rows or read.source.known
         nr_early = read.nr_rows if complete else nr_above

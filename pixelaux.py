@@ -1919,7 +1919,10 @@ class Quiet:
     """stderr, for progress and warnings. What cannot be shown is not shown: that a terminal is gone
     must not end training."""
 
+    in_line = False  # whether a bar stands in the line
+
     def write(self, text):
+        Quiet.in_line = not text.endswith("\n")
         with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(text)
 
@@ -1928,8 +1931,14 @@ class Quiet:
             sys.stderr.flush()
 
 
+def say(text):
+    """A line of its own on stderr."""
+    newline = "\n" if Quiet.in_line else ""
+    print(f"{newline}pixelaux: {text}", file=Quiet())
+
+
 def warn(text):
-    print(f"pixelaux: warning: {text}", file=Quiet())
+    say(f"warning: {text}")
 
 
 def progress_bar(iterable=None, **options):
@@ -3844,7 +3853,8 @@ def command_sample(args):
         args, f"sample-{args.mode}-{seed}", n != 16 and f"n{n}", args.naive and "naive",
         args.shift and f"shift{args.shift:g}",
         tight != model.config.tight and ("tight" if tight else "no-tight"))
-    out = re.sub(r"\.(png|npz)$", "", str(args.out or name))
+    out = args.out / name.name if args.out and args.out.is_dir() else args.out or name
+    out = re.sub(r"\.(png|npz)$", "", str(out))
     arrays = {view.name: to_array(x) for view, x in zip(model.views, views)}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
     save_samples(model, views, f"{out}.png")
@@ -3896,13 +3906,14 @@ FLAGS = {
     "--preset": ("train", "tiny: minutes on a laptop (default); small: an hour; speedrun: minutes "
                  "on a GPU; cifar10, celeba: the paper's", dict(choices=PRESETS)),
     "--data": ("train eval sample", "shapes, cifar10, celeba, folder:PATH or FILE.npy (default: "
-               "shapes, or the run's)", {}),
+               "train: shapes; others: the run's)", {}),
     "--data-dir": ("train eval sample", "where cifar10 (cifar-10-binary.tar.gz, fetched if it is "
                    "missing, or cifar-10-batches-bin) or celeba (img_align_celeba.zip, or its "
                    "JPEGs) lies (default: data)", dict(metavar="FOLDER")),
     "--size": ("train", "side of X, or HEIGHTxWIDTH (default: the data's; folder: 64)",
                dict(type=SIZE)),
-    "--out": ("train sample", "where results go", dict(type=PATH)),
+    "--out": ("train sample", "where results go (sample: a file, or a folder that is there)",
+              dict(type=PATH)),
     "--resume": ("train", "go on with the run in --out", YES),
     "--start": ("train", "begin with the weights of this run or checkpoint",
                 dict(metavar="RUN", type=checked(str, "a run or a checkpoint", len))),
@@ -3918,7 +3929,7 @@ FLAGS = {
                    dict(type=COUNT, metavar="N")),
     "--tight": ("train sample", "cut distributions to what the coarser view leaves possible: the "
                 "exact likelihood in place of the bound, consistent samples (default: the "
-                "preset's)", YES_NO),
+                "preset's; sample: the run's)", YES_NO),
     "--look-right": ("train", "no: only the first layers of light networks look to the right, "
                      "to sample in a third of the steps", YES_NO),
     "--precision": ("train", "of the networks in training (default: bfloat16 on CUDA)",
@@ -4006,7 +4017,7 @@ def main(argv=None):
             message = f"{error.name} is not installed: pip install -r requirements.txt"
         elif isinstance(error, OSError):
             message = f"{error.filename or 'output'}: {error.strerror or error}"
-        print(f"pixelaux: {message}", file=Quiet())
+        say(message)
         return status
 
 

@@ -4267,6 +4267,16 @@ def test_tight_samples_have_the_view_that_was_given(three_views, tmp_path):
         assert np.array_equal(halved(arrays["16x16"]), arrays["8x8"]) == same
 
 
+@pytest.mark.parametrize("given", ["", "--given test"])
+def test_samples_go_into_a_folder_that_is_there(run, tmp_path, given):
+    """By their usual name. Control: a path that is none becomes the name of files."""
+    assert command(f"sample {run} --n 1 {given} --out {tmp_path}") == 0
+    png, npz = sorted(tmp_path.iterdir(), key=lambda path: path.suffix != ".png")
+    assert png.name.startswith("sample-random-0-n1") and npz.name == png.stem + ".npz"
+    assert command(f"sample {run} --n 1 {given} --out {tmp_path / 'x'}") == 0
+    assert (tmp_path / "x.png").exists() and (tmp_path / "x.npz").exists()
+
+
 # --- Pictures ------------------------------------------------------------------------------------
 
 
@@ -4936,6 +4946,20 @@ def test_the_command_curves_draws_or_says_what_is_missing(tool_run, tmp_path, ca
         assert status == 2 and len(lines) == 1 and f"metrics.jsonl: {expected}" in lines[0]
     assert "holds no run" in told(capsys, ["curves", tmp_path / "gone"])[1][0]
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_curves_show_what_was_measured_and_name_nothing_else():
+    """On test images or on those held out."""
+    from matplotlib.figure import Figure
+
+    for measured, label in (("test", "test images"), ("held_out", "held-out images")):
+        lines = [dict(step=step, seconds=1.0, bits_per_dim=2.0) for step in range(1, 20)]
+        lines[9][f"{measured}_bits_per_dim"] = 1.5
+        axis = Figure().subplots()
+        curves.draw(axis, lines, ("seconds", 1), None)
+        named = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert named == ["training batches", f"{label}, averaged weights"]
+        assert list(axis.lines[1].get_xdata()) == [10]
 
 
 # --- All tools -------------------------------------------------------------------------------
@@ -5762,6 +5786,14 @@ def test_mirroring_is_a_flag_whose_default_goes_by_the_data(small_preset, tmp_pa
         out = tmp_path / f"{name}{flag}"
         assert command(f"train --data {places[name]} {flag} --steps 1 --out {out}") == 0
         assert json.loads((out / "config.json").read_text())["flip"] is expected
+
+
+def test_a_message_has_a_line_of_its_own(capsys):
+    """Below a bar that has not ended; no empty line before the next one (control)."""
+    pixelaux.Quiet().write("\rfactor 0: 10%")
+    for text in ("stopped", "again"):
+        pixelaux.say(text)
+    assert capsys.readouterr().err == "\rfactor 0: 10%\npixelaux: stopped\npixelaux: again\n"
 
 
 def test_names_of_any_bytes_are_printed_and_all_is_done(run, tmp_path):

@@ -28,7 +28,7 @@ def main(argv):
     """bench train or bench sample."""
     parser = Parser(
         prog="pixelaux.py bench", description="Speed, beside plain implementations. On two CPU "
-        "cores bench sample takes some 9 minutes and 7 GiB of memory, with --model pyramid half a "
+        "cores bench sample takes some 2 minutes and 9 GiB of memory, with --model pyramid half a "
         "minute, as bench train does. Each says at its start what to expect.")
     parser.add_argument("what", choices=("train", "sample"))
     parser.add("--model", "--preset", "--size", "--precision", "--compile", "--seed", "--device")

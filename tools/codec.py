@@ -235,9 +235,9 @@ def main(argv):
                             help="with the exact likelihood (default), or with the paper's")
     args = parser.parse_args(argv[1:])
     model = load(args.run, args.device)
-    targets = targets_of(args, ending)
     for path in args.files:  # all are looked at before one is written
         look(model, path)
+    targets = targets_of(args, ending)
     for path, target in zip(args.files, targets):
         content, size = look(model, path)
         fit = fitting(model, size)

@@ -111,18 +111,21 @@ def truths(size, psis):
 
 
 def draw(axis, lines, unit, limit):
-    """A factor's training batches and test points, by step; limit: None where it is not known."""
+    """A factor's training batches, and what was measured on test or held-out images, by step.
+    limit: None where it is not known."""
     name, length = unit
     last = lines[-1]
     training = lines[len(lines) // 10 :]  # beside the first losses the others would look all alike
-    test = [line for line in lines if "test_bits_per_dim" in line]
-    for shown, key, style, label in (
+    for among, key, style, label in (
         (training, "bits_per_dim", "-", "training batches"),
-        (test, "test_bits_per_dim", "o-", "test images, averaged weights"),
+        (lines, "test_bits_per_dim", "o-", "test images, averaged weights"),
+        (lines, "held_out_bits_per_dim", "o-", "held-out images, averaged weights"),
     ):
-        steps = [line["step"] for line in shown]
-        bits = [line[key] for line in shown]
-        axis.plot(steps, bits, style, linewidth=1, markersize=4, label=label)
+        shown = [line for line in among if key in line]
+        if shown:
+            steps = [line["step"] for line in shown]
+            bits = [line[key] for line in shown]
+            axis.plot(steps, bits, style, linewidth=1, markersize=4, label=label)
     if limit is not None:
         label = "limit: the true probability"
         axis.axhline(limit, linestyle="--", linewidth=1, color="black", label=label)

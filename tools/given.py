@@ -238,17 +238,18 @@ def save(args, given, views, out):
 def result_name(args, given, tight):
     """Where the results go, without an ending. tight: "tight" or "no-tight" where that is not what
     the run has."""
-    if args.out:
+    if args.out and not args.out.is_dir():
         out = re.sub(r"\.(png|npz)$", "", str(args.out))
         folder = pathlib.Path(args.given).expanduser().is_dir()
         return f"{out}-{given.name}" if folder and args.given != "test" else out
-    return result_path(
+    name = result_path(
         args, f"sample-{args.mode}-{args.seed or 0}", args.n and f"n{args.n}",
         args.naive and "naive", args.shift and f"shift{args.shift:g}", f"given-{given.name}",
         args.view is not None and f"view{args.view}",
         args.reduce and "reduced", args.rows and f"rows{args.rows}",
         args.candidates and f"candidates{args.candidates}",
         args.answers and f"answers{args.answers}", tight)
+    return args.out / name.name if args.out else name
 
 
 def draw(args, given, tight):

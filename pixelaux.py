@@ -3812,6 +3812,14 @@ def result_path(args, *words):
     return folder / "-".join([words[0], *own, *data, *filter(None, words[1:])])
 
 
+def placed(out, name):
+    """Where samples go, without an ending: as --out tells, a file or a folder that is there; if it
+    is None, to `name`."""
+    if out is None:
+        return name
+    return out / name.name if out.is_dir() else re.sub(r"\.(png|npz)$", "", str(out))
+
+
 def command_eval(args):
     if args.coded:
         import constriction  # noqa: F401  if it is missing, say so before the evaluation
@@ -3853,8 +3861,7 @@ def command_sample(args):
         args, f"sample-{args.mode}-{seed}", n != 16 and f"n{n}", args.naive and "naive",
         args.shift and f"shift{args.shift:g}",
         tight != model.config.tight and ("tight" if tight else "no-tight"))
-    out = args.out / name.name if args.out and args.out.is_dir() else args.out or name
-    out = re.sub(r"\.(png|npz)$", "", str(out))
+    out = placed(args.out, name)
     arrays = {view.name: to_array(x) for view, x in zip(model.views, views)}
     write_atomically(f"{out}.npz", lambda file: np.savez(file, **arrays))
     save_samples(model, views, f"{out}.png")

@@ -3,13 +3,12 @@ import dataclasses
 import hashlib
 import math
 import pathlib
-import re
 
 import numpy as np
 import torch
 
 from pixelaux import (
-    Problem, evaluating, load, progress_bar, read_npy, result_path, run_data, save_picture,
+    Problem, evaluating, load, placed, progress_bar, read_npy, result_path, run_data, save_picture,
     to_array, to_tensor, tool, warn, write_atomically)
 
 # --- What is given -----------------------------------------------------------------------------
@@ -238,10 +237,6 @@ def save(args, given, views, out):
 def result_name(args, given, tight):
     """Where the results go, without an ending. tight: "tight" or "no-tight" where that is not what
     the run has."""
-    if args.out and not args.out.is_dir():
-        out = re.sub(r"\.(png|npz)$", "", str(args.out))
-        folder = pathlib.Path(args.given).expanduser().is_dir()
-        return f"{out}-{given.name}" if folder and args.given != "test" else out
     name = result_path(
         args, f"sample-{args.mode}-{args.seed or 0}", args.n and f"n{args.n}",
         args.naive and "naive", args.shift and f"shift{args.shift:g}", f"given-{given.name}",
@@ -249,7 +244,10 @@ def result_name(args, given, tight):
         args.reduce and "reduced", args.rows and f"rows{args.rows}",
         args.candidates and f"candidates{args.candidates}",
         args.answers and f"answers{args.answers}", tight)
-    return args.out / name.name if args.out else name
+    out = placed(args.out, name)
+    one_of_several = pathlib.Path(args.given).expanduser().is_dir() and args.given != "test"
+    own_name = args.out and not args.out.is_dir()
+    return f"{out}-{given.name}" if one_of_several and own_name else out
 
 
 def draw(args, given, tight):

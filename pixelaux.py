@@ -84,7 +84,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.node import map_aggregate
-from torch.overrides import wrap_torch_function
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 __version__ = "1.0"
@@ -622,11 +621,10 @@ class Conv(nn.Module):
         # degrees.
         return weight.flip(2, 3) if self.up else weight
 
-    # For sample_fast, so that a stand-in for x can be handed in, and the call noted as one (see
-    # Tracing; skip it until then). With ordinary tensors it changes nothing.
-    @wrap_torch_function(lambda self, x: (x,))
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
+        if isinstance(x, Symbol):  # it only notes the call, for sample_fast: see Tracing
+            return x.recorder.convolution(self, x)
         if not self.outermost:
             return self.convolve(x, self.weight(), self.b)
         # bfloat16 rounds numbers near 1 by up to 1/512, a quarter of the distance between levels.
@@ -766,13 +764,27 @@ def skip_source(layout, i, j):
     return earlier[-1], layout[earlier[-1]][1] - 1 - j
 
 
-@wrap_torch_function(lambda x: (x,))  # as Conv.forward
+def pointwise(function):
+    """Marks a function that treats each position by itself: sample_fast notes a call of it as one
+    node (see Tracing), and does not look into it. With ordinary tensors it changes nothing."""
+
+    @functools.wraps(function)
+    def marked(*values):
+        for value in values:
+            if isinstance(value, Symbol):
+                return value.recorder.record(function, values)
+        return function(*values)
+
+    return marked
+
+
+@pointwise
 def concat_elu(x):
     """(N, C, ..) -> (N, 2 C, ..): elu of x and of -x, so that neither sign is lost (PixelCNN++)."""
     return F.elu(torch.cat([x, -x], 1), inplace=True)
 
 
-@wrap_torch_function(lambda x, y: (x, y))
+@pointwise
 def gate(x, y):
     """x + a sigmoid(b), where a and b are the halves of y: (N, C, ..), (N, 2 C, ..) -> (N, C, ..).
     b decides how much of a is let through, value by value."""
@@ -2520,119 +2532,95 @@ def save_samples(model, views, path, given=0):
 # --- Sampling fast: each value once, independent pixels together -------------------------------
 #
 # For an image of 128x128 the naive sampler makes 16,384 passes. But most of each is known from
-# before, and pixels that do not depend on each other can be drawn together.
+# before, and pixels that do not need each other can be drawn together.
 #
-# **The wavefront.** What does pixel (r, c) need in the pyramid's light network? h at (r, c), so v
-# at (r, c). Each of v's 1 + 6 convolutions (the first, and 2 in each of 3 blocks) looks one column
-# to the right, the first of them in the row above: so v needs pixel (r - 1, c + 7), and none
-# further to the right in any row. Choose a number, the lag,
-# call lag r + c the *wave* of (r, c), and draw its pixel at the end of the step of that number.
-# Waves grow to the right, and with each row by the lag, so it is enough that (r - 1, c + 7) comes
-# before: lag (r - 1) + c + 7 < lag r + c. The smallest lag is 8. The pixels of a wave lie on a
-# diagonal, and 128x128 are drawn in 8 * 127 + 128 = 1,144 steps. The wave of each pixel, wave 8 in
-# brackets:
+# **The wavefront.** What does pixel (r, c) need in the pyramid's light network? Each of v's 1 + 6
+# convolutions (the first, and 2 in each of 3 blocks) looks one column to the right, the first of
+# them in the row above: so nothing further to the right than (r - 1, c + 7). Let a row be a number
+# of steps, the *lag*, behind the row above: pixel (r, c) is drawn in step lag r + c, together with
+# (r - 1, c + lag). With lag 8, and no smaller one, (r - 1, c + 7) is drawn before it. The step of
+# each pixel, step 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
 #     row 2   16  17  18  19  20  21  22  23  24  25  26
+#
+# The pixels of a step lie on a diagonal, a wave that runs to the right, and 128x128 are drawn in
+# 8 * 127 + 128 = 1,144 steps.
 #
 # (An option, look_right=False: the kernel of v's later layers is moved to the left, VERTICAL_LEFT.
 # Then only the first layers look right, to (r - 1, c + 1): the lag is 2, and 128x128 take 382
 # steps. The price is a blind spot, as v sees no more than one column to the upper right; of the
 # rest X^ tells much, where there is one.)
 #
-# **Offsets.** Call a value inside the network, at all positions, a *node*; a node that uses another
-# one is its *reader*, the other one the *source*. At (r, c) a node is computed in step lag r + c +
-# offset. Offset 0 is the step that draws the pixel there, as for h and the output; a smaller one is
-# earlier. So in row 0 a step computes the node in column step - offset: at lag 8 step 24 draws
-# pixel (0, 24), and computes a node of offset -2 two columns further to the right, at (0, 26).
-#
-# For example v's last convolution, of offset 0, is computed at (0, 24) in step 24, and reads its
-# source at (0, 25). So the source must be a column ahead: its offset is -1, or less. Of a chain of
-# six such convolutions the first one's source has -6. In general, what a reader at (r, c) reads, at
-# (r + dy, c + dx), must be computed by the reader's step:
-#
-#     lag (r + dy) + c + dx + offset_source <= lag r + c + offset_reader
-#                             offset_source <= offset_reader - (lag dy + dx)
-#
-# (<=, not <: within a step values are computed in the network's order, source before reader.)
-#
-# So each reader sets a *deadline* for its source, the right side: the largest offset that the
-# source may have. With several readers, or several values that a kernel reads, the smallest one
-# counts. Of a kernel that is the one of its lower right corner, where lag dy + dx is largest: for
-# v's later layers (r, c + 1), for v_first, which reads rows above alone, (r - 1, c + 1).
-#
-# Each value is computed as late as its readers allow: its offset is its deadline. (Earlier, it
-# would be further ahead, and so would need pixels of the row above that are further ahead; only a
-# larger lag has drawn these. If v's end were computed 3 steps earlier than needed, all of v would
-# be 3 columns further to the right, and the lag 11.) From the output back, in the light network:
-#
-#     the output; h, whose readers read nothing to their right; v at the end      0
-#     v within block 3 (from conv_in), read at (r, c + 1) by conv_out            -1
-#     v after block 2, read at (r, c + 1) by conv_in of block 3                  -2
-#     ..
-#     v after its first convolution                                              -6
-#
-# So step 24 has, in row 0, at column 24 - offset, as 8 * 0 + column + offset = 24 (and in row 1 8
-# columns further left, ..):
+# **Running ahead.** Call a value inside the network, at all positions, a *node*; a node that uses
+# another one is its *reader*, the other one the *source*. To draw pixel (r, c) v's last convolution
+# is computed at (r, c). It reads its source at (r, c + 1): so this runs one column *ahead* of the
+# pixel. Of six such convolutions, one after the other, the first one's source is 6 ahead: it is
+# v_first. Where step 24 draws pixel (0, 24), it computes
 #
 #     column    24                        25         26         27        ..    30
 #     value     v's end, h, the output    within     after      within    ..    v_first
 #               (then the pixel is        block 3    block 2    block 2
 #               drawn)
+#     ahead     0                         1          2          3               6
 #
-# What decides the lag? All offsets are ours to choose, but that of x: pixel (r, c) is drawn at the
-# end of step lag r + c, and can be read from step lag r + c + 1 on, so its offset is 1. With
-# offset_source = 1 the inequality must hold for each reader of x, and the lag is the smallest for
-# which it does:
+# and the same in row 1, 8 columns further to the left. (Within a step values are computed in the
+# network's order, sources before readers.) In general the row above is lag columns further on, so a
+# reader of the value at (r + dy, c + dx), with dy = 0 or below, needs
 #
-#     reader of x    reads x at        its offset    1 <= its offset - (lag dy + dx)
-#     v_first        (r - 1, c + 1)    -6            1 <= -6 + lag - 1         lag >= 8, as above
-#     h_above        (r - 1, c + 1)     0            1 <=  0 + lag - 1         lag >= 2
-#     h_left         (r, c - 1)         0            1 <=  0 + 1               any lag
+#     ahead of the source >= ahead of the reader + lag dy + dx
 #
-# (Of CausalNet's nodes only x is read from rows above alone, so that the other offsets do not
-# depend on the lag. In other networks they may: so smallest_lag tries one lag after the other.)
+# The output has 0. From there back, each node has the least that serves all its readers. (To run
+# further ahead than that would need pixels of the row above that only a larger lag has drawn.) Of
+# all that a kernel reads its lower right corner asks for the most.
+#
+# What decides the lag? x. Pixel (r, c) is drawn at the end of a step, so what reads it is computed
+# a step later or more: x is not ahead but behind, by 1, and the lag is the smallest number for
+# which all readers of x can do with that:
+#
+#     reader of x    lower right corner    its ahead    -1 >= its ahead + lag dy + dx
+#     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
+#     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
+#     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
+#
+# (All nodes but x are read in their readers' own row, too, where dy = 0, so that their `ahead` does
+# not depend on the lag. In networks of others it may: so smallest_lag tries one lag after the
+# other.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
-# functions of values at one position. The loop is
+# functions of values at one position. `traced`, in Tracing, makes a list of Nodes of it; Plan
+# decides all that can be decided beforehand; and sample_fast is the loop
 #
 #     for each step                   Plan.steps
 #         for each node that is due   Plan.run_step
 #             read, compute, store    Plan.value, Plan.compute, Node.window
 #         draw the pixels where the output was computed, write them into x
 #
-# Words:
+# What a node has computed last is its `latest`. That will do for readers that are computed in the
+# same steps, if they read at their own position alone. For all others it also has a `buffer`, an
+# image of all that it has computed. For example a light network of one block, without X^. v has 1
+# + 2 convolutions, and needs (r - 1, c + 3): its lag is 4. Its nodes, in the order in which they
+# are computed within a step:
 #
-#     node      as above, for example v_first(x): C channels at each of its positions
-#     group     nodes that are computed in the same steps at the same positions
-#     latest    the values that a node has computed last: for readers in its group, at their own
-#               position
-#     buffer    an image of all that a node has computed, for all other readers
+#     node                                 ahead    buffer, and for whom
+#     v_first(x)                             2      for v's gate (x + a sigmoid(b)), at 0 (its
+#                                                   concat_elu, next, needs it at 2)
+#     h_above(x) + h_left(x): one sum        0      none
+#     concat_elu of v_first                  2      for conv_in, at 1, which reads (r, c + 1)
+#     v's conv_in                            1      none: concat_elu, at 1 as well, takes `latest`
+#     concat_elu of that                     1      for conv_out
+#     v's conv_out; gate; concat_elu         0      none: h reads it at its own position
+#     concat_elu of h's sum                  0      for conv_in, which reads (r - 1, c)
+#     h's conv_in, and v by a conv_aux       0      none: this is one sum, too
+#     concat_elu of that                     0      for conv_out
+#     h's conv_out; gate; elu; last          0      none
+#     x, drawn at the end of the step               for all that read it, from the next step on
 #
-# `traced`, in Tracing, makes a list of Nodes of a network. Plan decides all that can be decided
-# beforehand, and sample_fast is the loop over the steps. For example a light network of one block,
-# without X^. v has 1 + 2 convolutions, and needs (r - 1, c + 3): its lag is 4. Its nodes, in the
-# order in which they are computed within a step (no buffer: `latest` will do):
-#
-#     node                                 offset    buffer, and for whom
-#     v_first(x)                             -2      for v's gate (x + a sigmoid(b)), at offset 0;
-#                                                    it is its concat_elu that needs it at -2
-#     h_above(x) + h_left(x): one sum         0      none
-#     concat_elu of v_first                  -2      for conv_in, at -1, which reads (r, c + 1)
-#     v's conv_in                            -1      none: concat_elu, at -1 as well, takes `latest`
-#     concat_elu of that                     -1      for conv_out
-#     v's conv_out; gate; concat_elu          0      none: h reads it at its own position
-#     concat_elu of h's sum                   0      for conv_in, which reads (r - 1, c)
-#     h's conv_in, and v by a conv_aux        0      none: this is one sum, too
-#     concat_elu of that                      0      for conv_out
-#     h's conv_out; gate; elu; last           0      none
-#     x, drawn at the end of the step                for all that read it, from the next step on
-#
-# At step 24, for example, v_first is computed at (5, 6), as 4 * 5 + 6 - 2 = 24, v's conv_in at (5,
-# 5), all that has offset 0 at (5, 4), and after it pixel (5, 4) is drawn; and the same in row 4,
-# four columns further to the right, ..
+# At step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
+# at (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and the same in row 4, four
+# columns further to the right, ..
 #
 # Two things are left for sections of their own: *Raster order*, where the image is too narrow for a
 # wavefront, and *Half the resolution*. Until then let `spacing` and `apart` be 1, and skip what is
@@ -2714,7 +2702,7 @@ class Node:
     known: bool = False  # from the start, as what is made of X^ alone
     # Decided in Plan:
     by_rows: bool = False  # see Raster order
-    offset: float = 0  # a whole number; in raster order perhaps infinite
+    ahead: float = 0  # of the pixel, in columns: a whole number; in raster order perhaps infinite
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if it is needed
     latest: torch.Tensor | None = None  # (n * positions, C)
@@ -2729,9 +2717,10 @@ class Node:
         """A convolution, or several added up, perhaps with other values."""
         return self.function is None and self.computed
 
-    @property
+    @functools.cached_property
     def group(self):
-        return self.spacing, self.offset
+        """The same for nodes that are computed in the same steps at the same positions."""
+        return self.spacing, self.ahead
 
     def window(self, places, read=None):
         """A torch view (no copy), (n, count, nr_rows, nr_columns, C), of `buffer`: of each image,
@@ -2779,35 +2768,31 @@ class Plan:
         self.output = self.nodes[-1]
         self.lag = self.smallest_lag(least_lag)
         if self.lag:
-            offsets = self.offsets(self.lag)
+            ahead = self.ahead(self.lag)
             for node in self.nodes:
-                node.offset = offsets[node]
+                node.ahead = ahead[node]
         else:  # the image is too narrow
             self.nodes = in_raster_order(self.nodes, self.x)
         self.allocate(next(net.parameters()))
         # For speed alone, see Products and threads: puts in each read's `add`; for set_threads.
         choose_products(self)
         self.work = work_of(self.nodes, n)
-        # Groups that are due in one step -> their nodes: a few combinations come again and again.
-        self.nodes_of = {}
 
     def smallest_lag(self, least_lag):
-        """None if it would be the width or more, as then each pixel has a wave of its own."""
+        """None if it would be the width or more: then no two pixels are drawn in one step."""
         for lag in range(least_lag, self.size[1]):
-            if self.offsets(lag)[self.x] >= 1:
+            if self.ahead(lag)[self.x] <= -1:
                 return lag
         return None
 
-    def offsets(self, lag):
-        """{node: the largest offset that serves all its readers}, from the output back. (Of x the
-        deadline, which must be 1 or more.)"""
-        offsets = collections.defaultdict(lambda: math.inf, {self.output: 0})
+    def ahead(self, lag):
+        """{node: how far ahead its readers need it}, from the output back."""
+        ahead = collections.defaultdict(lambda: -math.inf, {self.output: 0})
         for node in reversed(self.nodes):
             for read in node.reads:
-                # Of what a kernel reads lag dy + dx is largest on the lower right.
-                deadline = offsets[node] - (lag * read.bottom + read.right)
-                offsets[read.source] = min(offsets[read.source], deadline)
-        return offsets
+                needed = ahead[node] + lag * read.bottom + read.right
+                ahead[read.source] = max(ahead[read.source], needed)
+        return ahead
 
     def allocate(self, weight):
         """A read is of source.latest if source and reader are of one group, so that it has just
@@ -2837,13 +2822,13 @@ class Plan:
         steps are pairs, see there; they only have to be in order.)"""
         groups = {node.group for node in self.nodes}
         due = collections.defaultdict(dict)
-        for spacing, offset in groups:
+        for spacing, ahead in groups:
             if self.lag:
-                for wave, places in diagonals(self.size, self.lag, spacing).items():
-                    due[wave + offset][spacing, offset] = places
+                for step, places in diagonals(self.size, self.lag, spacing).items():
+                    due[step - ahead][spacing, ahead] = places
             else:
-                for step, places in raster_steps(self.size, spacing, offset):
-                    due[step][spacing, offset] = places
+                for step, places in raster_steps(self.size, spacing, ahead):
+                    due[step][spacing, ahead] = places
         for step in sorted(due):
             yield due[step]
 
@@ -2851,16 +2836,13 @@ class Plan:
     def run_step(self, due):
         """Compute what is due, {group: Places}."""
         set_threads(self, due)  # for speed alone
-        groups = tuple(due)
-        if groups not in self.nodes_of:
-            self.nodes_of[groups] = [
-                (node, node.group) for node in self.nodes if node.group in due]
-        for node, group in self.nodes_of[groups]:
-            places = due[group]
-            node.latest = self.compute(node, places)
-            if node.buffer is not None:
-                window = node.window(places)
-                window.copy_(node.latest.view(window.shape))
+        for node in self.nodes:
+            places = due.get(node.group)
+            if places is not None:
+                node.latest = self.compute(node, places)
+                if node.buffer is not None:
+                    window = node.window(places)
+                    window.copy_(node.latest.view(window.shape))
 
     def compute(self, node, places):
         """The node's values at places, (n * positions, C)."""
@@ -2885,14 +2867,14 @@ class Plan:
 
 @functools.lru_cache(16)
 def diagonals(size, lag, spacing):
-    """{wave: Places}, of what is `spacing` pixels apart."""
+    """{step: Places of what is 0 ahead then}, of positions `spacing` pixels apart."""
     height, width = size
     waves = collections.defaultdict(list)
     for r, c in itertools.product(range(0, height, spacing), range(0, width, spacing)):
         waves[lag * r + c].append((r, c))
     # The first position is the topmost; the others lie down the diagonal, without gaps.
-    return {wave: Places(*positions[0], len(positions), spacing, -lag * spacing)
-            for wave, positions in waves.items()}
+    return {step: Places(*positions[0], len(positions), spacing, -lag * spacing)
+            for step, positions in waves.items()}
 
 
 def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
@@ -2901,9 +2883,9 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     order, so that now and then a pixel, and those after it, differ.
     """
     channels, height, width = factor.view.shape
-    # When cut, a pixel depends on those before it in its cell, by its interval. Offsets do not know
-    # of that, as it is no read of the network: so at lag 1 the upper right and the lower left one
-    # of a 2x2 cell would be drawn together.
+    # When cut, a pixel depends on those before it in its cell, by its interval. The lag does not
+    # know of that, as it is no read of the network: if it were 1, the upper right and the lower
+    # left one of a 2x2 cell would be drawn together.
     least_lag = factor.view.psi.cell if tight else 1
     embeddings = factor.embeddings(x_hat)
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
@@ -2911,7 +2893,7 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     with threads_put_back(), torch.no_grad():
         for due in plan.steps():
             plan.run_step(due)
-            # The output's offset is 0: where it is due pixels can be drawn.
+            # Where the output is due pixels can be drawn, as it is 0 ahead.
             pixels = due.get(plan.output.group)
             if pixels is None:
                 continue
@@ -2995,32 +2977,29 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #                               the second + row 0 of conv_in;  concat_elu
 #                               the third + row 0 of conv_out;  gate; elu; last;  the pixel
 #
-# In place of waves, steps are pairs (row, column + offset), and come in the order of these pairs.
-# The offset of what is computed pixel by pixel is 0 in CausalNet, and that of what is by rows is
-# -infinity, so that it comes before all else in its row.
+# Steps are pairs (row, column - ahead), and come in the order of these pairs. What is by rows is
+# infinitely far ahead, so that it comes first in its row; all else in CausalNet is 0 ahead.
 
 
-BY_ROWS = -math.inf  # a whole row, before its pixels; math.inf: after them; finite: pixel by pixel
+BY_ROWS = math.inf  # a whole row, before its pixels; -math.inf: after them; finite: pixel by pixel
 
 
 def in_raster_order(nodes, x):
-    """Sets offsets -> the nodes, with those that are new. Raises Problem."""
+    """Decides how far ahead nodes are -> the nodes, with those that are new. Raises Problem."""
     # Forwards: which nodes are by rows.
     planned = []
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
-    # Backwards: offsets. As Plan.offsets, but only what is read in a node's own row sets a
-    # deadline, as rows above are complete. (In networks of others the readers of a node may all be
-    # in lower rows. Then its deadline stays +infinity: it is computed a row at once, after the
-    # row's pixels.)
-    offsets = collections.defaultdict(lambda: math.inf, {planned[-1]: 0})
+    # Backwards, as in Plan.ahead, but rows above are complete: only what is read in a node's own
+    # row has to run ahead. (In networks of others all readers of a node may be in lower rows. It
+    # stays at -infinity: it is computed a row at once, after the row's pixels.)
+    ahead = collections.defaultdict(lambda: -math.inf, {planned[-1]: 0})
     for node in reversed(planned):
-        node.offset = BY_ROWS if node.by_rows else offsets[node]
+        node.ahead = BY_ROWS if node.by_rows else ahead[node]
         for read in node.reads:
             if read.bottom == 0:
-                deadline = node.offset - read.right
-                offsets[read.source] = min(offsets[read.source], deadline)
-    if offsets[x] < 1:  # pixel c can be read from step (r, c + 1) on
+                ahead[read.source] = max(ahead[read.source], node.ahead + read.right)
+    if ahead[x] > -1:
         raise Problem("sample_fast: the network is not causal")
     return planned
 
@@ -3066,24 +3045,23 @@ def rows_of(read, first, end):
     return dataclasses.replace(read, weight=weight, top=top, nr_rows=end - first)
 
 
-def raster_steps(size, spacing, offset):
+def raster_steps(size, spacing, ahead):
     """The steps of a group, and its Places in each: a whole row or one pixel."""
     height, width = size
     for r in range(0, height, spacing):
-        if math.isinf(offset):  # before or after the row's pixels
-            yield (r, offset), Places(r, 0, width // spacing, down=0, right=spacing)
+        if math.isinf(ahead):  # before or after the row's pixels
+            yield (r, -ahead), Places(r, 0, width // spacing, down=0, right=spacing)
         else:
             for c in range(0, width, spacing):
-                yield (r, c + offset), Places(r, c, 1, down=0, right=0)
+                yield (r, c - ahead), Places(r, c, 1, down=0, right=0)
 
 
 # --- Half the resolution: values at every second pixel -----------------------------------------
 #
 # PixelCNN++ has values of half and of a quarter of the resolution. The sampler keeps these, too, in
 # images as large as x: in every second (fourth) row and column, `spacing` = 2 (4) pixels apart,
-# with zeros between. So each value has a position in pixels of x, and a step lag r + c + offset;
-# and all that was said of waves, deadlines and rows holds as it stands, with distances in pixels of
-# x.
+# with zeros between. So each value has a position in pixels of x, and a step lag r + c - ahead;
+# and all that was said of waves and rows holds as it stands, with distances in pixels of x.
 #
 # Only what a kernel multiplies lies further apart, `apart` pixels of x:
 #
@@ -3129,45 +3107,27 @@ def convolution(conv, x, size):
 
 # --- Tracing: what a network computes, as a list of nodes --------------------------------------
 #
-# What a network computes is noted once, and run in each step:
+# What a network computes is noted once, as Nodes, and computed by Plan in each step. To note it,
+# the network's forward pass is run on a stand-in for x, a Symbol, which has no numbers but a Node.
+# What is called with a Symbol notes the call as a new Node, and returns the Symbol of that:
 #
-#     noted    by Recorder.record    a call becomes a Node: a function, or weights, and its reads
-#     run      by Plan.compute       node.function(*values), or bias + values times weights; values
-#                                    are (N, C), those at the positions that are due
+#     Conv, and functions of ours that are marked `pointwise`,     as they look for a Symbol
+#     functions of torch, as F.elu, and +,                         by Symbol.__torch_function__
 #
-# To note it, the network's forward pass is run on a stand-in for x, a Symbol, that has no numbers.
-# Every function of torch looks at its arguments before it runs: if the class of one of them has a
-# method __torch_function__, it calls that in its place, and returns what this returns. So with
-#
-#     class Symbol(torch.Tensor):
-#         @classmethod
-#         def __torch_function__(cls, function, types, args=(), kwargs=None):
-#             print(function.__name__)
-#
-# F.elu(symbol) would print "elu", and symbol + symbol "add". Ours notes the call as a Node, and
-# returns a Symbol of that.
-#
-# Functions of our own do not do so: concat_elu(symbol) would be noted as cat and elu, and gate
-# would fail, as chunk returns two values. The decorator wrap_torch_function makes them look, at
-# those arguments that its lambda returns, so that it is noted as a whole: Conv.forward, concat_elu
-# and gate have it. (What is handed on is the decorated function; its __wrapped__ is the plain one,
-# which is run later.) So
-#
-#     conv_in(symbol)  ->  Symbol.__torch_function__(Conv.forward, .., (conv_in, symbol))
-#                      ->  Recorder.record: notes a Node  ->  a Symbol of that Node
-#
-# and of two lines of Block, run on the Symbol of a Node X,
+# (Every function of torch looks at its arguments before it runs: if the class of one of them has a
+# method __torch_function__, it calls that in its place, and returns what this returns.) Of two
+# lines of Block, run on the Symbol of a Node X,
 #
 #     hidden = self.conv_in(concat_elu(x))
 #     hidden = hidden + conv(a)                 (conv: a conv_aux; a: the Symbol of a Node Y)
 #
-# there are four calls (and a fifth one from CausalNet's last line, on the Symbol of a Node H):
+# and the last line of CausalNet, on the Symbol of a Node H, there are five calls:
 #
 #     concat_elu(x)       A = Node(reads=[Read(X)], function=concat_elu)
 #     conv_in(..)         B = Node(reads=[Read(A, its weight, ..)], bias=its bias)
 #     conv(a)             C = Node(reads=[Read(Y, its weight)], bias=its bias)
 #     hidden + ..         D = Node(reads=[those of B and of C], bias=both biases added)
-#     F.elu(h)            E = Node(reads=[Read(H)], function=..), see below
+#     F.elu(h)            E = Node(reads=[Read(H)], function=value -> F.elu(value, its options))
 #
 # A sum takes in its convolutions, so that it is one running total in place of two results and an
 # addition. In the end nobody reads B and C, and they are dropped.
@@ -3176,15 +3136,9 @@ def convolution(conv, x, size):
 # once for the whole image. Where such a tensor is added to a Symbol, a Node is made of it that is
 # `known`, and has its buffer from the start.
 #
-# To run it, Nodes are replaced by values: A.function is concat_elu itself. But torch hands on
-# F.elu(h) as elu(h, alpha=1.0, inplace=False), and so nodes_to_values makes a function that has the
-# values alone for arguments:
-#
-#     noted    E.function = value -> elu(value, alpha=1.0, inplace=False)
-#     run      E.function(H's values)
-#
-# A function must do the same to values (N, C), a list of positions, as to images, (N, C, H, W): dim
-# 1 are channels in both, and no position may see another one. That is tried out when it is noted.
+# In a step A.function is given values (N, C), those at the positions that are due, in place of
+# images (N, C, H, W). So it must do the same to both: dim 1 are channels in both, and no position
+# may see another one. That is tried out when it is noted.
 
 
 def traced(net, x, n, size, embeddings):
@@ -3202,14 +3156,15 @@ def traced(net, x, n, size, embeddings):
 
 
 class Symbol(torch.Tensor):
-    """Stands for a Node while a network is traced, see above."""
+    """Stands for a Node while a network is traced, see above. (A Tensor, so that its methods, + and
+    the like are those of torch; empty, as none runs.)"""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         symbols = elements((args, kwargs), Symbol)
         if not symbols:  # it is in something that is no list, tuple or dict
             raise Problem(f"sample_fast: {name_of(function)} takes values in an unknown way")
-        return symbols[0].recorder.record(function, args, kwargs or {})
+        return symbols[0].recorder.record(function, args, kwargs)
 
 
 def elements(structure, kind):
@@ -3226,16 +3181,7 @@ ADDITIONS = (torch.add, torch.Tensor.add)  # torch hands on x + y as the second
 
 class Recorder:
     """Lists in `nodes` what a network computes. Raises Problem for what cannot be computed position
-    by position.
-
-        in CausalNet                   noted by
-        conv_in(a)                     convolution
-        conv_in(a) + conv_aux(b)       sum_of
-        conv_in(a) + conv_aux(e)       known, of the tensor conv_aux(e), then sum_of
-        concat_elu(x), gate(x, y)      call, of the function as it is
-        F.elu(h)                       call, of a function that nodes_to_values makes
-        F.dropout(..)                  not at all
-    """
+    by position."""
 
     def __init__(self, n, size, weight):
         """weight: one of the network's, for its dtype and device."""
@@ -3243,13 +3189,20 @@ class Recorder:
         self.made = {}  # (function, Nodes) -> Node, for what is called again, as concat_elu(v)
 
     def symbol(self, node):
-        # A Tensor, so that its methods, + and the like are those of torch; empty, as none runs.
+        """A Node's Symbol. New Nodes go to the list."""
+        if node.computed and node not in self.nodes:
+            self.nodes.append(node)
         symbol = torch.empty(0).as_subclass(Symbol)
         symbol.recorder, symbol.node = self, node
         return symbol
 
-    def record(self, function, args, kwargs):
+    def convolution(self, conv, symbol):
+        """conv(symbol), noted -> the Symbol of its Node."""
+        return self.symbol(convolution(conv, symbol.node, self.size))
+
+    def record(self, function, args, kwargs=None):
         """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node."""
+        kwargs = kwargs or {}
         # In evaluation dropout returns what it is given. (torch hands on all of its options by
         # keyword.)
         if function is F.dropout and not kwargs["training"]:
@@ -3257,17 +3210,11 @@ class Recorder:
         args, kwargs = self.symbols_to_nodes(function, args, kwargs)
         nodes = elements((args, kwargs), Node)
         nodes_alone = nodes == list(args) and not kwargs  # no other arguments
-        if function is Conv.forward:  # conv_in(a)
-            node = convolution(*args, **kwargs, size=self.size)
-        elif function in ADDITIONS and nodes_alone and has_convolution(nodes):
-            node = sum_of(nodes)
-        elif nodes_alone:  # concat_elu(x); without its decorator, which would look in each step
-            node = self.call(getattr(function, "__wrapped__", function), nodes)
-        else:  # F.elu(h)
-            node = self.call(nodes_to_values(function, args, kwargs), nodes)
-        if node not in self.nodes:
-            self.nodes.append(node)
-        return self.symbol(node)
+        if function in ADDITIONS and nodes_alone and has_convolution(nodes):
+            return self.symbol(sum_of(nodes))
+        if not nodes_alone:  # as F.elu(h), which torch hands on as elu(h, alpha=1.0, inplace=False)
+            function = nodes_to_values(function, args, kwargs)
+        return self.symbol(self.call(function, nodes))
 
     def symbols_to_nodes(self, function, args, kwargs):
         """The arguments with Nodes in the places of Symbols, and of tensors that are known."""
@@ -3345,14 +3292,12 @@ def nodes_to_values(function, args, kwargs):
 
 
 def channels_of(function, nodes, weight):
-    """How many channels function(*values of Nodes) has. The rest is for networks of others: raises
-    Problem if it is no function of values at one position. CausalNet has none.
+    """How many channels function(*values of Nodes) has. It is tried out; and so is whether the
+    function treats each position by itself, as all of CausalNet's do. Raises Problem if not.
 
-    It is tried on two images, (2, C, H, W), as it might mix images, and on the list of all
-    positions of the first one, (H W, C): a function of values at one position makes the same of
-    both (elu does; a mean over the image, or a softmax over columns, does not). And it must leave
-    the list as it is, as others read that, too. (concat_elu does: it works in place, but on a copy
-    of its own, which cat makes.)
+    It is given two images, (2, C, H, W), and the list of all positions of the first one, (H W, C).
+    What it makes of these must be the same (by a mean over the image, or a softmax over columns, it
+    is not), and the list must be as it was, as others read it, too.
     """
     sizes = [(2, node.channels, 2, 3) for node in nodes]
     images = [torch.linspace(-1, 1, math.prod(s)).view(s).to(weight) for s in sizes]
@@ -3390,7 +3335,7 @@ def choose_products(plan):
     for node in plan.nodes:
         columns = plan.size[1] // node.spacing
         positions = 1  # so many at once, or so
-        if math.isinf(node.offset):  # a row
+        if math.isinf(node.ahead):  # a row
             positions = columns
         elif plan.lag:  # a diagonal goes lag columns to the left in each row
             positions = max(1, columns // plan.lag)

@@ -1222,7 +1222,7 @@ def test_every_activation_is_evaluated_once_after_all_that_it_reads(layout, size
         for node in plan.nodes:
             rows_back[node] = min(rows_back[source] - dy for source, dy, _ in reads_of(node))
             by_rows = rows_back[node] > 0 and node is not plan.output
-            assert node.offset == (-math.inf if by_rows else 0)
+            assert node.ahead == (math.inf if by_rows else 0)
 
 
 def test_what_is_made_of_rows_above_and_of_what_is_known_is_by_rows():
@@ -1238,7 +1238,7 @@ def test_what_is_made_of_rows_above_and_of_what_is_known_is_by_rows():
             back = [rows_back[source] - dy for source, dy, _ in reads_of(node)]
             rows_back[node] = min(back, default=math.inf)
             by_rows = rows_back[node] > 0 and node is not plan.output
-            assert node.offset == (-math.inf if by_rows else 0)
+            assert node.ahead == (math.inf if by_rows else 0)
 
 
 class Own:

@@ -1968,37 +1968,28 @@ def progress_bar(iterable=None, **options):
 # take a share of the rows of every batch, and average their gradients.
 #
 # What is trained is not what the model shows: the moving average of the weights is better, and less
-# noisy, than the weights themselves. So train_factor has
+# noisy, than the weights themselves. train_factor is the loop
 #
-#     trained          the factor that is trained
-#     forward          the same, perhaps compiled or distributed: what is called in a step
-#     average.module   the moving average: the model's factor, model.factors[k], from here on
-#
-# and its loop is
-#
-#     each step     batch -> loss -> gradient -> optimizer -> moving average of the weights
+#     each step     make_step: batch -> loss -> gradient -> optimizer -> moving average
 #     at a look     what the table below has, in this order
 #
 # A look is made after a step whose loss is read. That means to wait for the device, so there is one
-# every 20 steps only, and after the last one; in short runs every hundredth part of the steps;
-# after each step while their number is not known (--minutes); and, of a single process, when a
-# signal comes.
+# every 20 steps only, and after the last one; in short runs every hundredth part of the steps; and,
+# of a single process, when a signal comes.
 #
 #     what is done at a look                            at which looks
 #     is the loss finite?                               all
-#     how many steps are they?                          with --minutes, until that is known
 #     loss on images held out, if there are             each twentieth of the steps
 #     if not, loss on test images                       each quarter
 #     a line in metrics.jsonl                           all
 #     checkpoint                                        each quarter; every two minutes
-#                                                       (--save-every); when minutes have become
-#                                                       steps; at a signal
+#                                                       (--save-every); at a signal
 #     stop                                              at a signal
 #     pictures                                          each quarter but the last (then by `train`)
 #
-# With --minutes the number of steps is infinite at first. When 3% of the time have told the pace it
-# becomes a number, once and for all: it is written to config.json, and all that follows is again a
-# function of the step.
+# With --minutes some steps are tried out first, and taken back: so minutes become a number of
+# steps, once and for all. It is written to config.json, and all that follows is a function of the
+# step.
 
 
 def world_size():
@@ -2015,7 +2006,7 @@ def mean_of_processes(values, device):
 
 
 def steps_of(config, k, data):
-    """How many steps factor k is trained; math.inf: not known yet, see Stopwatch."""
+    """How many steps factor k is trained; math.inf: not known yet, see steps_in."""
     if of_factor(config.steps, k):
         return of_factor(config.steps, k)
     if of_factor(config.minutes, k):
@@ -2024,64 +2015,9 @@ def steps_of(config, k, data):
     return math.ceil(of_factor(config.epochs, k) * images / config.batch_size)
 
 
-class Stopwatch:
-    """How long a factor has been trained, in seconds: of steps, without what is done at looks.
-
-        train_factor calls seconds() and look() when a look begins, and go_on() when it ends; what
-        is between is not counted.
-    """
-
-    def __init__(self, before):
-        """before: by earlier processes."""
-        self.before, self.at_last_look = before, before
-        self.at_looks = []
-        self.go_on()
-
-    def go_on(self):
-        self.begun = time.monotonic()
-
-    def seconds(self):
-        return self.at_last_look + time.monotonic() - self.begun
-
-    def look(self, seconds):
-        self.at_last_look = seconds
-        self.at_looks.append(seconds)
-
-    def steps_in(self, minutes, step):
-        """How many steps fit into the minutes, of which `step` are done: step + the time that is
-        left / the time that a step takes. math.inf until 3% of the minutes tell that. (Until then
-        there is a look after each step.)
-
-        A process's first step does not count, as much happens only once. For example, of 3 minutes:
-
-            before, of an earlier process                 4 s
-            at_looks, since training began                13, 14, 15 s (with those 4)
-            the first step                                13 - 4 = 9 s
-            spent                                         15 - 9 = 6 s (4 before, 2 now), more
-                                                          than 3% of 180 s
-            pace                                          (15 - 13) / 2 = 1 s
-            steps left                                    (180 - 6) / 1 = 174
-        """
-        if len(self.at_looks) < 3:
-            return math.inf
-        first, last = self.at_looks[0], self.at_looks[-1]
-        of_first_step = first - self.before
-        spent = last - of_first_step
-        if spent < 0.03 * 60 * minutes:
-            return math.inf
-        pace = (last - first) / (len(self.at_looks) - 1)
-        return step + max(1, round((60 * minutes - spent) / pace))
-
-
 def record_steps(out, config, k, steps):
     """Write down how many steps factor k takes. In config.json the other factors' numbers may be
-    newer than ours, if other processes train them: there only that of k is changed.
-
-    train_factor saves a checkpoint, then writes this number. If it is killed in between, the number
-    is found anew, from the checkpoint on. The other way round there would be a number without its
-    checkpoint: the steps so far would be done again, and at other learning rates, as these fall
-    with the share of the steps that is done.
-    """
+    newer than ours, if other processes train them: there only that of k is changed."""
     factors = range(len(make_views(config)))
     ours = [of_factor(config.steps, j) for j in factors]
     ours[k] = steps
@@ -2157,7 +2093,7 @@ class Optimizer:
 
 
 def share_of_rate(config, step, steps):
-    """The share of the full learning rates at a step. (No annealing while steps is infinite.)"""
+    """The share of the full learning rates at a step. (steps is infinite while they are tried.)"""
     warmup = config.warmup
     if config.start:
         # Adam has yet to learn how large gradients are, which takes 1 / (1 - beta2) steps; at full
@@ -2186,6 +2122,52 @@ def nats_of(forward, batch, config):
 
 def never():
     return False
+
+
+class Training:
+    """A factor in training.
+
+        trained          the factor that is trained
+        forward          the same, perhaps compiled or distributed: what is called in a step
+        average.module   the moving average, which becomes the model's factor: a copy, that changes
+                         by `average` alone
+    """
+
+    def __init__(self, factor, config, dims):
+        """dims: of X."""
+        self.trained = self.forward = factor.train()
+        self.config, self.dims = config, dims
+        self.optimizer = Optimizer(factor, config)
+        multi_avg_fn = get_ema_multi_avg_fn(config.ema)
+        self.average = AveragedModel(factor, multi_avg_fn=multi_avg_fn).eval()
+
+    def step(self, batch, share):
+        """Make a step, at this share of the learning rates -> the loss: bits per sub-pixel of X."""
+        loss = bits_per_dim(nats_of(self.forward, batch, self.config).mean(), self.dims)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step(share)
+        self.average.update_parameters(self.forward)
+        return loss.detach()
+
+    def state(self, k, step, seconds):
+        """What a checkpoint of factor k has, see Files."""
+        training = dict(weights=self.trained.state_dict(), optimizer=self.optimizer.state_dict(),
+                        step=step, seconds=seconds)
+        return dict(factors={k: self.average.module.state_dict()}, training=training)
+
+    def restore(self, state, path=None):
+        """Go on from a state -> (step, seconds). path: of its file. Raises Problem."""
+        try:
+            training, [averaged] = state["training"], state["factors"].values()
+            self.trained.load_state_dict(training["weights"])
+            self.average.module.load_state_dict(averaged)
+            # At its first update, number 0, AveragedModel copies the weights; then it averages.
+            self.average.n_averaged.fill_(training["step"])
+            self.optimizer.load_state_dict(training["optimizer"])
+            return training["step"], training["seconds"]
+        except (KeyError, RuntimeError, ValueError):
+            raise Problem(f"{path}: training as in config.json cannot go on from this") from None
 
 
 def wrapped(factor, batch, config, compile, stop=never):
@@ -2219,28 +2201,36 @@ def batch_of(model, k, data, step):
     return model.pairs(x[rank() :: world_size()])[k]
 
 
+def steps_in(minutes, make_step, stop, device):
+    """How many steps fit into the minutes -> (steps, the seconds that it took to find out): some
+    are made, for 3% of the time. The first one does not count, as much happens only once.
+
+    make_step(step, steps) -> its loss, a tensor.
+    """
+    with progress_bar(desc="pace", unit="step") as bar:
+        float(make_step(0, math.inf))  # waits until the device has done it
+        begun, made, seconds = time.monotonic(), 0, 0.0
+        while made < 2 or seconds < 0.03 * 60 * minutes:
+            made += 1
+            float(make_step(made, math.inf))
+            seconds, stopping = mean_of_processes([time.monotonic() - begun, stop()], device)
+            if stopping:
+                raise KeyboardInterrupt("stopped before the first step; --resume begins with it")
+            bar.update()
+    return max(1, round((60 * minutes - seconds) * made / seconds)), seconds
+
+
 def time_to_look(step, steps):
     """Whether to look at the loss after this step: after each hundredth part of the steps, but at
     most 20 steps apart."""
-    every = 1 if steps == math.inf else min(20, max(1, steps // 100))
+    every = min(20, max(1, steps // 100))
     return step % every == 0 or step == steps
 
 
 def has_ended(parts, step_before, step, steps):
     """Whether one of so many equal parts of the steps (4: a quarter) has ended since step_before.
-    (Of 10 steps the first quarter ends with step 3: 4 * 3 // 10 is 1, 4 * 2 // 10 is 0. While steps
-    is infinite, none has.)"""
+    (Of 10 steps the first quarter ends with step 3: 4 * 3 // 10 is 1, 4 * 2 // 10 is 0.)"""
     return parts * step // steps > parts * step_before // steps
-
-
-def training_step(forward, batch, optimizer, share, average, config, dims):
-    """Gradient, optimizer, moving average of the weights -> the loss: bits per sub-pixel of X."""
-    loss = bits_per_dim(nats_of(forward, batch, config).mean(), dims)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step(share)
-    average.update_parameters(forward)  # compiled or distributed: the weights are the same
-    return loss.detach()
 
 
 @torch.random.fork_rng()  # it seeds torch's generators, for dropout: the caller is not to see it
@@ -2260,49 +2250,49 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     if not saved and not config.start:  # with --start the model has weights already
         # By 32 images or more: statistics of few are rough.
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
-    trained = model.factors[k].train()
-    average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
-    model.factors[k] = average.module  # a copy; the optimizer changes `trained` alone
-    optimizer = Optimizer(trained, config)
-    first_step, seconds = restore(saved, path, trained, average, optimizer)
+    training = Training(model.factors[k], config, model.dims)
+    model.factors[k] = training.average.module
+    first_step, seconds = training.restore(saved, path) if saved else (0, 0.0)
     step, steps = first_step, steps_of(config, k, data)
-    compile = compile and step < steps
-    forward = wrapped(trained, batch_of(model, k, data, 0), config, compile, stop)
-    log, watch, save_at = Log(out, k, step), Stopwatch(seconds), time.monotonic() + save_every
-    last_look, total = step, torch.zeros((), device=device)  # total: of the losses since
-    while step < steps:
+    if step < steps:
+        first_batch = batch_of(model, k, data, 0)
+        training.forward = wrapped(training.trained, first_batch, config, compile, stop)
+
+    def make_step(step, steps):
         torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
         batch = batch_of(model, k, data, step)
-        share = share_of_rate(config, step, steps)
-        total += training_step(forward, batch, optimizer, share, average, config, model.dims)
+        return training.step(batch, share_of_rate(config, step, steps))
+
+    if steps == math.inf:
+        untouched = copy.deepcopy(training.state(k, step, seconds))
+        steps, seconds = steps_in(of_factor(config.minutes, k), make_step, stop, device)
+        training.restore(untouched)
+        record_steps(out, config, k, steps)
+    log, since = Log(out, k, step, steps), time.monotonic()
+    save_at = since + save_every
+    last_look, total = step, torch.zeros((), device=device)  # total: of the losses since
+    while step < steps:
+        total += make_step(step, steps)
         step += 1
         # At a look the host waits for the device, and processes for each other. So several must
         # do so at the same steps; a single one also looks as soon as a signal has come.
         if not (time_to_look(step, steps) or (world_size() == 1 and stop())):
             continue
         bits = float(total) / (step - last_look)  # waits until the device has done it all
-        means = mean_of_processes([bits, watch.seconds(), stop()], device)
-        bits, seconds, stopping = means  # stopping: above 0 if stop() is True, 1, in one of them
+        seconds += time.monotonic() - since  # of steps alone: what follows is not counted
+        # stopping: above 0 if stop() is True, 1, in one of the processes.
+        bits, seconds, stopping = mean_of_processes([bits, seconds, stop()], device)
         check_finite(bits, k, step, path)
-        watch.look(seconds)
-        decided = False  # True at the one look at which minutes become a number of steps
-        if steps == math.inf:
-            steps = watch.steps_in(of_factor(config.minutes, k), step)
-            decided = steps < math.inf
         quarter = has_ended(4, last_look, step, steps)
-        log.write(step, steps, bits, seconds, measurements(model, k, data, last_look, step, steps))
-        # (The last step ends the last quarter.)
-        if (quarter or stopping or decided or time.monotonic() > save_at) and rank() == 0:
-            save_training(path, config, k, trained, average, optimizer, step, seconds)
+        log.write(step, bits, seconds, measurements(model, k, data, last_look, step, steps))
+        if (quarter or stopping or time.monotonic() > save_at) and rank() == 0:
+            write_checkpoint(path, config, **training.state(k, step, seconds))
             save_at = time.monotonic() + save_every
-        if decided:  # after the checkpoint, so that no kill can leave the number without it
-            record_steps(out, config, k, steps)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
             show()
-        total, last_look = torch.zeros_like(total), step
-        watch.go_on()
+        total, last_look, since = torch.zeros_like(total), step, time.monotonic()
     return step - first_step
 
 
@@ -2324,41 +2314,17 @@ def check_finite(bits, k, step, path):
                       f"the last good checkpoint is {good}")
 
 
-def save_training(path, config, k, trained, average, optimizer, step, seconds):
-    """Write factor k's checkpoint."""
-    training = dict(weights=trained.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                    seconds=seconds)
-    write_checkpoint(path, config, {k: average.module.state_dict()}, training=training)
-
-
-def restore(saved, path, trained, average, optimizer):
-    """Take up training where a checkpoint stands, if there is one -> (step, seconds)."""
-    if saved is None:
-        return 0, 0.0
-    try:
-        training, [averaged] = saved["training"], saved["factors"].values()
-        trained.load_state_dict(training["weights"])
-        average.module.load_state_dict(averaged)
-        # At its first update, number 0, AveragedModel copies the weights; then it averages.
-        average.n_averaged.fill_(training["step"])
-        optimizer.load_state_dict(training["optimizer"])
-        return training["step"], training["seconds"]
-    except (KeyError, RuntimeError, ValueError):
-        raise Problem(f"{path}: training as in config.json cannot go on from this") from None
-
-
 class Log:
     """A factor's lines in OUT/metrics.jsonl, and its bar. The first process writes."""
 
-    def __init__(self, out, k, step):
+    def __init__(self, out, k, step, steps):
         self.path, self.k, self.step = out / "metrics.jsonl", k, step
-        self.bar = progress_bar(initial=step, desc=f"factor {k}", unit="step")
+        self.bar = progress_bar(initial=step, total=steps, desc=f"factor {k}", unit="step")
 
-    def write(self, step, steps, bits, seconds, measured):
+    def write(self, step, bits, seconds, measured):
         record = dict(factor=self.k, step=step, bits_per_dim=bits, seconds=round(seconds, 3))
         if rank() == 0:
             append_record(self.path, record | measured)
-        self.bar.total = None if steps == math.inf else steps
         self.bar.set_postfix_str(f"{bits:.3f} bits/dim", refresh=False)
         self.bar.update(step - self.step)
         self.step = step

@@ -3338,36 +3338,57 @@ def test_minutes_fix_the_steps_once_and_for_all(tmp_path, monkeypatch, small_pre
     line = "train --model pyramid --minutes 0.1,0.2 --out"
     assert command(line, out) == 0
     config = json.loads((out / "config.json").read_text())
-    # 6 and 12 seconds, but the first step of each, which may be slow, does not count.
-    assert config["steps"] == [7, 13] and config["anneal"] and config["minutes"] == [0.1, 0.2]
+    # 6 and 12 seconds, of which 2 tell the pace; the first step of all, which may be slow, is free.
+    assert config["steps"] == [4, 10] and config["anneal"] and config["minutes"] == [0.1, 0.2]
     lines = records(out)
-    assert [max(r["step"] for r in lines if r["factor"] == k) for k in (0, 1)] == [7, 13]
+    assert [max(r["step"] for r in lines if r["factor"] == k) for k in (0, 1)] == [4, 10]
     assert "test_bits_per_dim" in lines[-1]
+    assert pixelaux.read_metrics(out)[-1]["seconds"] == 12
+    assert command("train --model pyramid --factor 0 --steps 4 --out", tmp_path / "steps") == 0
+    a, b = averages(tmp_path / "steps"), averages(out)
+    assert all(torch.equal(a[name], b[name]) for name in a)  # the steps that were tried left nothing
 
     other = tmp_path / "interrupted"
     stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
         at_batch(patch, lambda step, k: (k, step) == (1, 7) and stop())
         assert command(line, other) == 130
-    assert json.loads((other / "config.json").read_text())["steps"] == [7, 13]
+    assert json.loads((other / "config.json").read_text())["steps"] == [4, 10]
     clock.pace = 50.0
     assert command("train --resume --minutes 0.1,0.2 --out", other) == 0
     assert_same_run(out, other)  # bit for bit, as the learning rates are those of the plan
     clock.pace = 2.0  # control: half the speed, half the steps
     assert command("train --factor 0 --minutes 0.2 --out", tmp_path / "slow") == 0
-    assert json.loads((tmp_path / "slow" / "config.json").read_text())["steps"][0] == 7
+    assert json.loads((tmp_path / "slow" / "config.json").read_text())["steps"][0] == 4
 
 
-def test_minutes_of_a_run_stopped_before_steps_are_fixed(tmp_path, monkeypatch, small_preset):
-    """The time that is spent counts when it goes on."""
-    clock, out = Clock(monkeypatch), tmp_path / "early"
+def test_minutes_of_a_run_stopped_before_steps_are_fixed(tmp_path, monkeypatch, small_preset, capsys):
+    """By a signal, or killed where they are just written down: it ends as one that is not stopped."""
+    Clock(monkeypatch)
+    line = "train --model pyramid --factor 0 --minutes 0.2 --out"
+    assert command(line, tmp_path / "whole") == 0
+    early = tmp_path / "early"
     with monkeypatch.context() as patch:
         at_batch(patch, lambda step, k: step == 1 and os.kill(os.getpid(), signal.SIGTERM))
-        assert command("train --model pyramid --factor 0 --minutes 0.2 --out", out) == 130
-    assert json.loads((out / "config.json").read_text())["steps"] == [0]
-    assert command("train --resume --factor 0 --out", out) == 0
-    assert json.loads((out / "config.json").read_text())["steps"][0] == 13
-    assert records(out)[-1]["step"] == 13 and clock.steps[-1] == (0, 12)
+        assert command(line, early) == 130
+    assert "before the first step" in said(capsys)[-1]
+    assert json.loads((early / "config.json").read_text())["steps"] == [0]
+    late, record_steps = tmp_path / "late", pixelaux.record_steps
+
+    def killed(*arguments):
+        record_steps(*arguments)
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pixelaux, "record_steps", killed)
+        assert command(line, late) == 9
+    assert json.loads((late / "config.json").read_text())["steps"][0] == 10
+    for out in (early, late):
+        assert not (out / "factor-0.pt").exists()
+        assert command("train --resume --factor 0 --out", out) == 0
+        a, b = averages(tmp_path / "whole"), averages(out)
+        assert len(a) > 10 and all(torch.equal(a[name], b[name]) for name in a)
+        assert records(out)[-1]["step"] == 10
 
 
 def test_training_starts_from_the_weights_of_another_run(run, tmp_path, capsys, monkeypatch):
@@ -4786,8 +4807,8 @@ def test_both_networks_of_the_bench_take_the_same_step():
     pair = model.pairs(random_batch_of(2, model))[-1]
     factor, other = model.factors[-1], bench.plain(model.factors[-1])
     before = factor(*pair).sum().item()
-    ours = bench.step_of(factor, factor, pair, model.config, model.dims)
-    theirs = bench.step_of(other, other, pair, model.config, model.dims)
+    ours = bench.step_of(factor, pair, model.config, model.dims)
+    theirs = bench.step_of(other, pair, model.config, model.dims)
     ours()
     theirs()
     after = factor(*pair).sum().item()
@@ -5892,26 +5913,6 @@ def test_runs_that_begin_at_one_moment_are_told_apart(small_preset, tmp_path, ca
         monkeypatch.setattr(pixelaux, "plan_run", late)
         assert command(second, "--out", out) == 2
         assert "--out" in said(capsys)[-1]
-
-
-def test_minutes_are_fixed_after_saving(small_preset, tmp_path, monkeypatch):
-    """A kill right where the number of steps is written down costs nothing: what was done before, at
-    a rate that was not yet annealed, is in the checkpoint."""
-    clock = itertools.count(0, 1)
-    monkeypatch.setattr(pixelaux.time, "monotonic", lambda: float(next(clock)))
-    record_steps = pixelaux.record_steps
-    out = tmp_path / "run"
-
-    def killed(*arguments):
-        record_steps(*arguments)
-        raise SystemExit(9)
-
-    monkeypatch.setattr(pixelaux, "record_steps", killed)
-    line = "train --model pyramid --batch-size 2 --minutes 0.5 --factor 0 --save-every 1e9"
-    assert command(line, "--out", out) == 9
-    done = torch.load(out / "factor-0.pt", weights_only=True)["training"]["step"]
-    assert done >= 3
-    assert json.loads((out / "config.json").read_text())["steps"][0] > done
 
 
 def test_training_by_the_function_leaves_the_random_state_alone(tmp_path):

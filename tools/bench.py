@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelaux import (
-    Conv, Draw, Optimizer, Parser, Plan, Problem, bfloat16, build, evaluating, hardware, nats_of,
-    sample_fast, six_stages, training_step, wrapped)
+    Conv, Draw, Parser, Plan, Problem, Training, bfloat16, build, evaluating, hardware, nats_of,
+    sample_fast, six_stages, wrapped)
 
 
 def main(argv):
@@ -101,11 +100,12 @@ def plain(factor):
     return factor
 
 
-def step_of(factor, forward, pair, config, dims):
-    """The function that makes a training step. forward: the factor, or what it was compiled to."""
-    optimizer = Optimizer(factor, config)
-    average = AveragedModel(factor, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    return lambda: training_step(forward, pair, optimizer, 1.0, average, config, dims)
+def step_of(factor, pair, config, dims, forward=None):
+    """The function that makes a training step. forward: what the factor was compiled to, if it
+    was."""
+    training = Training(factor, config, dims)
+    training.forward = forward or factor
+    return lambda: training.step(pair, 1.0)
 
 
 def peak_flops(device, dtype):
@@ -156,12 +156,12 @@ def bench_train(args):
             nats_of(factor, pair, config).sum().backward()
         gflop = counter.get_total_flops() / 1e9
         forward = wrapped(factor, pair, config, args.compile)
-        our_step = step_of(factor, forward, pair, config, model.dims)
+        our_step = step_of(factor, pair, config, model.dims, forward)
         our_step()
         gib = memory(device)
         other = plain(factor)
         float32 = dataclasses.replace(config, precision="float32", muon=0.0)
-        plain_step = step_of(other, other, pair, float32, model.dims)
+        plain_step = step_of(other, pair, float32, model.dims)
         ours, theirs = seconds(device, 4, lambda: [our_step() for _ in range(many)],
                                lambda: [plain_step() for _ in range(many)])
         ours, theirs = ours / many, theirs / many

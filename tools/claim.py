@@ -19,14 +19,11 @@ import shutil
 import statistics
 import time
 
-import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from pixelaux import (
-    NUMBER, PATH, Failure, Optimizer, Parser, PixelAux, Problem, Quiet, batch_of, describe,
-    evaluate, hardware, load_data, make_config, to_array, tool, train_factor, training_step,
-    write_atomically)
+    NUMBER, PATH, Failure, Parser, PixelAux, Problem, Quiet, Training, batch_of, describe, evaluate,
+    hardware, load_data, make_config, to_array, tool, train_factor, write_atomically)
 
 # Filters, for about as many parameters.
 FILTERS = {"pixelcnn": 28, "grayscale": 16, "pyramid": 26, "grayscale-pyramid": 16}
@@ -195,14 +192,11 @@ def step_seconds(data, rounds=21):
 
 def seconds_of(model, k, data, steps=5):
     """CPU seconds of a training step of factor k; the first is not counted."""
-    factor, config = model.factors[k], model.config
-    optimizer = Optimizer(factor, config)
-    average = AveragedModel(factor)
+    training = Training(model.factors[k], model.config, model.dims)
     for step in range(steps + 1):
         if step == 1:
             begin = time.process_time()
-        batch = batch_of(model, k, data, step)
-        training_step(factor, batch, optimizer, 0.01, average, config, model.dims)
+        training.step(batch_of(model, k, data, step), 0.01)
     return (time.process_time() - begin) / steps
 
 

@@ -129,21 +129,13 @@ def feasible(values, weights, low, high, top):
     add with at most `top` each. So w v lies in low - rest .. high, and in 0 .. w top.
 
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
-    on the ones before i; weights: positive ints; low, high: int64 tensors. Required: high >= 0, low
-    <= top sum(weights), and high - low + 1 >= each weight, as else low .. high might have no
-    multiple of some weight (it has 4 numbers for Half, 4096 for Gray). -> lists lo, hi.
+    on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    No interval is empty; who does not doubt it may go on. `rest` is what those after v can add, and
-    w * top what v can. Suppose that before v
-
-        (1) high >= 0    (2) low <= rest + w * top    (3) high - low + 1 >= each weight
-
-    If low - rest <= 0, v = 0 will do, by (1). If not, take the smallest multiple w * v that is at
-    least low - rest. It is at most low - rest + w - 1 <= high - rest <= high, by (3). And w * top
-    is a multiple, too, and no less than low - rest, by (2): so the smallest one is at most w * top.
-    After any v of lo..hi (1) to (3) hold again for the reduced low and high: high >= 0, as w * v
-    was at most high; low <= rest, as w * v was at least low - rest, and rest is what the next one
-    and those after it can add; and high - low has not changed.
+    No interval is empty if high >= 0, low <= top sum(weights), and high - low + 1 >= each weight
+    (low .. high has 4 numbers for Half, 4096 for Gray): 0 will do if low - rest <= 0. If not, the
+    smallest multiple w v >= low - rest will: it is at most low - rest + w - 1 <= high - rest, and
+    at most w top, which is a multiple, too, and large enough. And all three hold again after any v
+    of its interval, with `rest` in place of top sum(weights).
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -373,7 +365,7 @@ class LogisticMixture:
             p(r, g, b) = sum_k w_k m_k(r) m_k(g | r) m_k(b | r, g)
 
         (.. | r: green's mean has moved with r). With them each of p(r), p(g | r) and p(b | r, g) is
-        divided by what the mixture gives to all that is allowed; M_k is a component's mass on an
+        divided by what the mixture gives to all that is allowed. With M_k, a component's mass on an
         interval:
 
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
@@ -398,8 +390,6 @@ class LogisticMixture:
             total = total - (log_joint + log_allowed[:, channel]).logsumexp(1)  # denominator
             log_joint = log_joint + log_masses[:, channel]
             total = total + log_joint.logsumexp(1)  # numerator
-        # (If all levels are allowed, M_k is 1. Then each denominator is the numerator before it,
-        # and of the product blue's numerator is left: what is returned without intervals.)
         return total
 
     def sample(self, noise, mode="random", interval_of=None):
@@ -439,18 +429,10 @@ class LogisticMixture:
         M; then a value from it, within the interval; then its weight so far is multiplied by the
         mass of that value, m.
 
-        (Without cuts one component serves all channels, as M is 1.) Why not keep red's here? It was
-        drawn in proportion to w M(r's interval), then r with m(r) / M(r's interval): so given r its
-        probability is in proportion to w m(r). But by p'(g | r) green needs w m(r) M(g's interval |
-        r). Say
-
-            component     w     m(r)    w m(r)    M(g's interval | r)    w m(r) M
-            the first    1/2    0.2     0.10      0.1                    0.01
-            the second   1/2    0.1     0.05      0.8                    0.04
-
-        Given r, red's component is the first one with probability 0.10 / 0.15 = 2/3. Green must
-        have it with 0.01 / 0.05 = 1/5. "map" keeps the first one that was drawn, so that a pixel's
-        channels belong together.
+        (Without cuts one component serves all channels. Here red's was drawn in proportion to w
+        M(r's interval), then r with m(r) / M(r's interval): so given r it has w m(r). But green
+        needs w m(r) M(g's interval | r), by p'(g | r). "map" keeps red's all the same, so that a
+        pixel's channels belong together.)
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -569,8 +551,8 @@ class Categorical:
 
 class Conv(nn.Module):
     """Weight-normalised convolution that reads `rows` and `columns` around its output, inclusive.
-    (Direction and length of the weights are trained apart, so that the scale of outputs stays even,
-    as by batch norm, but without mixing images. It needs a start, see data_dependent_init.)
+    (Direction and length of the weights are trained apart, so that the scale of outputs stays even.
+    It needs a start, see data_dependent_init.)
 
         stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
         up               the same with stride 1, of `in` with zeros between its values, a 0 b 0 c 0:
@@ -636,8 +618,7 @@ class Conv(nn.Module):
             x = zeros_between(x)
         # torch pads both sides alike: as much as the upper left needs. What is too much is cut off
         # below and on the right. (With columns (-1, 0) of a b c it makes 0 a b c 0, and of that 0a,
-        # ab, bc, c0: the last one is too much.) This saves the copy that padding by hand would
-        # make.
+        # ab, bc, c0: the last one is too much.)
         y = F.conv2d(x, weight, bias, self.stride, padding=(-self.rows[0], -self.columns[0]))
         height, width = x.shape[2:]
         return y[:, :, : height // self.stride, : width // self.stride]
@@ -744,8 +725,8 @@ def data_dependent_init(network, *inputs):
 #     up[6] reads half[3]     x x x x x x      may know those before 6
 #     up[7] reads half[3]     x x x x x x      may know those before 7 (pixel 6 comes by the skip)
 #
-# In general half[q] knows those before 2 q, however many blocks there are at half the resolution.
-# (v likewise: its row 3 at half the resolution reads v's rows 5 and 6, and so knows the rows 0..5.)
+# In general half[q] knows those before 2 q, however many blocks there are at half the resolution;
+# and likewise v.
 
 
 def six_stages(blocks):
@@ -858,19 +839,16 @@ class CausalNet(nn.Module):
     """PixelCNN++, or a light network of the pyramid, by its layout: the parameters of every pixel's
     distribution from the pixels before it.
 
-    Deviations, for those who know PixelCNN++: all six stages have as many blocks, 6 x 6 = 36 and 6
-    x 4 = 24 as in the paper; PixelCNN++'s code also has skips from the first and from the strided
-    layers, and for these one block more in each of two stages on the way up. The fourth stage
-    follows the third at the same resolution, and so its first skip is its own input (both are the
-    output of the third stage's last block), and adds little.
+    Deviation: all six stages have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in the paper;
+    PixelCNN++'s code also has skips from the first and from the strided layers, and for these one
+    block more in each of two stages on the way up.
     """
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
         super().__init__()
         self.layout, self.conditional = layout, conditional
-        # (Rows -2 and -1, as in PixelCNN++; one would do.) h's first layer reads no rectangle, so
-        # it is two. (h could have row -1 from v; but so it is in PixelCNN++.) look_right: see
-        # VERTICAL_LEFT.
+        # Rows -2 and -1 as in PixelCNN++, though one would do. h's first layer reads no rectangle,
+        # so it is two. look_right: see VERTICAL_LEFT.
         self.v_first = Conv(c_in, filters, rows=(-2, -1), columns=(-1, 1), outermost=True)
         self.h_above = Conv(c_in, filters, rows=(-1, -1), columns=(-1, 1), outermost=True)
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), outermost=True)
@@ -911,7 +889,6 @@ class EmbeddingNet(nn.Module):
 
     The paper does not say what the coarser stages of PixelCNN++ take from it. Here it is f_w's last
     output at their resolution. f_w, too, has skips where its layout comes back to a resolution.
-
     """
 
     def __init__(self, c_in, layout, filters, dropout):
@@ -978,9 +955,8 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: each view that is given one of half its size; and the
-    coarsest one, if the model's last psi is Half, even if it is applied 0 times, as by a pyramid at
-    8x8: that is one light network.
+    """Whether a view has a light network: if it is given a view of half its size; and the coarsest
+    one if the model's last psi is Half (even if that is applied 0 times, as by a pyramid at 8x8).
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1069,13 +1045,13 @@ class Factor(nn.Module):
 
 
 class Draw:
-    """Where a sampler gets its pixels: from noise, so that images are a function of it.
+    """Where a sampler gets its pixels: from noise, so that images are a function of it. (A decoder
+    of compressed images can take its place.)
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of P pixels at once,
-    (rows, columns), in each of n images: in sample_naive P is 1, in sample_fast, further down, they
-    may be a diagonal. A head expects images, but these are scattered: so each pixel is handed over
-    as an image of 1x1, n P in all, first the P of image 0, then those of image 1, .. (A decoder of
-    compressed images can take the place of a Draw.)
+    (rows, columns), in each of n images: in sample_naive P is 1, in sample_fast they may be a
+    diagonal. A head expects images, but these are scattered: so each is an image of 1x1, first the
+    P of image 0, then those of image 1, ..
     """
 
     def __init__(self, noise, mode="random"):
@@ -1209,9 +1185,8 @@ class PixelAux(nn.Module):
             if k is None or j == k:
                 with evaluating(self):  # without dropout
                     data_dependent_init(self.factors[j], *pair)
-                # data_dependent_init has made the outputs of `last` 0 on average, so that all
-                # components of a mixture would be much the same: the head spreads them by last.b.
-                # What the network adds to that is small: some 0.03, the gain of `last`.
+                # The outputs of `last` are 0 on average now, so that all components of a mixture
+                # would be much the same: the head spreads them by last.b.
                 self.factors[j].kind_of_head.set_bias(self.factors[j].net.last.b)
 
     def sample(self, n, seed=0, mode="random", shift=0.0, tight=False, given=None, fast=True,
@@ -1292,8 +1267,8 @@ def evaluating(model):
 @dataclasses.dataclass
 class Config:
     """A model and its training. The values here are the paper's for CIFAR-10, where it gives them;
-    the number of filters is that of its grayscale models, its pyramids have 100. (What `train`,
-    `build` and make_config() take if not told otherwise is tiny, as the paper's takes days.)
+    the number of filters is that of its grayscale models, its pyramids have 100. (The default is
+    not this but the preset tiny, as the paper's takes days.)
 
     Epochs, steps and minutes are given by factor, coarsest first; the last number serves all
     factors that follow.
@@ -1405,13 +1380,9 @@ def build(name, size, preset="tiny", seed=0, **overrides):
 # made from a known distribution. Other images come from .npy files, or by way of tools/images.py.
 # A batch is a function of the seed and the step, so that a resumed run sees the same ones.
 #
-# What tells data apart:
-#
-#     digest         of an image: a hash of its bytes. It decides whether the image is for training
-#                    or for the test (except in CIFAR-10, which has a test set)
-#     fingerprint    of a data set: a hash of all its digests. `describe` puts it into
-#                    Config.data_set, by which --resume knows the data again
-#     digests.npy    in a run's folder: all digests, so that it can be said what has changed
+# An image's digest, a hash of its bytes, decides whether it is for training or for the test (but
+# CIFAR-10 has a test set). The fingerprint of a data set, a hash of all its digests, is put into
+# Config.data_set by `describe`: by it --resume knows the data again.
 
 
 class Shapes:
@@ -1505,10 +1476,6 @@ class Shapes:
         """colour: the number, 0..2, of each pixel's colour, (N, H, W). Finds the mask and the pair
         that agree with it on most pixels, by trying all -> the colours that these give, (N, H, W).
         (True images agree on all pixels; samples of a model may not, and this is a vote.)
-
-        For example, of four pixels:  colour red red red blue,  mask outside outside inside inside.
-        A red ground agrees on 2 pixels outside, a blue shape on 1 inside: this mask and the pair
-        (red, blue) agree on 3.
         """
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
@@ -1763,9 +1730,7 @@ def to_array(images):
 #         step, seconds
 #
 # Training goes by config.json, and `load` by the copy in the checkpoint, so that one file is
-# enough. (They may differ in the place of the data, which may have moved, and in numbers of steps,
-# which --minutes fixes later.) No random state is in it, as all that is random is a function of
-# seed, factor and step.
+# enough. No random state is in it, as all that is random is a function of seed, factor and step.
 
 
 def rank():
@@ -2070,10 +2035,9 @@ class Optimizer:
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step.
 
-        Without that v would grow (threefold in the first 400 steps of `tiny`). In the weight, g v /
-        |v|, the length of v changes nothing: so the gradient has no part along v; and a step across
-        it makes it longer, as Muon's are, roughly, on average. Steps are always of one length, and
-        turn a longer v by a smaller angle: learning would fade.
+        The length of v changes nothing in the weight, g v / |v|, but grows with each step
+        (threefold in the first 400 of `tiny`). Muon's steps are always of one length, and turn a
+        longer v by a smaller angle: learning would fade.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -3393,8 +3357,7 @@ def product(weight, positions):
 # may train factors of one run in one folder at the same time, but each factor only one of them: it
 # holds a lock on factor-k as long as it trains.
 #
-# A flag of the Config that is not given is None in args: it has no default in FLAGS, as the preset
-# or the run decides.
+# A flag of the Config that is not given is None in args: the preset or the run decides.
 
 
 def plan_run(args, out):
@@ -3545,8 +3508,8 @@ def begin(out, config, factors, data, args, device):
 def show_samples(model, k, first, data, out, stop):
     """Pictures during training: samples of the views up to k, and curves. first: the first factor
     that is trained by this call. Views before it are given, of test images, as their factors may
-    not be there (with --factor 2 views 0 and 1; view 2 is sampled). If they cannot be made,
-    training goes on without; a signal ends them at once, as all is saved by now."""
+    not be there. If they cannot be made, training goes on without; a signal ends them at once, as
+    all is saved by now."""
     try:
         stop.immediately = True  # from here on a signal raises at once, see signals_noted
         if stop():
@@ -3581,17 +3544,11 @@ def plan_in_turn(args, out):
 
 
 def agree(out, config, factors, resume):
-    """Check our config against one that another process has written into this folder since plan_run
-    has looked, which may be minutes ago, as it reads data. Raises Problem. Say --factor 0 and
-    --factor 1 are begun at once, by A and B:
+    """Check our config against one that another process, say of --factor 0, has written into this
+    folder since plan_run has looked, which may be minutes ago, as it reads data. Raises Problem.
 
-        A and B find no config.json, and plan new runs
-        A begins: writes config.json
-        A's minutes become 900 steps: record_steps puts that into config.json
-        B begins: we are here
-
-    B takes over the number of steps; its settings must be the same otherwise, but for where the
-    data lie; and its factor must not be there.
+    What its minutes have become is taken over; settings must be the same otherwise, but for where
+    the data lie; and our factors must not be there.
     """
     if (out / "config.json").exists():
         there = read_config(out)

@@ -2496,18 +2496,19 @@ def save_samples(model, views, path, given=0):
 #     ahead     0                         1          2          3               6
 #
 # and the same in row 1, 8 columns further to the left. (Within a step values are computed in the
-# network's order, sources before readers.) In general the row above is lag columns further on, so a
-# reader of the value at (r + dy, c + dx), with dy = 0 or below, needs
+# network's order, sources before readers.) In general: the row above is lag columns further on, so
+# that a row up makes up for lag columns to the right. A reader at (r, c) of what is at (r + dy, c +
+# dx), where dy is 0, or negative for rows above, needs
 #
 #     ahead of the source >= ahead of the reader + lag dy + dx
 #
-# The output has 0. From there back, each node has the least that serves all its readers. (To run
-# further ahead than that would need pixels of the row above that only a larger lag has drawn.) Of
-# all that a kernel reads its lower right corner asks for the most.
+# The output is 0 ahead. From there back, each node gets the least that serves all its readers. (To
+# run further ahead would need pixels of the row above that only a larger lag has drawn.) Of all
+# that a kernel reads its lower right corner asks for the most.
 #
-# What decides the lag? x. Pixel (r, c) is drawn at the end of a step, so what reads it is computed
-# a step later or more: x is not ahead but behind, by 1, and the lag is the smallest number for
-# which all readers of x can do with that:
+# What decides the lag? x. Pixel (r, c) is drawn at the end of a step, and can be read from the next
+# one on: so x is not ahead but 1 behind, and the lag is the smallest number for which all readers
+# of x can do with that:
 #
 #     reader of x    lower right corner    its ahead    -1 >= its ahead + lag dy + dx
 #     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
@@ -2698,7 +2699,7 @@ class Plan:
         self.output = self.nodes[-1]
         self.lag = self.smallest_lag(least_lag)
         if self.lag:
-            ahead = self.ahead(self.lag)
+            ahead = self.needed_ahead(self.lag)
             for node in self.nodes:
                 node.ahead = ahead[node]
         else:  # the image is too narrow
@@ -2711,12 +2712,12 @@ class Plan:
     def smallest_lag(self, least_lag):
         """None if it would be the width or more: then no two pixels are drawn in one step."""
         for lag in range(least_lag, self.size[1]):
-            if self.ahead(lag)[self.x] <= -1:
+            if self.needed_ahead(lag)[self.x] <= -1:
                 return lag
         return None
 
-    def ahead(self, lag):
-        """{node: how far ahead its readers need it}, from the output back."""
+    def needed_ahead(self, lag):
+        """{node: how far ahead its readers need it}, from the output back; that of x, too."""
         ahead = collections.defaultdict(lambda: -math.inf, {self.output: 0})
         for node in reversed(self.nodes):
             for read in node.reads:
@@ -2920,9 +2921,9 @@ def in_raster_order(nodes, x):
     planned = []
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
-    # Backwards, as in Plan.ahead, but rows above are complete: only what is read in a node's own
-    # row has to run ahead. (In networks of others all readers of a node may be in lower rows. It
-    # stays at -infinity: it is computed a row at once, after the row's pixels.)
+    # Backwards, as in Plan.needed_ahead, but rows above are complete: only what is read in a node's
+    # own row has to run ahead. (In networks of others all readers of a node may be in lower rows.
+    # It stays at -infinity: it is computed a row at once, after the row's pixels.)
     ahead = collections.defaultdict(lambda: -math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         node.ahead = BY_ROWS if node.by_rows else ahead[node]

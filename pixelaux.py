@@ -131,11 +131,12 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    No interval is empty if high >= 0, low <= top sum(weights), and high - low + 1 >= each weight
-    (low .. high has 4 numbers for Half, 4096 for Gray): 0 will do if low - rest <= 0. If not, the
-    smallest multiple w v >= low - rest will: it is at most low - rest + w - 1 <= high - rest, and
-    at most w top, which is a multiple, too, and large enough. And all three hold again after any v
-    of its interval, with `rest` in place of top sum(weights).
+    So each choice leaves one for those that come after it: no interval is empty if high >= 0, low
+    <= top sum(weights), and high - low + 1 >= each weight (low .. high has 4 numbers for Half, 4096
+    for Gray): 0 will do if low - rest <= 0. If not, the smallest multiple w v >= low - rest will:
+    it is at most low - rest + w - 1 <= high - rest, and at most w top, which is a multiple, too,
+    and large enough. And all three hold again after any v of its interval, with `rest` in place of
+    top sum(weights).
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -371,10 +372,10 @@ class LogisticMixture:
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        and blue likewise, with the weights w_k m_k(r) m_k(g | r). The cut of red divides all
-        w_k m_k(r) by one number, which cancels in the weights given r: they need no M. (If each
-        component were cut by itself, one with hardly any mass on the interval would keep all of its
-        weight there.)
+        Given r, component k has the weight w_k m_k(r), with or without the cut of red, which has
+        divided all of them by one number. Blue likewise, with the weights w_k m_k(r) m_k(g | r).
+        (If each component were cut by itself, one with hardly any mass on the interval would keep
+        all of its weight there.)
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -429,10 +430,10 @@ class LogisticMixture:
         M; then a value from it, within the interval; then its weight so far is multiplied by the
         mass of that value, m.
 
-        (Without cuts one component serves all channels. Here red's was drawn in proportion to w
-        M(r's interval), then r with m(r) / M(r's interval): so given r it has w m(r). But green
-        needs w m(r) M(g's interval | r), by p'(g | r). "map" keeps red's all the same, so that a
-        pixel's channels belong together.)
+        Why a component for each channel? Red's was drawn in proportion to w M(r's interval); given
+        r it is component k in proportion to w_k m_k(r), as in log_prob. But green needs w m(r)
+        M(g's interval | r), by p'(g | r): so red's cannot be kept. ("map" keeps it all the same, so
+        that a pixel's channels belong together.)
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -599,8 +600,7 @@ class Conv(nn.Module):
     def weight(self):
         """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
         weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        # Only a matter of storage, to read older files: the v of an `up` Conv is turned by 180
-        # degrees.
+        # (Older files store the v of an `up` Conv turned by 180 degrees.)
         return weight.flip(2, 3) if self.up else weight
 
     def forward(self, x):
@@ -664,8 +664,8 @@ def data_dependent_init(network, *inputs):
 
 # --- Networks ----------------------------------------------------------------------------------
 #
-# A network is a sequence of residual blocks, in stages; in a causal one each block is two side by
-# side, a vertical and a horizontal one. Its *layout* lists the stages, each (times halved, blocks).
+# A network is a sequence of residual blocks, in stages; in a causal one each is a pair, one for v
+# and one for h. Its *layout* lists the stages, each (times halved, blocks).
 # 0 times is always the resolution of x, the image that is modelled. PixelCNN++ goes down to a
 # quarter of the resolution, so that few blocks see far, and comes back. On the way back each block
 # also reads, by a *skip*, what its counterpart on the way down has made, as that has the detail.
@@ -685,24 +685,14 @@ def data_dependent_init(network, *inputs):
 #
 # The embedding f_w knows X^ whole, and has one stream. Its layout, too, counts from x: if X^ is x
 # halved once, it begins with (1, ..). embeddings[i] is its last output at x's resolution halved i
-# times, and goes into the causal network's blocks there (a light network has one resolution, and
-# reads embeddings[0] alone). If x is 16x16, and X^ 8x8,
+# times, which a causal network's blocks at that resolution read (those of a light network, which
+# has one resolution, read embeddings[0]). If x is 16x16, and X^ 8x8,
 #
 #     layout        (1, 3),         (2, 6),         (1, 3),         (0, 3)
 #     it has        3 blocks, 8x8   6 blocks, 4x4   3 blocks, 8x8   3 blocks, 16x16
 #     and makes                     embeddings[2]   embeddings[1]   embeddings[0]
 #
 # (The first stage makes none, as the third one is the last at its resolution.)
-#
-# Config, further down, has four layouts, here with the paper's values, which presets change:
-#
-#     networks                                             field           the paper's
-#     pixelcnn's X; grayscale's gray; they have no f_w     layout          six_stages(6)
-#     X given gray, and its f_w                            layout_cond     six_stages(4)
-#     all views of a pyramid, the coarsest too             layout_light    ((0, 3),)
-#     their f_w; the coarsest has none                     layout_embed    the example above
-#
-# (In a grayscale-pyramid all gray views are as a pyramid's, and X given gray has layout_cond.)
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -725,8 +715,9 @@ def data_dependent_init(network, *inputs):
 #     up[6] reads half[3]     x x x x x x      may know those before 6
 #     up[7] reads half[3]     x x x x x x      may know those before 7 (pixel 6 comes by the skip)
 #
-# In general half[q] knows those before 2 q, however many blocks there are at half the resolution;
-# and likewise v.
+# In general half[q] knows those before 2 q, however many blocks there are at half the resolution.
+# (v knows rows: its row q at half the resolution reads v's rows 2 q - 1 and 2 q, so it knows those
+# before row 2 q.)
 
 
 def six_stages(blocks):
@@ -971,22 +962,25 @@ def is_light(config, view):
 
 class Factor(nn.Module):
     """p(x), or p(x | x_hat), of a view x: a causal network, a head, and for x_hat an embedding.
-    config: see Configuration, which comes next.
 
-    light: the causal network is the pyramid's small one in place of PixelCNN++, see is_light.
+    light: see is_light. Layouts are fields of config (see Configuration, which comes next):
+
+        x                                  causal network    f_w
+        pixelcnn's X; grayscale's gray     layout            none
+        X given gray                       layout_cond       the same
+        all views of a pyramid             layout_light      layout_embed, of the coarsest none
+
+    (In a grayscale-pyramid gray views are as a pyramid's, and X given gray has layout_cond.)
     """
 
     def __init__(self, config, view, light):
         super().__init__()
         self.view, self.embed, psi = view, None, view.psi
         channels, filters, dropout = view.shape[0], config.nr_filters, config.dropout
-        # Which layout: see the table in Networks.
         full_layout = config.layout if psi is None else config.layout_cond
         layout = config.layout_light if light else full_layout
         layouts = [layout]
         if psi is not None:
-            # Gray is as large as X: f_w has X's layout, so each stage finds an embedding of its
-            # size.
             layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
             layouts.append(layout_embed)
@@ -1240,7 +1234,8 @@ def noise_for(seed, k, images, shape):
     return torch.from_numpy(noise).clamp_(1e-16)  # as the logit of 0 is infinite
 
 
-# `evaluating` changes what all threads share, modes of modules and flags of cuDNN: one at a time.
+# `evaluating` changes what all of a user's threads share, modes of modules and flags of cuDNN: one
+# at a time.
 IN_TURN = threading.RLock()
 
 
@@ -1281,7 +1276,7 @@ class Config:
     halvings: int = -1  # of a pyramid; -1: as many as leave the shorter side at 8 or more
     nr_filters: int = 160
     nr_logistic_mix: int = 10  # components of a pixel's mixture
-    # Which network has which layout: see Networks.
+    # Which network has which layout: see Factor.
     layout: tuple = six_stages(6)  # PixelCNN++'s 36 blocks
     layout_cond: tuple = six_stages(4)  # 24 blocks (Sec. 4.1)
     layout_light: tuple = ((0, 3),)  # (Sec. 4.2)
@@ -1568,8 +1563,8 @@ class Dataset:
 
     def holding_out(self, n):
         """The same, but n training images, and copies of them, are kept from training: who looks at
-        a model's progress, and chooses by it, must not do so by the test set. Which ones, follows
-        from the images' contents alone. Raises Problem."""
+        a model's progress, and chooses by it, must not do so by the test set. The images' contents
+        alone decide which ones. Raises Problem."""
         if n == 0:
             return self
         if self.train is None or n >= len(self.train):
@@ -1932,15 +1927,15 @@ def progress_bar(iterable=None, **options):
 # stopped and resumed ends in the same weights as one that is not. Several processes (torchrun) each
 # take a share of the rows of every batch, and average their gradients.
 #
-# What is trained is not what the model shows: the moving average of the weights is better, and less
-# noisy, than the weights themselves. train_factor is the loop
+# What is trained is not what is evaluated and sampled: the moving average of the weights is better,
+# and less noisy, than the weights themselves. train_factor is the loop
 #
 #     each step     make_step: batch -> loss -> gradient -> optimizer -> moving average
 #     at a look     what the table below has, in this order
 #
-# A look is made after a step whose loss is read. That means to wait for the device, so there is one
-# every 20 steps only, and after the last one; in short runs every hundredth part of the steps; and,
-# of a single process, when a signal comes.
+# A look begins by reading the loss. That means to wait for the device, so there is one every 20
+# steps only, and after the last one; in short runs every hundredth part of the steps; and, of a
+# single process, when a signal comes.
 #
 #     what is done at a look                            at which looks
 #     is the loss finite?                               all
@@ -2111,7 +2106,7 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step(share)
-        self.average.update_parameters(self.forward)
+        self.average.update_parameters(self.trained)
         return loss.detach()
 
     def state(self, k, step, seconds):
@@ -2244,7 +2239,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
             continue
         bits = float(total) / (step - last_look)  # waits until the device has done it all
         seconds += time.monotonic() - since  # of steps alone: what follows is not counted
-        # stopping: above 0 if stop() is True, 1, in one of the processes.
+        # stopping: above 0 if stop() is True, 1, in any of the processes.
         bits, seconds, stopping = mean_of_processes([bits, seconds, stop()], device)
         check_finite(bits, k, step, path)
         quarter = has_ended(4, last_look, step, steps)
@@ -2495,16 +2490,16 @@ def save_samples(model, views, path, given=0):
 #               drawn)
 #     ahead     0                         1          2          3               6
 #
-# and the same in row 1, 8 columns further to the left. (Within a step values are computed in the
-# network's order, sources before readers.) In general: the row above is lag columns further on, so
-# that a row up makes up for lag columns to the right. A reader at (r, c) of what is at (r + dy, c +
-# dx), where dy is 0, or negative for rows above, needs
+# and the same in row 1, 8 columns further to the left. So what is `ahead` ahead is computed at (r,
+# c) in step lag r + c - ahead. A reader at (r, c) of what is at (r + dy, c + dx), where dy is 0, or
+# negative for rows above, needs that this is computed no later than itself (within a step values
+# are computed in the network's order, sources before readers):
 #
+#     lag (r + dy) + c + dx - ahead of the source <= lag r + c - ahead of the reader
 #     ahead of the source >= ahead of the reader + lag dy + dx
 #
-# The output is 0 ahead. From there back, each node gets the least that serves all its readers. (To
-# run further ahead would need pixels of the row above that only a larger lag has drawn.) Of all
-# that a kernel reads its lower right corner asks for the most.
+# The output is 0 ahead. From there back, each node gets the least that serves all its readers. Of
+# all that a kernel reads its lower right corner asks for the most.
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of a step, and can be read from the next
 # one on: so x is not ahead but 1 behind, and the lag is the smallest number for which all readers
@@ -2515,9 +2510,8 @@ def save_samples(model, views, path, given=0):
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
 #
-# (All nodes but x are read in their readers' own row, too, where dy = 0, so that their `ahead` does
-# not depend on the lag. In networks of others it may: so smallest_lag tries one lag after the
-# other.)
+# (To run further ahead than is needed would need a larger lag, as this table shows. In CausalNet no
+# `ahead` depends on the lag; in other networks it may: so smallest_lag tries one after the other.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2529,11 +2523,12 @@ def save_samples(model, views, path, given=0):
 #             read, compute, store    Plan.value, Plan.compute, Node.window
 #         draw the pixels where the output was computed, write them into x
 #
-# What a node has computed last is its `latest`. That will do for readers that are computed in the
-# same steps, if they read at their own position alone. For all others it also has a `buffer`, an
-# image of all that it has computed. For example a light network of one block, without X^. v has 1
-# + 2 convolutions, and needs (r - 1, c + 3): its lag is 4. Its nodes, in the order in which they
-# are computed within a step:
+# Nodes that are as far ahead are a *group*: they are computed in the same steps, at the same
+# positions. What a node has computed last is its `latest`. That will do for readers in its group
+# that read at their own position alone. For all others it also has a `buffer`, an image of all that
+# it has computed. For example a light network of one block, without X^. v has 1 + 2 convolutions,
+# and needs (r - 1, c + 3): its lag is 4. Its nodes, in the order in which they are computed within
+# a step:
 #
 #     node                                 ahead    buffer, and for whom
 #     v_first(x)                             2      for v's gate (x + a sigmoid(b)), at 0 (its
@@ -2550,8 +2545,8 @@ def save_samples(model, views, path, given=0):
 #     x, drawn at the end of the step               for all that read it, from the next step on
 #
 # At step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
-# at (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and the same in row 4, four
-# columns further to the right, ..
+# at (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and likewise in row 4, where
+# pixel (4, 8) is drawn, and in row 6.
 #
 # Two things are left for sections of their own: *Raster order*, where the image is too narrow for a
 # wavefront, and *Half the resolution*. Until then let `spacing` and `apart` be 1, and skip what is
@@ -2560,8 +2555,7 @@ def save_samples(model, views, path, given=0):
 
 class Places(typing.NamedTuple):
     """Where a group is due in a step: `count` positions (row, column), (row + down, column +
-    right), .. in pixels of x: down and right are steps from each to the next. On a diagonal of lag
-    8 down = 1, right = -8."""
+    right), .. On a diagonal of lag 8 down = 1, right = -8."""
 
     row: int
     column: int
@@ -2581,18 +2575,18 @@ class Read:
     """What a node reads of `source` for its position (r, c).
 
     If weight is None that is the value of source at (r, c). If not, it is a rectangle of values,
-    those that a convolution's kernel multiplies: nr_rows x nr_columns, `apart` pixels apart (1, or
-    see Half the resolution), the first at (r + top, c + left). For v_first: Read(x, weight, top=-2,
-    left=-1, nr_rows=2, nr_columns=3).
+    those that a convolution's kernel multiplies: nr_rows x nr_columns, `apart` pixels apart, the
+    first at (r + top, c + left). For v_first: Read(x, weight, top=-2, left=-1, nr_rows=2,
+    nr_columns=3).
     """
 
     source: "Node"
-    weight: torch.Tensor | None = None  # (F, nr_rows, nr_columns * C), as Raster order splits rows
+    weight: torch.Tensor | None = None  # (F, nr_rows, nr_columns * C)
     top: int = 0
     left: int = 0
     nr_rows: int = 1
     nr_columns: int = 1
-    apart: int = 1
+    apart: int = 1  # see Half the resolution
     # Decided in Plan.allocate: read from source.latest? If not, from source.buffer.
     at_hand: bool = False
     # How it is added to a running total: (total, values) -> total + values, or, with a weight,
@@ -2632,8 +2626,8 @@ class Node:
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False  # from the start, as what is made of X^ alone
     # Decided in Plan:
-    by_rows: bool = False  # see Raster order
     ahead: float = 0  # of the pixel, in columns: a whole number; in raster order perhaps infinite
+    by_rows: bool = False  # see Raster order
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if it is needed
     latest: torch.Tensor | None = None  # (n * positions, C)
@@ -2650,7 +2644,7 @@ class Node:
 
     @functools.cached_property
     def group(self):
-        """The same for nodes that are computed in the same steps at the same positions."""
+        """The same for nodes that are computed in the same steps, at the same positions."""
         return self.spacing, self.ahead
 
     def window(self, places, read=None):
@@ -2862,6 +2856,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
     # Cells and pixels are in the order image 0's P, image 1's P, ..
     pixels = x_hat[:, :, rows // psi.cell, columns // psi.cell]  # (n, C^, P)
     pixels = pixels.transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (n P, C^, 1, 1)
+    # Of each cell the pixel that is drawn: cells[each, channel, cell_row, cell_column].
     each = torch.arange(len(cells), device=x.device)
     cell_row, cell_column = cell_row.repeat(len(x)), cell_column.repeat(len(x))  # (n P,)
 
@@ -2922,8 +2917,8 @@ def in_raster_order(nodes, x):
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
     # Backwards, as in Plan.needed_ahead, but rows above are complete: only what is read in a node's
-    # own row has to run ahead. (In networks of others all readers of a node may be in lower rows.
-    # It stays at -infinity: it is computed a row at once, after the row's pixels.)
+    # own row has to run ahead. (In other networks than CausalNet all readers of a node may be in
+    # lower rows. It stays at -infinity: a row at once, after the row's pixels.)
     ahead = collections.defaultdict(lambda: -math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         node.ahead = BY_ROWS if node.by_rows else ahead[node]
@@ -2957,10 +2952,11 @@ def split_sum(node, is_output):
             early.append(rows_of(read, 0, nr_early))
         if nr_early < read.nr_rows:
             late.append(rows_of(read, nr_early, read.nr_rows))
+    # All is early: by rows. All is late, or no product is early: as it was. Else it is split.
     if not late and not is_output:  # as of v's nodes
         node.by_rows = True
         return [node]
-    # Without an early product nothing is gained. (A function, which cannot be split, has none.)
+    # (Without an early product nothing is gained. A function, which cannot be split, has none.)
     product_is_early = any(read.weight is not None for read in early)
     if not product_is_early:
         return [node]
@@ -3132,7 +3128,13 @@ class Recorder:
         return self.symbol(convolution(conv, symbol.node, self.size))
 
     def record(self, function, args, kwargs=None):
-        """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node."""
+        """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node.
+
+        concat_elu(x)       Nodes alone: `call`
+        hidden + conv(a)    Nodes alone, an addition with a convolution: sum_of
+        F.elu(h)            other arguments, too, as torch hands on elu(h, alpha=1.0,
+                            inplace=False): nodes_to_values hides them, then `call`
+        """
         kwargs = kwargs or {}
         # In evaluation dropout returns what it is given. (torch hands on all of its options by
         # keyword.)
@@ -3143,7 +3145,7 @@ class Recorder:
         nodes_alone = nodes == list(args) and not kwargs  # no other arguments
         if function in ADDITIONS and nodes_alone and has_convolution(nodes):
             return self.symbol(sum_of(nodes))
-        if not nodes_alone:  # as F.elu(h), which torch hands on as elu(h, alpha=1.0, inplace=False)
+        if not nodes_alone:
             function = nodes_to_values(function, args, kwargs)
         return self.symbol(self.call(function, nodes))
 
@@ -3257,8 +3259,8 @@ def name_of(function):
 # --- Products and threads: nothing of the method comes here ------------------------------------
 #
 # By which library, and by how many threads, products are computed. No result depends on it but by
-# rounding. (.pxa files depend on that: the machine that reads them must round as the one that wrote
-# them.)
+# rounding. (Compressed images depend on that: the machine that reads them must round as the one
+# that wrote them.)
 
 
 def choose_products(plan):

@@ -412,12 +412,11 @@ class LogisticMixture:
         if interval_of is not None:
             return self.sample_tight(noise, mode, interval_of)
         picked, x = self.component(pick(self.logit_probs, noise[:, 0])), []
+        from_mean = torch.zeros_like(picked.means)  # (N, 3, 1, H, W)
+        if mode == "random":
+            from_mean = picked.log_scales.exp() * noise[:, 1::2].logit().unsqueeze(2)
         for c in range(3):
-            value = picked.means_given(c, x)
-            if mode == "random":
-                logistic = noise[:, 2 * c + 1].logit().unsqueeze(1)
-                value = value + picked.log_scales[:, c].exp() * logistic
-            x.append(self.round(value))
+            x.append(self.round(picked.means_given(c, x) + from_mean[:, c]))
         return torch.cat(x, 1)
 
     def sample_tight(self, noise, mode, interval_of):
@@ -2603,6 +2602,11 @@ class Read:
         """The dx of the last column. (No relation to Places.right.)"""
         return self.left + (self.nr_columns - 1) * self.apart
 
+    @functools.cached_property
+    def numbers(self):
+        """How many it is, at one position."""
+        return self.nr_rows * self.nr_columns * self.source.channels
+
     @property
     def own_position(self):
         """Is it of the node's own position alone?"""
@@ -2702,6 +2706,7 @@ class Plan:
         # For speed alone, see Products and threads: puts in each read's `add`; for set_threads.
         choose_products(self)
         self.work = work_of(self.nodes, n)
+        self.nodes_of = {}  # groups that are due together -> their nodes
 
     def smallest_lag(self, least_lag):
         """None if it would be the width or more: then no two pixels are drawn in one step."""
@@ -2761,21 +2766,23 @@ class Plan:
     def run_step(self, due):
         """Compute what is due, {group: Places}."""
         set_threads(self, due)  # for speed alone
-        for node in self.nodes:
-            places = due.get(node.group)
-            if places is not None:
-                node.latest = self.compute(node, places)
-                if node.buffer is not None:
-                    window = node.window(places)
-                    window.copy_(node.latest.view(window.shape))
+        groups = tuple(due)
+        if groups not in self.nodes_of:
+            self.nodes_of[groups] = [node for node in self.nodes if node.group in due]
+        for node in self.nodes_of[groups]:
+            places = due[node.group]
+            node.latest = self.compute(node, places)
+            if node.buffer is not None:
+                window = node.window(places)
+                window.copy_(node.latest.view(window.shape))
 
     def compute(self, node, places):
         """The node's values at places, (n * positions, C)."""
-        values = [self.value(read, places) for read in node.reads]
         if node.function is not None:
-            return node.function(*values)
+            return node.function(*[self.value(read, places) for read in node.reads])
         total = node.bias
-        for read, value in zip(node.reads, values):
+        for read in node.reads:
+            value = self.value(read, places)
             # add: total + value, or, with a weight, total + value @ weight.T. (There is no bias
             # in the rest of a split sum, see Raster order.)
             total = value if total is None else read.add(total, value)
@@ -2786,8 +2793,7 @@ class Plan:
         if read.at_hand:
             return read.source.latest
         # The window is a view. reshape copies where what is read is not one run of memory.
-        window = read.source.window(places, read)
-        return window.reshape(-1, math.prod(window.shape[2:]))
+        return read.source.window(places, read).reshape(-1, read.numbers)
 
 
 @functools.lru_cache(16)

@@ -3438,6 +3438,8 @@ def from_anywhere(place):
 
 
 def train(args, device):
+    if args.start and not args.resume:
+        take_over(args)
     kind = pathlib.Path((args.data or "shapes").partition(":")[0]).stem
     out = args.out or pathlib.Path("runs", f"{args.model or 'pyramid'}-{kind}")
     config, data = plan_in_turn(args, out)
@@ -3479,6 +3481,14 @@ def train(args, device):
         print(f"      {CALLED} sample {out}")
     else:
         print(f"factor {args.factor} is in {out / f'factor-{args.factor}.pt'}")
+
+
+def take_over(args):
+    """Of the run that --start names, what flags do not say otherwise."""
+    theirs = load(pathlib.Path(args.start).expanduser()).config
+    for name in ("model", "preset", "size", "look_right"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(theirs, name))
 
 
 def start_from(model, run):
@@ -3799,7 +3809,7 @@ FLAGS = {
     "--out": ("train sample", "where results go (sample: a file, or a folder that is there)",
               dict(type=PATH)),
     "--resume": ("train", "go on with the run in --out", YES),
-    "--start": ("train", "begin with the weights of this run or checkpoint",
+    "--start": ("train", "begin with the weights, model, preset and size of this run or checkpoint",
                 dict(metavar="RUN", type=checked(str, "a run or a checkpoint", len))),
     "--factor": ("train", "train factor K alone, 0 is the coarsest", dict(type=int, metavar="K")),
     "--steps": ("train", "for each factor (default: the preset's)", dict(type=STEPS)),

@@ -3391,6 +3391,24 @@ def test_minutes_of_a_run_stopped_before_steps_are_fixed(tmp_path, monkeypatch, 
         assert records(out)[-1]["step"] == 10
 
 
+def test_a_start_takes_what_no_flag_says_from_the_weights_run(tmp_path, small_preset):
+    """Model, preset, size, look_right. Controls: flags go before; without --start it is the default."""
+    line = "train --steps 1 --batch-size 2"
+    flags = "--model", "grayscale", "--size", 12, "--no-look-right"
+    assert command(line, *flags, "--out", tmp_path / "first") == 0
+
+    def begun(name, *flags):
+        assert command(line, "--factor", 0, *flags, "--out", tmp_path / name) == 0
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        return config["model"], config["size"], config["look_right"]
+
+    start = "--start", tmp_path / "first"
+    assert begun("second", *start) == ("grayscale", [12, 12], False)
+    assert begun("larger", *start, "--size", 16, "--look-right") == (
+        "grayscale", [16, 16], True)
+    assert begun("default") == ("pyramid", [16, 16], True)
+
+
 def test_training_starts_from_the_weights_of_another_run(run, tmp_path, capsys, monkeypatch):
     """Control: without, it starts elsewhere. Weights of another model are refused."""
     line = "train --model pyramid --batch-size 2 --steps 1 --lr 1e-12 --out"

@@ -131,12 +131,14 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    So each choice leaves one for those that come after it: no interval is empty if high >= 0, low
-    <= top sum(weights), and high - low + 1 >= each weight (low .. high has 4 numbers for Half, 4096
-    for Gray): 0 will do if low - rest <= 0. If not, the smallest multiple w v >= low - rest will:
-    it is at most low - rest + w - 1 <= high - rest, and at most w top, which is a multiple, too,
-    and large enough. And all three hold again after any v of its interval, with `rest` in place of
-    top sum(weights).
+    So each choice leaves one for those after it. No interval is empty if high >= 0, low <= top
+    sum(weights), and high - low + 1 >= each weight (low .. high has 4 numbers for Half, 4096 for
+    Gray): if low - rest <= 0, v = 0 will do; if not, the least v with w v >= low - rest, as
+
+        w v <= low - rest + w - 1 <= high - rest <= high
+        w v <= w top                                         also a multiple >= low - rest
+
+    And the three hold again after any v of the interval, with `rest` for top sum(weights).
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -372,10 +374,10 @@ class LogisticMixture:
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        Given r, component k has the weight w_k m_k(r), with or without the cut of red, which has
-        divided all of them by one number. Blue likewise, with the weights w_k m_k(r) m_k(g | r).
-        (If each component were cut by itself, one with hardly any mass on the interval would keep
-        all of its weight there.)
+        Given r, component k has the weight w_k m_k(r): the cut of red has divided the weights of
+        all by one number, which changes nothing here. Blue likewise, with the weights w_k m_k(r)
+        m_k(g | r). (If each component were cut by itself, one with hardly any mass on the interval
+        would keep all of its weight there.)
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -429,10 +431,11 @@ class LogisticMixture:
         M; then a value from it, within the interval; then its weight so far is multiplied by the
         mass of that value, m.
 
-        Why a component for each channel? Red's was drawn in proportion to w M(r's interval); given
-        r it is component k in proportion to w_k m_k(r), as in log_prob. But green needs w m(r)
-        M(g's interval | r), by p'(g | r): so red's cannot be kept. ("map" keeps it all the same, so
-        that a pixel's channels belong together.)
+        Why a component for each channel? Red's is drawn in proportion to w_k M_k, and then r from
+        it with m_k(r) / M_k; so given r it is component k in proportion to w_k m_k(r), as in
+        log_prob. But green needs w_k m_k(r) M_k(g's interval | r): so red's cannot be kept, which
+        may have no mass at all on green's interval. ("map" keeps it all the same, so that a pixel's
+        channels belong together.)
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -599,12 +602,13 @@ class Conv(nn.Module):
     def weight(self):
         """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
         weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        # (Older files store the v of an `up` Conv turned by 180 degrees.)
+        # (An `up` Conv stores v turned by 180 degrees, as older files do.)
         return weight.flip(2, 3) if self.up else weight
 
     def forward(self, x):
         """(N, C_in, H, W) -> (N, C_out, H, W), or half or twice the height and width."""
-        if isinstance(x, Symbol):  # it only notes the call, for sample_fast: see Tracing
+        # (Skip this: x may be a stand-in without numbers, which notes the call. See Tracing.)
+        if isinstance(x, Symbol):
             return x.recorder.convolution(self, x)
         if not self.outermost:
             return self.convolve(x, self.weight(), self.b)
@@ -636,7 +640,8 @@ VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
 # With look_right=False light networks look less far right, and are sampled in fewer steps, but have
 # a blind spot again (see Sampling fast).
 VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
-HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))  # PixelCNN++'s: with row -1, which v has as well
+# PixelCNN++'s: it has row -1, though h reads v, which has seen that.
+HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
 POINT = dict(rows=(0, 0), columns=(0, 0))
 
@@ -702,10 +707,12 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
-# pixels before p (and rows above, which kernels read as well, and which do no harm). Kernels of
-# columns -1 and 0 read h[2 q - 1] and h[2 q] for half[q], its value at half the resolution. On the
-# way up they read half[0] 0 half[1] 0 ..: up[2 q] reads 0 and half[q], up[2 q + 1] half[q] and 0.
+# A change of resolution lets no later pixel in: half[q], below, knows the pixels before 2 q, and on
+# the way up only the positions 2 q and 2 q + 1 read it, which may know these. Let h[p] be h in
+# column p of a row: it may know the pixels before p (and rows above, which kernels read as well,
+# and which do no harm). Kernels of columns -1 and 0 read h[2 q - 1] and h[2 q] for half[q], its
+# value at half the resolution. On the way up they read half[0] 0 half[1] 0 ..: up[2 q] reads 0 and
+# half[q], up[2 q + 1] half[q] and 0.
 #
 #     pixels                  0 1 2 3 4 5 6 7
 #     h[5] knows              x x x x x
@@ -714,7 +721,6 @@ def data_dependent_init(network, *inputs):
 #     up[6] reads half[3]     x x x x x x      may know those before 6
 #     up[7] reads half[3]     x x x x x x      may know those before 7 (pixel 6 comes by the skip)
 #
-# In general half[q] knows those before 2 q, however many blocks there are at half the resolution.
 # (v knows rows: its row q at half the resolution reads v's rows 2 q - 1 and 2 q, so it knows those
 # before row 2 q.)
 
@@ -819,8 +825,7 @@ class Stage(nn.Module):
 
 
 def multiple_of(layout):
-    """What height and width must be multiples of, so that they can be halved and doubled so.
-    (Layouts of older runs count from X^; differences are the same.)"""
+    """What height and width must be multiples of, so that they can be halved and doubled so."""
     halved = [halved for halved, _ in layout]
     return 2 ** (max(halved) - min(halved))
 
@@ -1108,7 +1113,7 @@ class PixelAux(nn.Module):
     @property
     def size_multiple(self):
         """Height and width of X must be multiples of this."""
-        # scale: how many rows of X are one of the view, in a pyramid 1, 2, 4, ..
+        # scale: one row of the view is `scale` rows of X, in a pyramid 1, 2, 4, ..
         multiple, scale = 1, 1
         for factor in reversed(self.factors):
             multiple = math.lcm(multiple, scale * factor.multiple)
@@ -1481,7 +1486,8 @@ class Shapes:
         # agree[i, p, m]: on how many pixels image i agrees with pair p and mask m.
         ground, shape = self.pairs.T  # the colours of each pair, (pairs,)
         agree = outside[:, ground] + inside[:, shape]  # (N, pairs, M)
-        pair, mask = np.divmod(agree.reshape(len(colour), -1).argmax(1), len(masks))
+        best = agree.reshape(len(colour), -1).argmax(1)  # pair * M + mask
+        pair, mask = np.divmod(best, len(masks))
         return self.colours(masks[mask], pair)
 
     def noise_of(self, x):
@@ -2131,8 +2137,8 @@ class Training:
 def wrapped(factor, batch, config, compile, stop=never):
     """The factor as training calls it: compiled and distributed, where that is asked for.
 
-    stop(): whether a signal has come, which also ends the compiler's processes: their error is then
-    no failure.
+    stop(): whether a signal has come. It also ends the compiler's processes: then their error is
+    no failure, but the stop that was asked for.
     """
     forward, device = factor, factor.a_weight.device
     if compile:
@@ -2163,7 +2169,7 @@ def steps_in(minutes, make_step, stop, device):
     """How many steps fit into the minutes -> (steps, the seconds that it took to find out): some
     are made, for 3% of the time. The first one does not count, as much happens only once.
 
-    make_step(step, steps) -> its loss, a tensor.
+    make_step(number, of) -> its loss, a tensor.
     """
     with progress_bar(desc="pace", unit="step") as bar:
         float(make_step(0, math.inf))  # waits until the device has done it
@@ -2209,22 +2215,22 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         # By 32 images or more: statistics of few are rough.
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     training = Training(model.factors[k], config, model.dims)
-    model.factors[k] = training.average.module
+    model.factors[k] = training.average.module  # what is trained is in `training` alone from here
     first_step, seconds = training.restore(saved, path) if saved else (0, 0.0)
     step, steps = first_step, steps_of(config, k, data)
     if step < steps:
         first_batch = batch_of(model, k, data, 0)
         training.forward = wrapped(training.trained, first_batch, config, compile, stop)
 
-    def make_step(step, steps):
-        torch.manual_seed(hash((*seed, rank(), step)))  # of the dropout; ints hash alike everywhere
-        batch = batch_of(model, k, data, step)
-        return training.step(batch, share_of_rate(config, step, steps))
+    def make_step(number, of):
+        torch.manual_seed(hash((*seed, rank(), number)))  # for dropout; ints hash alike everywhere
+        batch = batch_of(model, k, data, number)
+        return training.step(batch, share_of_rate(config, number, of))
 
     if steps == math.inf:
         untouched = copy.deepcopy(training.state(k, step, seconds))
         steps, seconds = steps_in(of_factor(config.minutes, k), make_step, stop, device)
-        training.restore(untouched)
+        training.restore(untouched)  # (the seconds count)
         record_steps(out, config, k, steps)
     log, since = Log(out, k, step, steps), time.monotonic()
     save_at = since + save_every
@@ -2455,8 +2461,8 @@ def save_samples(model, views, path, given=0):
 
 # --- Sampling fast: each value once, independent pixels together -------------------------------
 #
-# For an image of 128x128 the naive sampler makes 16,384 passes. But most of each is known from
-# before, and pixels that do not need each other can be drawn together.
+# For an image of 128x128 the naive sampler makes 16,384 passes. But most of each only repeats the
+# passes before it, and pixels that do not need each other can be drawn together.
 #
 # **The wavefront.** What does pixel (r, c) need in the pyramid's light network? Each of v's 1 + 6
 # convolutions (the first, and 2 in each of 3 blocks) looks one column to the right, the first of
@@ -2478,10 +2484,11 @@ def save_samples(model, views, path, given=0):
 # rest X^ tells much, where there is one.)
 #
 # **Running ahead.** Call a value inside the network, at all positions, a *node*; a node that uses
-# another one is its *reader*, the other one the *source*. To draw pixel (r, c) v's last convolution
-# is computed at (r, c). It reads its source at (r, c + 1): so this runs one column *ahead* of the
-# pixel. Of six such convolutions, one after the other, the first one's source is 6 ahead: it is
-# v_first. Where step 24 draws pixel (0, 24), it computes
+# another one is its *reader*, the other one the *source*. Each node runs a number of columns, its
+# `ahead`, before the pixels: in the step that draws pixel (r, c) it is computed at (r, c + ahead).
+# v's last convolution has 0. It reads its source one column to the right, so this has 1. And of six
+# such convolutions, one after the other, the first one's source, v_first, has 6. In row 0 step 24
+# computes, and draws, at
 #
 #     column    24                        25         26         27        ..    30
 #     value     v's end, h, the output    within     after      within    ..    v_first
@@ -2489,28 +2496,31 @@ def save_samples(model, views, path, given=0):
 #               drawn)
 #     ahead     0                         1          2          3               6
 #
-# and the same in row 1, 8 columns further to the left. So what is `ahead` ahead is computed at (r,
-# c) in step lag r + c - ahead. A reader at (r, c) of what is at (r + dy, c + dx), where dy is 0, or
-# negative for rows above, needs that this is computed no later than itself (within a step values
-# are computed in the network's order, sources before readers):
+# and in row 1 the same 8 columns further to the left. So at (r, c) a node is computed in step lag r
+# + c - ahead. This must not be later than the step of a reader at (r, c), if it reads the node at
+# (r + dy, c + dx), where dy is 0, or negative for rows above. (It may be the same one: within a
+# step sources are computed before their readers.)
 #
 #     lag (r + dy) + c + dx - ahead of the source <= lag r + c - ahead of the reader
 #     ahead of the source >= ahead of the reader + lag dy + dx
 #
-# The output is 0 ahead. From there back, each node gets the least that serves all its readers. Of
-# all that a kernel reads its lower right corner asks for the most.
+# The conv_out of block 3, for example, has 0, and reads columns c - 1 .. c + 1 of the rows r - 1
+# and r. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which is less:
+# the lower right corner of a kernel asks for the most. The output has 0. From there back, each node
+# gets the least that serves all its readers.
 #
-# What decides the lag? x. Pixel (r, c) is drawn at the end of a step, and can be read from the next
-# one on: so x is not ahead but 1 behind, and the lag is the smallest number for which all readers
-# of x can do with that:
+# What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
+# the next one on, so the `ahead` of x is -1. The lag is the smallest number for which that is
+# enough for all readers of x:
 #
 #     reader of x    lower right corner    its ahead    -1 >= its ahead + lag dy + dx
 #     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
 #
-# (To run further ahead than is needed would need a larger lag, as this table shows. In CausalNet no
-# `ahead` depends on the lag; in other networks it may: so smallest_lag tries one after the other.)
+# (To run further ahead than is needed would need a larger lag, as this table shows. Nodes of
+# CausalNet are read in their readers' own row, where lag dy is 0: so what they need does not depend
+# on the lag. In other networks it may, and smallest_lag tries one lag after the other.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2522,29 +2532,28 @@ def save_samples(model, views, path, given=0):
 #             read, compute, store    Plan.value, Plan.compute, Node.window
 #         draw the pixels where the output was computed, write them into x
 #
-# Nodes that are as far ahead are a *group*: they are computed in the same steps, at the same
+# Nodes of the same `ahead` are a *group*: they are computed in the same steps, at the same
 # positions. What a node has computed last is its `latest`. That will do for readers in its group
 # that read at their own position alone. For all others it also has a `buffer`, an image of all that
 # it has computed. For example a light network of one block, without X^. v has 1 + 2 convolutions,
 # and needs (r - 1, c + 3): its lag is 4. Its nodes, in the order in which they are computed within
 # a step:
 #
-#     node                                 ahead    buffer, and for whom
-#     v_first(x)                             2      for v's gate (x + a sigmoid(b)), at 0 (its
-#                                                   concat_elu, next, needs it at 2)
-#     h_above(x) + h_left(x): one sum        0      none
-#     concat_elu of v_first                  2      for conv_in, at 1, which reads (r, c + 1)
-#     v's conv_in                            1      none: concat_elu, at 1 as well, takes `latest`
-#     concat_elu of that                     1      for conv_out
-#     v's conv_out; gate; concat_elu         0      none: h reads it at its own position
-#     concat_elu of h's sum                  0      for conv_in, which reads (r - 1, c)
-#     h's conv_in, and v by a conv_aux       0      none: this is one sum, too
-#     concat_elu of that                     0      for conv_out
-#     h's conv_out; gate; elu; last          0      none
-#     x, drawn at the end of the step               for all that read it, from the next step on
+#     node                               ahead, as it is needed by    buffer, and for whom
+#     v_first(x)                         2  its concat_elu            for v's gate, which has 0
+#     h_above(x) + h_left(x): one sum    0  its concat_elu            none
+#     concat_elu of v_first              2  conv_in, at (r, c + 1)    for conv_in, which has 1
+#     v's conv_in                        1  its concat_elu            none
+#     concat_elu of that                 1  conv_out, at (r, c + 1)   for conv_out, which has 0
+#     v's conv_out; gate; concat_elu     0  h, at (r, c)              none
+#     concat_elu of h's sum              0  conv_in, at (r, c)        for conv_in, at (r - 1, c), ..
+#     h's conv_in, and v by a conv_aux   0  its concat_elu            none: this is one sum, too
+#     concat_elu of that                 0  conv_out, at (r, c)       for conv_out
+#     h's conv_out; gate; elu; last      0                            none
+#     x, drawn at the end of the step   -1                            for all that read it
 #
-# At step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
-# at (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and likewise in row 4, where
+# At step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that has 0 at
+# (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and likewise in row 4, where
 # pixel (4, 8) is drawn, and in row 6.
 #
 # Two things are left for sections of their own: *Raster order*, where the image is too narrow for a
@@ -2553,19 +2562,19 @@ def save_samples(model, views, path, given=0):
 
 
 class Places(typing.NamedTuple):
-    """Where a group is due in a step: `count` positions (row, column), (row + down, column +
-    right), .. On a diagonal of lag 8 down = 1, right = -8."""
+    """Where a group is due in a step: `count` positions (row, column), (row + row_step,
+    column + column_step), .. On a diagonal of lag 8 they are 1 and -8."""
 
     row: int
     column: int
     count: int
-    down: int
-    right: int
+    row_step: int
+    column_step: int
 
     def positions(self):
         """The rows and the columns of the `count`."""
-        rows = [self.row + i * self.down for i in range(self.count)]
-        columns = [self.column + i * self.right for i in range(self.count)]
+        rows = [self.row + i * self.row_step for i in range(self.count)]
+        columns = [self.column + i * self.column_step for i in range(self.count)]
         return rows, columns
 
 
@@ -2599,7 +2608,7 @@ class Read:
 
     @property
     def right(self):
-        """The dx of the last column. (No relation to Places.right.)"""
+        """The dx of the last column."""
         return self.left + (self.nr_columns - 1) * self.apart
 
     @functools.cached_property
@@ -2648,7 +2657,8 @@ class Node:
 
     @functools.cached_property
     def group(self):
-        """The same for nodes that are computed in the same steps, at the same positions."""
+        """The same for nodes that are computed in the same steps, at the same positions. (To be
+        asked for when `ahead` is decided.)"""
         return self.spacing, self.ahead
 
     def window(self, places, read=None):
@@ -2657,7 +2667,7 @@ class Node:
 
         torch's as_strided(size, strides, start) is a view of which element i, j, .. is number start
         + i strides[0] + j strides[1] + .. of the memory: no copy, and no table of indices. It will
-        do, as positions are equally far apart in memory, on a diagonal next_place: a row down and
+        do, as positions are equally far apart in memory: next_place, on a diagonal a row down and
         lag columns to the left. With 2 channels, rows of 5 columns, no margins, lag 3, and a kernel
         of one row and 2 columns, c and c + 1:
 
@@ -2666,16 +2676,13 @@ class Node:
             position 0 = (0, 3)   reads 6 7 8 9
             position 1 = (1, 0)   reads 10 11 12 13
             start 6;  next_place = 1 * 10 - 3 * 2 = 4;  next_column = 2
-
-        With a margin of a row above and a column on the left rows have 12 elements, and position 0
-        starts at (0 + 1) * 12 + (3 + 1) * 2 = 20.
         """
         read = read or Read(self)  # of one value, at the position itself
         next_image, next_row, next_column, _ = self.buffer.stride()
-        above, _, before, _ = self.margin
-        start = (places.row + read.top + above) * next_row
-        start += (places.column + read.left + before) * next_column
-        next_place = places.down * next_row + places.right * next_column
+        above, _, before, _ = self.margin  # row r of the image is row above + r of the buffer
+        start = (above + places.row + read.top) * next_row
+        start += (before + places.column + read.left) * next_column
+        next_place = places.row_step * next_row + places.column_step * next_column
         size = (self.buffer.shape[0], places.count, read.nr_rows, read.nr_columns, self.channels)
         strides = (next_image, next_place, read.apart * next_row, read.apart * next_column, 1)
         return self.buffer.as_strided(size, strides, start)
@@ -2711,7 +2718,7 @@ class Plan:
     def smallest_lag(self, least_lag):
         """None if it would be the width or more: then no two pixels are drawn in one step."""
         for lag in range(least_lag, self.size[1]):
-            if self.needed_ahead(lag)[self.x] <= -1:
+            if self.needed_ahead(lag)[self.x] <= -1:  # that is what x has
                 return lag
         return None
 
@@ -2719,7 +2726,7 @@ class Plan:
         """{node: how far ahead its readers need it}, from the output back; that of x, too."""
         ahead = collections.defaultdict(lambda: -math.inf, {self.output: 0})
         for node in reversed(self.nodes):
-            for read in node.reads:
+            for read in node.reads:  # (bottom, right) is the (dy, dx) of the lower right corner
                 needed = ahead[node] + lag * read.bottom + read.right
                 ahead[read.source] = max(ahead[read.source], needed)
         return ahead
@@ -2913,7 +2920,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # infinitely far ahead, so that it comes first in its row; all else in CausalNet is 0 ahead.
 
 
-BY_ROWS = math.inf  # a whole row, before its pixels; -math.inf: after them; finite: pixel by pixel
+BY_ROWS = math.inf  # a whole row at once, before its pixels; finite: pixel by pixel
 
 
 def in_raster_order(nodes, x):
@@ -2929,6 +2936,7 @@ def in_raster_order(nodes, x):
     for node in reversed(planned):
         node.ahead = BY_ROWS if node.by_rows else ahead[node]
         for read in node.reads:
+            # (What a node by rows reads there is by rows, too, or known.)
             if read.bottom == 0:
                 ahead[read.source] = max(ahead[read.source], node.ahead + read.right)
     if ahead[x] > -1:
@@ -2983,10 +2991,10 @@ def raster_steps(size, spacing, ahead):
     height, width = size
     for r in range(0, height, spacing):
         if math.isinf(ahead):  # before or after the row's pixels
-            yield (r, -ahead), Places(r, 0, width // spacing, down=0, right=spacing)
+            yield (r, -ahead), Places(r, 0, width // spacing, row_step=0, column_step=spacing)
         else:
             for c in range(0, width, spacing):
-                yield (r, c - ahead), Places(r, c, 1, down=0, right=0)
+                yield (r, c - ahead), Places(r, c, 1, row_step=0, column_step=0)
 
 
 # --- Half the resolution: values at every second pixel -----------------------------------------
@@ -3069,8 +3077,8 @@ def convolution(conv, x, size):
 # once for the whole image. Where such a tensor is added to a Symbol, a Node is made of it that is
 # `known`, and has its buffer from the start.
 #
-# In a step A.function is given values (N, C), those at the positions that are due, in place of
-# images (N, C, H, W). So it must do the same to both: dim 1 are channels in both, and no position
+# In a step A.function is given a list (n * positions, C), of the values that are due, in place of
+# images (n, C, H, W). So it must do the same to both: dim 1 are channels in both, and no position
 # may see another one. That is tried out when it is noted.
 
 
@@ -3364,7 +3372,8 @@ def product(weight, positions):
 # (It goes on if flags do not contradict what the run was begun with. train_factor then goes on from
 # what there is: a finished factor makes no step, one without a checkpoint begins.) Several machines
 # may train factors of one run in one folder at the same time, but each factor only one of them: it
-# holds a lock on factor-k as long as it trains.
+# holds a lock on factor-k as long as it trains. plan_run, which may read data for minutes, looks at
+# the folder without a lock; so `begin` looks again, under one (`agree`).
 #
 # A flag of the Config that is not given is None in args: the preset or the run decides.
 
@@ -3567,7 +3576,7 @@ def agree(out, config, factors, resume):
     folder since plan_run has looked, which may be minutes ago, as it reads data. Raises Problem.
 
     What its minutes have become is taken over; settings must be the same otherwise, but for where
-    the data lie; and our factors must not be there.
+    the data lie; and our factors must not be there, unless we resume.
     """
     if (out / "config.json").exists():
         there = read_config(out)

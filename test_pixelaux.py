@@ -1139,9 +1139,9 @@ def reads_of(node):
 
 
 def test_places_lie_on_a_diagonal_or_in_a_row():
-    places = pixelaux.Places(row=2, column=25, count=3, down=2, right=-8)
+    places = pixelaux.Places(row=2, column=25, count=3, row_step=2, column_step=-8)
     assert places.positions() == ([2, 4, 6], [25, 17, 9])
-    places = pixelaux.Places(row=2, column=0, count=3, down=0, right=4)
+    places = pixelaux.Places(row=2, column=0, count=3, row_step=0, column_step=4)
     assert places.positions() == ([2, 2, 2], [0, 4, 8])
 
 

@@ -2035,9 +2035,9 @@ class Optimizer:
     def step_of_muon(self):
         """Rows of v are scaled to length 1, then Muon makes its step.
 
-        The length of v changes nothing in the weight, g v / |v|, but grows with each step
-        (threefold in the first 400 of `tiny`). Muon's steps are always of one length, and turn a
-        longer v by a smaller angle: learning would fade.
+        The length of v changes nothing in the weight, g v / |v|, but would grow without this, on
+        average (fourfold in the first 400 steps of `tiny`). Muon's steps are always of one length,
+        and turn a longer v by a smaller angle: learning would fade.
         """
         for v, matrix in zip(self.directions, self.matrices):
             matrix.copy_(F.normalize(v.flatten(1)))
@@ -2093,8 +2093,8 @@ class Training:
 
         trained          the factor that is trained
         forward          the same, perhaps compiled or distributed: what is called in a step
-        average.module   the moving average, which becomes the model's factor: a copy, that changes
-                         by `average` alone
+        average.module   the moving average, which becomes the model's factor: a copy, that steps
+                         change by `average` alone
     """
 
     def __init__(self, factor, config, dims):
@@ -2115,7 +2115,7 @@ class Training:
         return loss.detach()
 
     def state(self, k, step, seconds):
-        """What a checkpoint of factor k has, see Files."""
+        """What a checkpoint of factor k has besides format and config, see Files."""
         training = dict(weights=self.trained.state_dict(), optimizer=self.optimizer.state_dict(),
                         step=step, seconds=seconds)
         return dict(factors={k: self.average.module.state_dict()}, training=training)
@@ -2167,7 +2167,7 @@ def batch_of(model, k, data, step):
 
 def steps_in(minutes, make_step, stop, device):
     """How many steps fit into the minutes -> (steps, the seconds that it took to find out): some
-    are made, for 3% of the time. The first one does not count, as much happens only once.
+    are made, for 3% of the time. The first one counts nowhere, as much happens only once.
 
     make_step(number, of) -> its loss, a tensor.
     """
@@ -2518,9 +2518,10 @@ def save_samples(model, views, path, given=0):
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
 #
-# (To run further ahead than is needed would need a larger lag, as this table shows. Nodes of
-# CausalNet are read in their readers' own row, where lag dy is 0: so what they need does not depend
-# on the lag. In other networks it may, and smallest_lag tries one lag after the other.)
+# (If v ran further ahead than is needed, the lag would have to be larger; if h did, none would do.
+# All nodes of CausalNet but x are read in their readers' own row, where lag dy is 0: so what is
+# needed of them does not depend on the lag. In other networks it may, and smallest_lag tries one lag
+# after the other.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2884,7 +2885,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 
 # --- Raster order: what depends on rows above alone, a row at once -----------------------------
 #
-# If the lag would be the width W or more, no two pixels have the same wave. So it is in the
+# If the lag would be the width W or more, no two pixels are drawn in one step. So it is in the
 # pyramid's 8x8, where the smallest lag is 8, and in PixelCNN++ at 32x32, which looks further to the
 # right than the image is wide. Then pixels are drawn one by one, and the rows above are complete
 # when a row is begun (on a wavefront they are not).
@@ -2966,7 +2967,7 @@ def split_sum(node, is_output):
             early.append(rows_of(read, 0, nr_early))
         if nr_early < read.nr_rows:
             late.append(rows_of(read, nr_early, read.nr_rows))
-    # All is early: by rows. All is late, or no product is early: as it was. Else it is split.
+    # All is early, and it is not the output: by rows. No product is early: as it was. Else: split.
     if not late and not is_output:  # as of v's nodes
         node.by_rows = True
         return [node]
@@ -3062,7 +3063,7 @@ def convolution(conv, x, size):
 #     hidden = self.conv_in(concat_elu(x))
 #     hidden = hidden + conv(a)                 (conv: a conv_aux; a: the Symbol of a Node Y)
 #
-# and the last line of CausalNet, on the Symbol of a Node H, there are five calls:
+# and of F.elu(h) in CausalNet's last line, on the Symbol of a Node H, there are five calls:
 #
 #     concat_elu(x)       A = Node(reads=[Read(X)], function=concat_elu)
 #     conv_in(..)         B = Node(reads=[Read(A, its weight, ..)], bias=its bias)
@@ -3822,8 +3823,8 @@ FLAGS = {
                 dict(metavar="RUN", type=checked(str, "a run or a checkpoint", len))),
     "--factor": ("train", "train factor K alone, 0 is the coarsest", dict(type=int, metavar="K")),
     "--steps": ("train", "for each factor (default: the preset's)", dict(type=STEPS)),
-    "--minutes": ("train", "for each factor, in place of --steps, which the first steps then fix; "
-                  "or by factor, coarsest first: 6,14,40", dict(type=MINUTES)),
+    "--minutes": ("train", "for each factor, in place of --steps, which some that are tried out "
+                  "fix; or by factor, coarsest first: 6,14,40", dict(type=MINUTES)),
     "--batch-size": ("train eval", "images at once (default: the preset's, or what fits)",
                      dict(type=COUNT, metavar="N")),
     "--lr": ("train", "learning rate of Adam (default: the preset's)", dict(type=NUMBER)),

@@ -2484,11 +2484,11 @@ def save_samples(model, views, path, given=0):
 # rest X^ tells much, where there is one.)
 #
 # **Running ahead.** Call a value inside the network, at all positions, a *node*; a node that uses
-# another one is its *reader*, the other one the *source*. Each node runs a number of columns, its
-# `ahead`, before the pixels: in the step that draws pixel (r, c) it is computed at (r, c + ahead).
-# v's last convolution has 0. It reads its source one column to the right, so this has 1. And of six
-# such convolutions, one after the other, the first one's source, v_first, has 6. In row 0 step 24
-# computes, and draws, at
+# another one is its *reader*, the other one the *source*. A node may run *ahead* of the pixels, by
+# a number of columns: in the step that draws pixel (r, c) it is computed at (r, c + ahead). v's
+# last convolution is 0 ahead. It reads its source one column to the right, so that must be 1 ahead;
+# and of six such convolutions, one after the other, the first one reads v_first, which is 6 ahead.
+# So step 24 computes in row 0, where it draws pixel (0, 24), at
 #
 #     column    24                        25         26         27        ..    30
 #     value     v's end, h, the output    within     after      within    ..    v_first
@@ -2504,24 +2504,23 @@ def save_samples(model, views, path, given=0):
 #     lag (r + dy) + c + dx - ahead of the source <= lag r + c - ahead of the reader
 #     ahead of the source >= ahead of the reader + lag dy + dx
 #
-# The conv_out of block 3, for example, has 0, and reads columns c - 1 .. c + 1 of the rows r - 1
-# and r. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which is less:
-# the lower right corner of a kernel asks for the most. The output has 0. From there back, each node
-# gets the least that serves all its readers.
+# The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of the rows r -
+# 1 and r. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which is less:
+# the lower right corner of a kernel asks for the most. The output is 0 ahead. From there back, each
+# node gets the least that serves all its readers (more would take a larger lag, if any would do).
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
-# the next one on, so the `ahead` of x is -1. The lag is the smallest number for which that is
-# enough for all readers of x:
+# the next one on, as if x were computed one column behind, -1 ahead. The lag is the smallest number
+# for which that is enough for all readers of x:
 #
 #     reader of x    lower right corner    its ahead    -1 >= its ahead + lag dy + dx
 #     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
 #
-# (If v ran further ahead than is needed, the lag would have to be larger; if h did, none would do.
-# All nodes of CausalNet but x are read in their readers' own row, where lag dy is 0: so what is
-# needed of them does not depend on the lag. In other networks it may, and smallest_lag tries one lag
-# after the other.)
+# (All nodes of CausalNet but x are read in their readers' own row, where lag dy is 0: so how far
+# they are ahead does not depend on the lag. In other networks it may, so that smallest_lag tries
+# one lag after the other.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2533,7 +2532,7 @@ def save_samples(model, views, path, given=0):
 #             read, compute, store    Plan.value, Plan.compute, Node.window
 #         draw the pixels where the output was computed, write them into x
 #
-# Nodes of the same `ahead` are a *group*: they are computed in the same steps, at the same
+# Nodes that are equally far ahead are a *group*: they are computed in the same steps, at the same
 # positions. What a node has computed last is its `latest`. That will do for readers in its group
 # that read at their own position alone. For all others it also has a `buffer`, an image of all that
 # it has computed. For example a light network of one block, without X^. v has 1 + 2 convolutions,
@@ -2541,11 +2540,11 @@ def save_samples(model, views, path, given=0):
 # a step:
 #
 #     node                               ahead, as it is needed by    buffer, and for whom
-#     v_first(x)                         2  its concat_elu            for v's gate, which has 0
+#     v_first(x)                         2  its concat_elu            for v's gate, 0 ahead
 #     h_above(x) + h_left(x): one sum    0  its concat_elu            none
-#     concat_elu of v_first              2  conv_in, at (r, c + 1)    for conv_in, which has 1
+#     concat_elu of v_first              2  conv_in, at (r, c + 1)    for conv_in, 1 ahead
 #     v's conv_in                        1  its concat_elu            none
-#     concat_elu of that                 1  conv_out, at (r, c + 1)   for conv_out, which has 0
+#     concat_elu of that                 1  conv_out, at (r, c + 1)   for conv_out, 0 ahead
 #     v's conv_out; gate; concat_elu     0  h, at (r, c)              none
 #     concat_elu of h's sum              0  conv_in, at (r, c)        for conv_in, at (r - 1, c), ..
 #     h's conv_in, and v by a conv_aux   0  its concat_elu            none: this is one sum, too
@@ -2553,8 +2552,8 @@ def save_samples(model, views, path, given=0):
 #     h's conv_out; gate; elu; last      0                            none
 #     x, drawn at the end of the step   -1                            for all that read it
 #
-# At step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that has 0 at
-# (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and likewise in row 4, where
+# At step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
+# at (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and likewise in row 4, where
 # pixel (4, 8) is drawn, and in row 6.
 #
 # Two things are left for sections of their own: *Raster order*, where the image is too narrow for a

@@ -406,8 +406,8 @@ class LogisticMixture:
         tight     R's component    R    G's component    G    B's component    B    (sample_tight)
 
         "random" draws values from the component, by the inverse of the logistic's cdf, which is the
-        logit; "map" takes the means of the component, which is still drawn: the image without the
-        noise around it (what the paper calls MAP sampling, Sec. 4.2). Each channel is rounded
+        logit; "map" draws the component, too, but takes its means: the image without the noise
+        around it (what the paper calls MAP sampling, Sec. 4.2). Each channel is rounded
         before the next is conditioned on it; without that, samples have another distribution than
         log_prob. interval_of: see sample_tight.
         """
@@ -602,7 +602,7 @@ class Conv(nn.Module):
     def weight(self):
         """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
         weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        # (An `up` Conv stores v turned by 180 degrees, as older files do.)
+        # (An `up` Conv stores v turned by 180 degrees, for older files' sake alone.)
         return weight.flip(2, 3) if self.up else weight
 
     def forward(self, x):
@@ -1121,8 +1121,8 @@ class PixelAux(nn.Module):
         return multiple
 
     def resized(self, size):
-        """The same weights, with as many views, for images of another size (H, W). Raises
-        Problem."""
+        """The same weights, which are convolutions' and fit any size, with as many views, for
+        images of another size (H, W). Raises Problem."""
         halvings = sum(isinstance(view.psi, Half) for view in self.views)
         other = PixelAux(dataclasses.replace(self.config, size=tuple(size), halvings=halvings))
         other.to(self.device, self.factors[0].a_weight.dtype, memory_format=torch.channels_last)
@@ -2126,7 +2126,8 @@ class Training:
             training, [averaged] = state["training"], state["factors"].values()
             self.trained.load_state_dict(training["weights"])
             self.average.module.load_state_dict(averaged)
-            # At its first update, number 0, AveragedModel copies the weights; then it averages.
+            # At its first update, when n_averaged is 0, AveragedModel copies the weights; then it
+            # averages.
             self.average.n_averaged.fill_(training["step"])
             self.optimizer.load_state_dict(training["optimizer"])
             return training["step"], training["seconds"]
@@ -2466,7 +2467,8 @@ def save_samples(model, views, path, given=0):
 #
 # **The wavefront.** What does pixel (r, c) need in the pyramid's light network? Each of v's 1 + 6
 # convolutions (the first, and 2 in each of 3 blocks) looks one column to the right, the first of
-# them in the row above: so nothing further to the right than (r - 1, c + 7). Let a row be a number
+# them in the row above: so nothing further to the right than (r - 1, c + 7), and nothing further to
+# the right in the rows above that. Let a row be a number
 # of steps, the *lag*, behind the row above: pixel (r, c) is drawn in step lag r + c, together with
 # (r - 1, c + lag). With lag 8, and no smaller one, (r - 1, c + 7) is drawn before it. The step of
 # each pixel, step 8 in brackets:
@@ -2487,16 +2489,16 @@ def save_samples(model, views, path, given=0):
 # another one is its *reader*, the other one the *source*. A node may run *ahead* of the pixels, by
 # a number of columns: in the step that draws pixel (r, c) it is computed at (r, c + ahead). v's
 # last convolution is 0 ahead. It reads its source one column to the right, so that must be 1 ahead;
-# and of six such convolutions, one after the other, the first one reads v_first, which is 6 ahead.
-# So step 24 computes in row 0, where it draws pixel (0, 24), at
+# the source of the one before it 2; and so on, back to v_first:
 #
-#     column    24                        25         26         27        ..    30
-#     value     v's end, h, the output    within     after      within    ..    v_first
-#               (then the pixel is        block 3    block 2    block 2
-#               drawn)
-#     ahead     0                         1          2          3               6
+#     v's convolutions      v_first    block 1            block 2            block 3
+#                                      conv_in conv_out   conv_in conv_out   conv_in conv_out
+#     ahead                 6          5       4          3       2          1       0
+#     step 24 computes it   (0, 30)    (0, 29) (0, 28)    (0, 27) (0, 26)    (0, 25) (0, 24)
+#     at, in row 0,
 #
-# and in row 1 the same 8 columns further to the left. So at (r, c) a node is computed in step lag r
+# All of h and the output are 0 ahead: after them step 24 draws pixel (0, 24); and in row 1 it
+# computes the same 8 columns further to the left. So at (r, c) a node is computed in step lag r
 # + c - ahead. This must not be later than the step of a reader at (r, c), if it reads the node at
 # (r + dy, c + dx), where dy is 0, or negative for rows above. (It may be the same one: within a
 # step sources are computed before their readers.)
@@ -2507,7 +2509,8 @@ def save_samples(model, views, path, given=0):
 # The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of the rows r -
 # 1 and r. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which is less:
 # the lower right corner of a kernel asks for the most. The output is 0 ahead. From there back, each
-# node gets the least that serves all its readers (more would take a larger lag, if any would do).
+# node gets the least that serves all its readers. (More is of no use: its sources, too, would have
+# to be further ahead, and in the end x, of which only a larger lag would have drawn enough.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
 # the next one on, as if x were computed one column behind, -1 ahead. The lag is the smallest number
@@ -2518,9 +2521,9 @@ def save_samples(model, views, path, given=0):
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
 #
-# (All nodes of CausalNet but x are read in their readers' own row, where lag dy is 0: so how far
-# they are ahead does not depend on the lag. In other networks it may, so that smallest_lag tries
-# one lag after the other.)
+# (All kernels of CausalNet but v_first and h_above, which read x, end in their own row, where lag
+# dy is 0: so how far nodes are ahead does not depend on the lag. In other networks it may, so that
+# smallest_lag tries one lag after the other.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2552,7 +2555,8 @@ def save_samples(model, views, path, given=0):
 #     h's conv_out; gate; elu; last      0                            none
 #     x, drawn at the end of the step   -1                            for all that read it
 #
-# At step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
+# (v_first is read twice: by its concat_elu, in the same step, and by the gate, two steps later.) At
+# step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
 # at (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and likewise in row 4, where
 # pixel (4, 8) is drawn, and in row 6.
 #
@@ -2920,7 +2924,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # infinitely far ahead, so that it comes first in its row; all else in CausalNet is 0 ahead.
 
 
-BY_ROWS = math.inf  # a whole row at once, before its pixels; finite: pixel by pixel
+# (-infinity, which CausalNet's nodes never are: a whole row at once, after its pixels.)
+BY_ROWS = math.inf  # a whole row at once, before its pixels; a finite number: pixel by pixel
 
 
 def in_raster_order(nodes, x):
@@ -2931,7 +2936,7 @@ def in_raster_order(nodes, x):
         planned += split_sum(node, is_output=node is nodes[-1])
     # Backwards, as in Plan.needed_ahead, but rows above are complete: only what is read in a node's
     # own row has to run ahead. (In other networks than CausalNet all readers of a node may be in
-    # lower rows. It stays at -infinity: a row at once, after the row's pixels.)
+    # lower rows: it stays at -infinity.)
     ahead = collections.defaultdict(lambda: -math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         node.ahead = BY_ROWS if node.by_rows else ahead[node]
@@ -2955,7 +2960,7 @@ def split_sum(node, is_output):
     The output is never by rows, as it is wanted pixel by pixel: if all of it could be, the rest has
     the part alone to read.
     """
-    early, late = [], []
+    early, late = [], []  # what can be read when the row is begun; what needs pixels of this row
     for read in node.reads:
         # A kernel that begins at row `top` has -top / apart rows above the node's own: h's conv_in
         # (top -1, 2 rows) 1, v_first (top -2, 2 rows) 2, which is all.
@@ -2966,15 +2971,13 @@ def split_sum(node, is_output):
             early.append(rows_of(read, 0, nr_early))
         if nr_early < read.nr_rows:
             late.append(rows_of(read, nr_early, read.nr_rows))
-    # All is early, and it is not the output: by rows. No product is early: as it was. Else: split.
-    if not late and not is_output:  # as of v's nodes
+    if not late and not is_output:  # all by rows, as v's nodes
         node.by_rows = True
         return [node]
-    # (Without an early product nothing is gained. A function, which cannot be split, has none.)
     product_is_early = any(read.weight is not None for read in early)
-    if not product_is_early:
+    if not product_is_early:  # nothing to gain (and a function, which cannot be split, has none)
         return [node]
-    part = dataclasses.replace(node, reads=early, by_rows=True)  # as of h's convolutions
+    part = dataclasses.replace(node, reads=early, by_rows=True)  # split, as h's convolutions
     node.reads, node.bias = [Read(part), *late], None
     return [part, node]
 
@@ -3008,9 +3011,9 @@ def raster_steps(size, spacing, ahead):
 #
 #     apart = the smaller of the spacings of source and result
 #
-# On the way down it steps through the finer source, on the way up, over the zeros, to the finer
-# result.
-# A kernel of columns -1 and 0, with weights w_-1 and w_0,
+# On the way down a kernel's neighbours are neighbours in the source, the finer one; on the way up
+# they are neighbours among the values and zeros between, which stand as close as the result, again
+# the finer one. A kernel of columns -1 and 0, with weights w_-1 and w_0,
 #
 #     from spacing  to    source, columns 0 .. 5    apart    out in column 2
 #          1        2     a b c d e f               1        w_-1 b + w_0 c

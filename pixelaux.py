@@ -131,14 +131,15 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    So each choice leaves one for those after it. No interval is empty if high >= 0, low <= top
+    So each choice leaves at least one for those after it. No interval is empty if high >= 0, low <= top
     sum(weights), and high - low + 1 >= each weight (low .. high has 4 numbers for Half, 4096 for
     Gray): if low - rest <= 0, v = 0 will do; if not, the least v with w v >= low - rest, as
 
         w v <= low - rest + w - 1 <= high - rest <= high
         w v <= w top                                         also a multiple >= low - rest
 
-    And the three hold again after any v of the interval, with `rest` for top sum(weights).
+    And the three hold again after any v of the interval, with `rest` for top sum(weights): w v <=
+    high, w v >= low - rest, and high - low does not change.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -602,7 +603,8 @@ class Conv(nn.Module):
     def weight(self):
         """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
         weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        # (An `up` Conv stores v turned by 180 degrees, for older files' sake alone.)
+        # (An `up` Conv stores v turned by 180 degrees, as older files have it from torch's
+        # transposed convolution. Here it is turned back.)
         return weight.flip(2, 3) if self.up else weight
 
     def forward(self, x):
@@ -707,12 +709,11 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in: half[q], below, knows the pixels before 2 q, and on
-# the way up only the positions 2 q and 2 q + 1 read it, which may know these. Let h[p] be h in
-# column p of a row: it may know the pixels before p (and rows above, which kernels read as well,
-# and which do no harm). Kernels of columns -1 and 0 read h[2 q - 1] and h[2 q] for half[q], its
-# value at half the resolution. On the way up they read half[0] 0 half[1] 0 ..: up[2 q] reads 0 and
-# half[q], up[2 q + 1] half[q] and 0.
+# A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
+# pixels before p (and rows above, which do no harm). On the way down kernels of columns -1 and 0
+# make half[q] of h[2 q - 1] and h[2 q]: so it knows the pixels before 2 q. On the way up they read
+# half[0] 0 half[1] 0 ..: up[2 q] reads 0 and half[q], up[2 q + 1] half[q] and 0; and both may know
+# the pixels before 2 q.
 #
 #     pixels                  0 1 2 3 4 5 6 7
 #     h[5] knows              x x x x x
@@ -742,8 +743,8 @@ def skip_source(layout, i, j):
 
 
 def pointwise(function):
-    """Marks a function that treats each position by itself: sample_fast notes a call of it as one
-    node (see Tracing), and does not look into it. With ordinary tensors it changes nothing."""
+    """Marks a function that treats each position by itself. (Skip this until Tracing: for tensors
+    it changes nothing. sample_fast notes a call of it as one node, and does not look into it.)"""
 
     @functools.wraps(function)
     def marked(*values):
@@ -1004,8 +1005,8 @@ class Factor(nn.Module):
 
     @property
     def at_once(self):
-        """How many images to take at once, so that what the causal network's convolutions read
-        stays within 4 GiB, 2^30 numbers of 4 bytes."""
+        """How many images to take at once, so that what the causal network's convolutions read,
+        most of which sample_fast keeps, stays within 4 GiB, 2^30 numbers of 4 bytes."""
         channels = sum(conv.v.shape[1] for conv in self.net.modules() if isinstance(conv, Conv))
         numbers = channels * math.prod(self.view.shape[1:])
         return min(256, max(1, 2**30 // numbers))
@@ -1332,7 +1333,7 @@ PRESETS = {
     "speedrun": dict(
         RECIPE, nr_filters=128, batch_size=64, steps=(8000,), warmup=100, ema=0.998,
         precision="bfloat16"),
-    "cifar10": dict(),
+    "cifar10": dict(),  # for the paper's pyramid nr_filters=100
     "celeba": dict(nr_filters=100, batch_size=16, epochs=(60,), lr_decay=0.999995),
 }
 
@@ -2093,8 +2094,7 @@ class Training:
 
         trained          the factor that is trained
         forward          the same, perhaps compiled or distributed: what is called in a step
-        average.module   the moving average, which becomes the model's factor: a copy, that steps
-                         change by `average` alone
+        average.module   the moving average, a copy, which becomes the model's factor
     """
 
     def __init__(self, factor, config, dims):
@@ -2216,7 +2216,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         # By 32 images or more: statistics of few are rough.
         model.initialise(data.batch(0, max(config.batch_size, 32), seed), k)
     training = Training(model.factors[k], config, model.dims)
-    model.factors[k] = training.average.module  # what is trained is in `training` alone from here
+    model.factors[k] = training.average.module  # which measurements, show and the caller see
     first_step, seconds = training.restore(saved, path) if saved else (0, 0.0)
     step, steps = first_step, steps_of(config, k, data)
     if step < steps:
@@ -2498,10 +2498,10 @@ def save_samples(model, views, path, given=0):
 #     at, in row 0,
 #
 # All of h and the output are 0 ahead: after them step 24 draws pixel (0, 24); and in row 1 it
-# computes the same 8 columns further to the left. So at (r, c) a node is computed in step lag r
-# + c - ahead. This must not be later than the step of a reader at (r, c), if it reads the node at
-# (r + dy, c + dx), where dy is 0, or negative for rows above. (It may be the same one: within a
-# step sources are computed before their readers.)
+# computes the same 8 columns further to the left. So at (r, c) a node is computed in step lag r + c
+# - ahead. A reader at (r, c) reads its source at (r + dy, c + dx), where dy is 0, or negative for
+# rows above. The step in which the source is computed *there* must not be later than the reader's
+# own. (It may be the same one: within a step sources are computed before their readers.)
 #
 #     lag (r + dy) + c + dx - ahead of the source <= lag r + c - ahead of the reader
 #     ahead of the source >= ahead of the reader + lag dy + dx
@@ -2542,18 +2542,18 @@ def save_samples(model, views, path, given=0):
 # and needs (r - 1, c + 3): its lag is 4. Its nodes, in the order in which they are computed within
 # a step:
 #
-#     node                               ahead, as it is needed by    buffer, and for whom
-#     v_first(x)                         2  its concat_elu            for v's gate, 0 ahead
-#     h_above(x) + h_left(x): one sum    0  its concat_elu            none
-#     concat_elu of v_first              2  conv_in, at (r, c + 1)    for conv_in, 1 ahead
-#     v's conv_in                        1  its concat_elu            none
-#     concat_elu of that                 1  conv_out, at (r, c + 1)   for conv_out, 0 ahead
-#     v's conv_out; gate; concat_elu     0  h, at (r, c)              none
-#     concat_elu of h's sum              0  conv_in, at (r, c)        for conv_in, at (r - 1, c), ..
-#     h's conv_in, and v by a conv_aux   0  its concat_elu            none: this is one sum, too
-#     concat_elu of that                 0  conv_out, at (r, c)       for conv_out
-#     h's conv_out; gate; elu; last      0                            none
-#     x, drawn at the end of the step   -1                            for all that read it
+#     node                               ahead, what asks for it       buffer, for whom
+#     v_first(x)                           2    concat_elu: 2          v's gate, which is 0 ahead
+#     h_above(x) + h_left(x): one sum      0    concat_elu: 0          -
+#     concat_elu of v_first                2    conv_in: 1 + 1         conv_in, at (r, c + 1), ..
+#     v's conv_in                          1    concat_elu: 1          -
+#     concat_elu of that                   1    conv_out: 0 + 1        conv_out, at (r, c + 1), ..
+#     v's conv_out; gate; concat_elu       0    h: 0                   -
+#     concat_elu of h's sum                0    conv_in: 0 + 0         conv_in, at (r, c - 1), ..
+#     h's conv_in, and v by a conv_aux     0    concat_elu: 0          - (one sum, too)
+#     concat_elu of that                   0    conv_out: 0 + 0        conv_out, at (r, c - 1), ..
+#     h's conv_out; gate; elu; last        0    the pixel              -
+#     x                                   -1    drawn in the end       all that read it
 #
 # (v_first is read twice: by its concat_elu, in the same step, and by the gate, two steps later.) At
 # step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
@@ -3221,8 +3221,8 @@ def sum_of(nodes):
 
 
 def has_convolution(nodes):
-    """Whether there is a convolution among them that their sum can take in. (If channels differ +
-    broadcasts: then it is a function like others.)"""
+    """Whether there is a convolution among the two that their sum can take in. (If channels differ
+    + broadcasts: then it is a function like others.)"""
     alike = nodes[0].channels == nodes[-1].channels
     return alike and any(node.is_sum for node in nodes)
 
@@ -3384,6 +3384,7 @@ def product(weight, positions):
 def plan_run(args, out):
     """(config, data) of a new run in the folder `out`, or of the one that is there. Raises
     Problem."""
+    # Flags of the Config have the names of its fields.
     given = {name: value for name, value in vars(args).items() if value is not None}
     fields = {name: value for name, value in given.items() if name in Config.__annotations__}
     for name in {"data", "data_dir", "start"} & fields.keys():
@@ -3496,7 +3497,7 @@ def train(args, device):
 
 
 def take_over(args):
-    """Of the run that --start names, what flags do not say otherwise."""
+    """Fill in of args what no flag says from the run that --start names."""
     theirs = load(pathlib.Path(args.start).expanduser()).config
     for name in ("model", "preset", "size", "look_right"):
         if getattr(args, name) is None:
@@ -3578,8 +3579,9 @@ def agree(out, config, factors, resume):
     """Check our config against one that another process, say of --factor 0, has written into this
     folder since plan_run has looked, which may be minutes ago, as it reads data. Raises Problem.
 
-    What its minutes have become is taken over; settings must be the same otherwise, but for where
-    the data lie; and our factors must not be there, unless we resume.
+    If its minutes have become a number of steps by now (record_steps), this is taken over. Settings
+    must be the same otherwise, but for where the data lie; and our factors must not be there,
+    unless we resume.
     """
     if (out / "config.json").exists():
         there = read_config(out)
@@ -3892,7 +3894,7 @@ def parser():
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function, parser=command)
         command.add(*(flag for flag in FLAGS if name in FLAGS[flag][0].split()))
-    for name, (_, text) in TOOLS.items():
+    for name, (_, text) in TOOLS.items():  # only to be listed: main hands these over
         commands.add_parser(name, help=text)
     return top
 

@@ -131,9 +131,9 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    So each choice leaves at least one for those after it. No interval is empty if high >= 0, low <= top
-    sum(weights), and high - low + 1 >= each weight (low .. high has 4 numbers for Half, 4096 for
-    Gray): if low - rest <= 0, v = 0 will do; if not, the least v with w v >= low - rest, as
+    So each choice leaves at least one for those after it. No interval is empty if high >= 0, low
+    <= top sum(weights), and high - low + 1 >= each weight (low .. high has 4 numbers for Half, 4096
+    for Gray): if low - rest <= 0, v = 0 will do; if not, the least v with w v >= low - rest, as
 
         w v <= low - rest + w - 1 <= high - rest <= high
         w v <= w top                                         also a multiple >= low - rest
@@ -2498,19 +2498,23 @@ def save_samples(model, views, path, given=0):
 #     at, in row 0,
 #
 # All of h and the output are 0 ahead: after them step 24 draws pixel (0, 24); and in row 1 it
-# computes the same 8 columns further to the left. So at (r, c) a node is computed in step lag r + c
-# - ahead. A reader at (r, c) reads its source at (r + dy, c + dx), where dy is 0, or negative for
-# rows above. The step in which the source is computed *there* must not be later than the reader's
-# own. (It may be the same one: within a step sources are computed before their readers.)
+# computes the same 8 columns further to the left. So a node is computed
+#
+#     at (r, c) in step lag r + c - ahead
+#
+# A reader at (r, c) reads its source at (r + dy, c + dx), where dy is 0, or negative for rows
+# above. The step in which the source is computed *there* must not be later than the reader's own.
+# (It may be the same one: within a step sources are computed before their readers.)
 #
 #     lag (r + dy) + c + dx - ahead of the source <= lag r + c - ahead of the reader
 #     ahead of the source >= ahead of the reader + lag dy + dx
 #
-# The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of the rows r -
-# 1 and r. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which is less:
-# the lower right corner of a kernel asks for the most. The output is 0 ahead. From there back, each
-# node gets the least that serves all its readers. (More is of no use: its sources, too, would have
-# to be further ahead, and in the end x, of which only a larger lag would have drawn enough.)
+# The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of two rows, r
+# and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
+# is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
+# back, each node gets the least that serves all its readers. (More is of no use: its sources, too,
+# would have to be further ahead, and in the end x, of which only a larger lag would have drawn
+# enough.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
 # the next one on, as if x were computed one column behind, -1 ahead. The lag is the smallest number

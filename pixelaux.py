@@ -434,7 +434,7 @@ class LogisticMixture:
 
         Why a component for each channel? Red's is drawn in proportion to w_k M_k, and then r from
         it with m_k(r) / M_k; so given r it is component k in proportion to w_k m_k(r), as in
-        log_prob. But green needs w_k m_k(r) M_k(g's interval | r): so red's cannot be kept, which
+        log_prob. But green needs w_k m_k(r) M_k(g's interval | r). So it cannot keep red's, which
         may have no mass at all on green's interval. ("map" keeps it all the same, so that a pixel's
         channels belong together.)
         """
@@ -1292,7 +1292,7 @@ class Config:
     batch_size: int = 64
     # How long each factor is trained: the first of these three that is not 0.
     steps: tuple = (0,)
-    minutes: tuple = (0.0,)  # become steps when the pace is known (--minutes also sets anneal = 1)
+    minutes: tuple = (0.0,)  # become steps when the pace is known (--minutes sets steps = 0)
     # The paper's, of gray and of X given gray; it tells none for CIFAR-10's pyramid, which takes
     # these as well. (Where images are made on the fly, 50,000 are an epoch.)
     epochs: tuple = (30, 200)
@@ -1939,9 +1939,10 @@ def progress_bar(iterable=None, **options):
 #     each step     make_step: batch -> loss -> gradient -> optimizer -> moving average
 #     at a look     what the table below has, in this order
 #
-# A look begins by reading the loss. That means to wait for the device, so there is one every 20
-# steps only, and after the last one; in short runs every hundredth part of the steps; and, of a
-# single process, when a signal comes.
+# A look begins by reading the loss. That means to wait for the device (a GPU works off a queue,
+# ahead of which Python runs until it asks for a number), so there is one every 20 steps only, and
+# after the last one; in short runs every hundredth part of the steps; and, of a single process,
+# when a signal comes.
 #
 #     what is done at a look                            at which looks
 #     is the loss finite?                               all
@@ -2231,11 +2232,11 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     if steps == math.inf:
         untouched = copy.deepcopy(training.state(k, step, seconds))
         steps, seconds = steps_in(of_factor(config.minutes, k), make_step, stop, device)
-        training.restore(untouched)  # (the seconds count)
+        training.restore(untouched)  # (not the seconds, which are part of the minutes)
         record_steps(out, config, k, steps)
     log, since = Log(out, k, step, steps), time.monotonic()
     save_at = since + save_every
-    last_look, total = step, torch.zeros((), device=device)  # total: of the losses since
+    last_look, total = step, torch.zeros((), device=device)  # total of the losses since last_look
     while step < steps:
         total += make_step(step, steps)
         step += 1
@@ -2253,7 +2254,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if (quarter or stopping or time.monotonic() > save_at) and rank() == 0:
             write_checkpoint(path, config, **training.state(k, step, seconds))
             save_at = time.monotonic() + save_every
-        if stopping and step < steps:
+        if stopping and step < steps:  # (after the last step show_samples ends the run)
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
             show()
@@ -2404,7 +2405,7 @@ def distance_to_truth(model, bound, exact, shapes, images):
     """For images of `shapes`: lines, and the same as a dict.
 
     The mean of -log2 p_model(X) + log2 p_true(X) is KL(p_true || p_model), the distance to the
-    limit; here it is estimated by these images.
+    limit; here it is estimated by these images. (The bound's column has the bound's gap as well.)
     """
     true = shapes.log_prob(images)
     bits = float(bits_per_dim(true.mean(), model.dims))
@@ -2491,16 +2492,16 @@ def save_samples(model, views, path, given=0):
 # last convolution is 0 ahead. It reads its source one column to the right, so that must be 1 ahead;
 # the source of the one before it 2; and so on, back to v_first:
 #
-#     v's convolutions      v_first    block 1            block 2            block 3
-#                                      conv_in conv_out   conv_in conv_out   conv_in conv_out
-#     ahead                 6          5       4          3       2          1       0
-#     step 24 computes it   (0, 30)    (0, 29) (0, 28)    (0, 27) (0, 26)    (0, 25) (0, 24)
-#     at, in row 0,
+#     v's convolutions       v_first    block 1            block 2            block 3
+#                                       conv_in conv_out   conv_in conv_out   conv_in conv_out
+#     ahead                  6          5       4          3       2          1       0
+#     step 24: position      (0, 30)    (0, 29) (0, 28)    (0, 27) (0, 26)    (0, 25) (0, 24)
 #
 # All of h and the output are 0 ahead: after them step 24 draws pixel (0, 24); and in row 1 it
-# computes the same 8 columns further to the left. So a node is computed
+# computes the same 8 columns further to the left. So, if (r, c) is a node's own position, it is
+# computed there in the step that draws pixel (r, c - ahead), that is
 #
-#     at (r, c) in step lag r + c - ahead
+#     step lag r + c - ahead
 #
 # A reader at (r, c) reads its source at (r + dy, c + dx), where dy is 0, or negative for rows
 # above. The step in which the source is computed *there* must not be later than the reader's own.
@@ -2517,8 +2518,8 @@ def save_samples(model, views, path, given=0):
 # enough.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
-# the next one on, as if x were computed one column behind, -1 ahead. The lag is the smallest number
-# for which that is enough for all readers of x:
+# the next one on. So x counts as -1 ahead: in step lag r + c pixel (r, c - 1) can be read. The lag
+# is the smallest number for which that is enough for all readers of x:
 #
 #     reader of x    lower right corner    its ahead    -1 >= its ahead + lag dy + dx
 #     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
@@ -2546,21 +2547,22 @@ def save_samples(model, views, path, given=0):
 # and needs (r - 1, c + 3): its lag is 4. Its nodes, in the order in which they are computed within
 # a step:
 #
-#     node                               ahead, what asks for it       buffer, for whom
-#     v_first(x)                           2    concat_elu: 2          v's gate, which is 0 ahead
-#     h_above(x) + h_left(x): one sum      0    concat_elu: 0          -
-#     concat_elu of v_first                2    conv_in: 1 + 1         conv_in, at (r, c + 1), ..
-#     v's conv_in                          1    concat_elu: 1          -
-#     concat_elu of that                   1    conv_out: 0 + 1        conv_out, at (r, c + 1), ..
-#     v's conv_out; gate; concat_elu       0    h: 0                   -
-#     concat_elu of h's sum                0    conv_in: 0 + 0         conv_in, at (r, c - 1), ..
-#     h's conv_in, and v by a conv_aux     0    concat_elu: 0          - (one sum, too)
-#     concat_elu of that                   0    conv_out: 0 + 0        conv_out, at (r, c - 1), ..
-#     h's conv_out; gate; elu; last        0    the pixel              -
-#     x                                   -1    drawn in the end       all that read it
+#     node                               ahead   by (reader's + dx)    buffer, for whom
+#     v_first(x)                           2     concat_elu  2 + 0     v's gate, which is 0 ahead
+#     h_above(x) + h_left(x): one sum      0     concat_elu  0 + 0     -
+#     concat_elu of v_first                2     conv_in     1 + 1     conv_in, at (r, c + 1), ..
+#     v's conv_in                          1     concat_elu  1 + 0     -
+#     concat_elu of that                   1     conv_out    0 + 1     conv_out, at (r, c + 1), ..
+#     v's conv_out; gate; concat_elu       0     h           0 + 0     -
+#     concat_elu of h's sum                0     conv_in     0 + 0     conv_in, at (r, c - 1), ..
+#     h's conv_in, and v by a conv_aux     0     concat_elu  0 + 0     - (one sum, too)
+#     concat_elu of that                   0     conv_out    0 + 0     conv_out, at (r, c - 1), ..
+#     h's conv_out; gate; elu; last        0     (the pixel)           -
+#     x                                   -1     (drawn last)          all that read it
 #
-# (v_first is read twice: by its concat_elu, in the same step, and by the gate, two steps later.) At
-# step 24, for example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
+# (1 + 1: conv_in is 1 ahead, and reads 1 column to its right. -: `latest` will do. v_first is read
+# twice: by its concat_elu, in the same step, and by the gate, two steps later.) At step 24, for
+# example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
 # at (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and likewise in row 4, where
 # pixel (4, 8) is drawn, and in row 6.
 #
@@ -2635,9 +2637,9 @@ class Node:
     """A value inside the network, at every position (r, c), or, if it is of half or a quarter of
     the resolution, at those of which r and c are multiples of `spacing`, 2 or 4.
 
-    It is function(*what it reads); or, without a function, bias + the sum of what it reads, times
-    the Read's weight if there is one. x, and what is known from the start, read nothing. (eq=False:
-    a node is equal to itself alone.)
+    It is function(*what it reads); or, without a function, bias + the sum of what it reads, each
+    times the weight of its Read if that has one. x, and what is known from the start, read nothing.
+    (eq=False: a node is equal to itself alone.)
     """
 
     spacing: int
@@ -2718,9 +2720,8 @@ class Plan:
         else:  # the image is too narrow
             self.nodes = in_raster_order(self.nodes, self.x)
         self.allocate(next(net.parameters()))
-        # For speed alone, see Products and threads: puts in each read's `add`; for set_threads.
-        choose_products(self)
-        self.work = work_of(self.nodes, n)
+        choose_products(self)  # puts in each Read's `add`, see Products and threads
+        self.work = work_of(self.nodes, n)  # for set_threads
         self.nodes_of = {}  # groups that are due together -> their nodes
 
     def smallest_lag(self, least_lag):
@@ -2874,18 +2875,18 @@ def intervals_at(psi, x, x_hat, rows, columns):
     all_columns = (columns - cell_column)[:, None, None] + inside  # (P, 1, cell)
     cells = x[:, :, all_rows, all_columns]  # a copy, (n, C, P, cell, cell)
     cells = cells.transpose(1, 2).flatten(0, 1)  # (n P, C, cell, cell)
-    # Cells and pixels are in the order image 0's P, image 1's P, ..
-    pixels = x_hat[:, :, rows // psi.cell, columns // psi.cell]  # (n, C^, P)
-    pixels = pixels.transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (n P, C^, 1, 1)
-    # Of each cell the pixel that is drawn: cells[each, channel, cell_row, cell_column].
+    # Cells are in the order image 0's P, image 1's P, .., and so are their pixels of x_hat.
+    of_x_hat = x_hat[:, :, rows // psi.cell, columns // psi.cell]  # (n, C^, P)
+    of_x_hat = of_x_hat.transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (n P, C^, 1, 1)
+    # Of each cell the pixel that is drawn: cells[each, channel, row, column].
     each = torch.arange(len(cells), device=x.device)
-    cell_row, cell_column = cell_row.repeat(len(x)), cell_column.repeat(len(x))  # (n P,)
+    row, column = cell_row.repeat(len(x)), cell_column.repeat(len(x))  # (n P,), as 0 1 0 1
 
     def interval_of(drawn):
         for channel, values in enumerate(drawn):
-            cells[each, channel, cell_row, cell_column] = values.flatten().to(torch.uint8)
-        ends = psi.bounds(cells, pixels)
-        return [end[each, len(drawn), cell_row, cell_column][:, None, None, None] for end in ends]
+            cells[each, channel, row, column] = values.flatten().to(torch.uint8)
+        ends = psi.bounds(cells, of_x_hat)
+        return [end[each, len(drawn), row, column][:, None, None, None] for end in ends]
 
     return interval_of
 
@@ -2928,8 +2929,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 # infinitely far ahead, so that it comes first in its row; all else in CausalNet is 0 ahead.
 
 
-# (-infinity, which CausalNet's nodes never are: a whole row at once, after its pixels.)
 BY_ROWS = math.inf  # a whole row at once, before its pixels; a finite number: pixel by pixel
+# (-infinity, which CausalNet's nodes never are: a whole row at once, after its pixels.)
 
 
 def in_raster_order(nodes, x):
@@ -2979,7 +2980,7 @@ def split_sum(node, is_output):
         node.by_rows = True
         return [node]
     product_is_early = any(read.weight is not None for read in early)
-    if not product_is_early:  # nothing to gain (and a function, which cannot be split, has none)
+    if not product_is_early:  # no gain (nor can a function be split, which has no products)
         return [node]
     part = dataclasses.replace(node, reads=early, by_rows=True)  # split, as h's convolutions
     node.reads, node.bias = [Read(part), *late], None
@@ -3164,7 +3165,7 @@ class Recorder:
         args, kwargs = self.symbols_to_nodes(function, args, kwargs)
         nodes = elements((args, kwargs), Node)
         nodes_alone = nodes == list(args) and not kwargs  # no other arguments
-        if function in ADDITIONS and nodes_alone and has_convolution(nodes):
+        if function in ADDITIONS and nodes_alone and are_one_sum(*nodes):
             return self.symbol(sum_of(nodes))
         if not nodes_alone:
             function = nodes_to_values(function, args, kwargs)
@@ -3224,11 +3225,10 @@ def sum_of(nodes):
     return total
 
 
-def has_convolution(nodes):
-    """Whether there is a convolution among the two that their sum can take in. (If channels differ
-    + broadcasts: then it is a function like others.)"""
-    alike = nodes[0].channels == nodes[-1].channels
-    return alike and any(node.is_sum for node in nodes)
+def are_one_sum(a, b):
+    """Whether a + b takes in a convolution, or a sum of some. (If channels differ + broadcasts: then
+    it is a function like others.)"""
+    return a.channels == b.channels and (a.is_sum or b.is_sum)
 
 
 def nodes_to_values(function, args, kwargs):
@@ -3279,9 +3279,9 @@ def name_of(function):
 
 # --- Products and threads: nothing of the method comes here ------------------------------------
 #
-# By which library, and by how many threads, products are computed. No result depends on it but by
-# rounding. (Compressed images depend on that: the machine that reads them must round as the one
-# that wrote them.)
+# By which library, and by how many threads, a Read's values are multiplied by its weight and added.
+# No result depends on the choice but by rounding. (Compressed images depend on that: the machine
+# that reads them must round as the one that wrote them.)
 
 
 def choose_products(plan):
@@ -3398,12 +3398,12 @@ def plan_run(args, out):
             raise Problem("--steps and --minutes exclude each other")
         fields["anneal"] = 1.0  # a run of any length ends annealed
     if args.resume:
-        return resumed_run(out, fields)
+        return existing_run(out, fields)
     if not (out / "config.json").exists():
         return new_run(fields)
     if args.factor is None or (out / f"factor-{args.factor}.pt").exists():
         raise Problem(f"--out: {out} holds a run; --resume goes on with it, or take another folder")
-    return resumed_run(out, fields)  # a factor that it does not have yet
+    return existing_run(out, fields)  # for a factor that it does not have yet
 
 
 def new_run(fields):
@@ -3420,7 +3420,7 @@ def new_run(fields):
     return config, data.holding_out(config.hold_out)
 
 
-def resumed_run(out, fields):
+def existing_run(out, fields):
     """The run that is in `out`, to go on with or for a factor more. Where the data lie may have
     changed since it was begun, and nothing else."""
     config = read_config(out)
@@ -3541,13 +3541,41 @@ def begin(out, config, factors, data, args, device):
     append_record(out / "commands.jsonl", record)
 
 
+@contextlib.contextmanager
+def signals_noted():
+    """SIGINT and SIGTERM are only noted, as no step may be cut in two, and SIGHUP, a terminal that
+    goes away, is no reason to stop. -> stop(): has one come? While stop.immediately is true, one is
+    a KeyboardInterrupt at once."""
+    noted, before = [], {}
+
+    def stop():
+        return len(noted) > 0
+
+    def note(number, frame):
+        noted.append(number)
+        if stop.immediately:
+            raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
+
+    stop.immediately = False  # show_samples sets it: all is saved by then
+    if threading.current_thread() is threading.main_thread():  # no other may set signals
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
+                before[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def show_samples(model, k, first, data, out, stop):
     """Pictures during training: samples of the views up to k, and curves. first: the first factor
     that is trained by this call. Views before it are given, of test images, as their factors may
     not be there. If they cannot be made, training goes on without; a signal ends them at once, as
     all is saved by now."""
     try:
-        stop.immediately = True  # from here on a signal raises at once, see signals_noted
+        stop.immediately = True  # from here on a signal raises at once
         if stop():
             raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
         given = model.views_of(to_tensor(data.test[:16]))[first - 1] if first else None
@@ -3563,7 +3591,7 @@ def show_samples(model, k, first, data, out, stop):
         stop.immediately = False
 
 
-# What is left of this section is for several processes, messages and signals.
+# What is left of this section is for several processes and for messages.
 
 
 def plan_in_turn(args, out):
@@ -3615,34 +3643,6 @@ def hardware(device):
     cpu = pathlib.Path("/proc/cpuinfo")
     name = re.search("model name.*: (.*)|$", cpu.read_text() if cpu.exists() else "")[1]
     return f"{torch.get_num_threads()} threads of {name or platform.processor()}"
-
-
-@contextlib.contextmanager
-def signals_noted():
-    """SIGINT and SIGTERM are only noted, as no step may be cut in two, and SIGHUP, a terminal that
-    goes away, is no reason to stop. -> stop(): has one come? While stop.immediately is true, one is
-    a KeyboardInterrupt at once."""
-    noted, before = [], {}
-
-    def stop():
-        return len(noted) > 0
-
-    def note(number, frame):
-        noted.append(number)
-        if stop.immediately:
-            raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
-
-    stop.immediately = False  # for show_samples alone: all is saved by then
-    if threading.current_thread() is threading.main_thread():  # no other may set signals
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
-                before[number] = signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- Command line: train, eval, sample ---------------------------------------------------------
@@ -3955,6 +3955,7 @@ def program():
 
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-    from pixelaux import program  # so that the tools and we share one copy of this module
+    # This module is __main__ here; tools import `pixelaux`: so that there is one copy, we do, too.
+    from pixelaux import program
 
     sys.exit(program())

@@ -3226,8 +3226,8 @@ def sum_of(nodes):
 
 
 def are_one_sum(a, b):
-    """Whether a + b takes in a convolution, or a sum of some. (If channels differ + broadcasts: then
-    it is a function like others.)"""
+    """Whether a + b can take in a convolution, or a sum of some. (If channels differ, + broadcasts:
+    then it is a function like others.)"""
     return a.channels == b.channels and (a.is_sum or b.is_sum)
 
 

@@ -3461,19 +3461,11 @@ def train(args, device):
     out = args.out or pathlib.Path("runs", f"{args.model or 'pyramid'}-{kind}")
     config, data = plan_in_turn(args, out)
     model = PixelAux(config).to(device, memory_format=torch.channels_last)
-    factors = range(len(model.factors)) if args.factor is None else [args.factor]
-    if factors[-1] not in range(len(model.factors)):
-        raise Problem(f"--factor {args.factor}: expected 0..{len(model.factors) - 1}")
-    # (A factor that has a checkpoint goes on from that: `restore` puts its weights in place.)
+    factors = factors_to_train(args, model, data)
+    # (A factor that has a checkpoint goes on from that: Training.restore puts its weights in
+    # place.)
     if config.start and not all((out / f"factor-{k}.pt").exists() for k in factors):
         start_from(model, config.start)
-    if len(config.minutes) not in (1, len(model.factors)):
-        raise Problem(f"--minutes: expected one number, or {len(model.factors)}, one a factor")
-    if config.batch_size % world_size():
-        n = config.batch_size
-        raise Problem(f"--batch-size: {world_size()} processes cannot share {n} images equally")
-    if len(data.test) < 32:
-        warn(f"{counted(len(data.test), 'test image')} only: bits/dim will be rough")
     with contextlib.ExitStack() as held:
         if rank() == 0:
             for k in factors:
@@ -3498,6 +3490,21 @@ def train(args, device):
         print(f"      {CALLED} sample {out}")
     else:
         print(f"factor {args.factor} is in {out / f'factor-{args.factor}.pt'}")
+
+
+def factors_to_train(args, model, data):
+    """Their numbers. Raises Problem if something does not fit."""
+    config, nr_factors = model.config, len(model.factors)
+    if args.factor is not None and args.factor not in range(nr_factors):
+        raise Problem(f"--factor {args.factor}: expected 0..{nr_factors - 1}")
+    if len(config.minutes) not in (1, nr_factors):
+        raise Problem(f"--minutes: expected one number, or {nr_factors}, one a factor")
+    if config.batch_size % world_size():
+        n = config.batch_size
+        raise Problem(f"--batch-size: {world_size()} processes cannot share {n} images equally")
+    if len(data.test) < 32:
+        warn(f"{counted(len(data.test), 'test image')} only: bits/dim will be rough")
+    return list(range(nr_factors)) if args.factor is None else [args.factor]
 
 
 def take_over(args):

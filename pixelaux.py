@@ -747,11 +747,11 @@ def pointwise(function):
     it changes nothing. sample_fast notes a call of it as one node, and does not look into it.)"""
 
     @functools.wraps(function)
-    def marked(*values):
-        for value in values:
+    def marked(*values, **options):
+        for value in (*values, *options.values()):
             if isinstance(value, Symbol):
-                return value.recorder.record(function, values)
-        return function(*values)
+                return value.recorder.record(function, values, options)
+        return function(*values, **options)
 
     return marked
 
@@ -2121,6 +2121,13 @@ class Training:
                         step=step, seconds=seconds)
         return dict(factors={k: self.average.module.state_dict()}, training=training)
 
+    @contextlib.contextmanager
+    def taken_back(self):
+        """The steps that are made within this are as if they had not been made."""
+        before = copy.deepcopy(self.state(0, int(self.average.n_averaged), 0.0))
+        yield
+        self.restore(before)
+
     def restore(self, state, path=None):
         """Go on from a state -> (step, seconds). path: of its file. Raises Problem."""
         try:
@@ -2174,12 +2181,14 @@ def steps_in(minutes, make_step, stop, device):
     make_step(number, of) -> its loss, a tensor.
     """
     with progress_bar(desc="pace", unit="step") as bar:
-        float(make_step(0, math.inf))  # waits until the device has done it
+        loss = float(make_step(0, math.inf))  # waits until the device has done it
         begun, made, seconds = time.monotonic(), 0, 0.0
-        while made < 2 or seconds < 0.03 * 60 * minutes:
+        # (A loss that is not finite ends it: what training will say of that need not wait.)
+        while made < 2 or (seconds < 0.03 * 60 * minutes and math.isfinite(loss)):
             made += 1
-            float(make_step(made, math.inf))
-            seconds, stopping = mean_of_processes([time.monotonic() - begun, stop()], device)
+            loss = float(make_step(made, math.inf))
+            told = [loss, time.monotonic() - begun, stop()]
+            loss, seconds, stopping = mean_of_processes(told, device)
             if stopping:
                 raise KeyboardInterrupt("stopped before the first step; --resume begins with it")
             bar.update()
@@ -2230,9 +2239,9 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         return training.step(batch, share_of_rate(config, number, of))
 
     if steps == math.inf:
-        untouched = copy.deepcopy(training.state(k, step, seconds))
-        steps, seconds = steps_in(of_factor(config.minutes, k), make_step, stop, device)
-        training.restore(untouched)  # (not the seconds, which are part of the minutes)
+        with training.taken_back():
+            steps, spent = steps_in(of_factor(config.minutes, k), make_step, stop, device)
+        seconds += spent
         record_steps(out, config, k, steps)
     log, since = Log(out, k, step, steps), time.monotonic()
     save_at = since + save_every

@@ -249,6 +249,18 @@ def test_gray_names_what_it_cannot_be_made_of():
 # --- Heads ---------------------------------------------------------------------------------------
 
 
+def test_each_channel_is_drawn_from_the_noise_that_the_docstring_says():
+    """The component from 0; R, G, B from 1, 3, 5."""
+    head = LogisticMixture(torch.zeros(1, 30, 1, 1, dtype=torch.float64))
+    noise, moved = torch.full((1, 6, 1, 1), 0.4, dtype=torch.float64), []
+    for i in range(1, 6):
+        other = noise.clone()
+        other[:, i] = 0.6
+        moved.append((head.sample(other) != head.sample(noise)).flatten().tolist())
+    red, green, blue = np.eye(3, dtype=bool).tolist()
+    assert moved == [red, [False] * 3, green, [False] * 3, blue]
+
+
 def oracle_mass(mean, log_scale, value, levels):
     """One logistic's mass on a level, with 60 digits."""
     D = decimal.Decimal
@@ -1432,8 +1444,25 @@ class UsedTwice(nn.Module):
         return self.head(F.elu(self.right(F.elu(both))) + self.left(b) * b)
 
 
+class TwoReaches(nn.Module):
+    """A value that two layers read: one at its own position, the other two columns further right."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.above = Conv(c_in, 4, rows=(-1, -1), columns=(-1, 1))
+        self.left = Conv(c_in, 4, rows=(0, 0), columns=(-4, -3))
+        self.near = Conv(4, 4, rows=(0, 0), columns=(0, 0))
+        self.far = Conv(4, c_out, rows=(-1, 0), columns=(-2, 2), gain=2.0)
+        self.head = Conv(4, c_out, rows=(0, 0), columns=(0, 0), gain=2.0)
+
+    def forward(self, x, embeddings=()):
+        h = torch.tanh(self.above(x) + self.left(x))
+        return self.head(torch.tanh(self.near(h))) + self.far(h)
+
+
 @pytest.mark.parametrize("net, size, lag", [
-    (OneStream, (6, 20), 3), (OneStream, (5, 3), None), (OneStream, (7, 1), None),
+    (TwoReaches, (5, 6), 4), (TwoReaches, (5, 5), 4),
+    (TwoReaches, (5, 4), None), (TwoReaches, (5, 3), None), (OneStream, (6, 20), 3), (OneStream, (5, 3), None), (OneStream, (7, 1), None),
     (UsedTwice, (5, 9), 3), (UsedTwice, (5, 3), None),
     (OneConvolution, (5, 7), 1), (OneConvolution, (4, 1), None), (OneConvolution, (1, 1), None),
     (RowsAbove, (5, 9), 3), (RowsAbove, (5, 2), None), (LooksAhead, (4, 12), 7),
@@ -1684,6 +1713,10 @@ AT_ONE_POSITION = {  # functions of values at one position: they must be right
     "slices": lambda net, h, x: h * h[:, :1] + h[:, 1:2] * h[:, 2:3],
     "softmax over channels": lambda net, h, x: h.softmax(1) * h,
     "h + h": lambda net, h, x: h + h,
+    "gate of a known tensor": lambda net, h, x: pixelaux.gate(net.place, torch.cat([h, net.more(h)], 1)),
+    "gate of a parameter": lambda net, h, x: pixelaux.gate(net.scale, torch.cat([h, h], 1)),
+    "gate by a known tensor": lambda net, h, x: pixelaux.gate(h, torch.cat([net.place, net.place], 1)),
+    "by keyword": lambda net, h, x: pixelaux.gate(net.more(x=h), y=pixelaux.concat_elu(x=h)),
     "difference": lambda net, h, x: net.more(h) - h,
     "difference of convolutions": lambda net, h, x: h - net.more(h.sin()) - net.more(h),
     "a vector over columns": lambda net, h, x: h * net.place[0, 0, 0],
@@ -3319,6 +3352,51 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, mo
     assert "at step 1 " in (line := said(capsys)[-1]) and "is not there" in line
 
 
+def test_checkpoints_are_as_far_apart_as_told(tmp_path, monkeypatch, small_preset):
+    """And after each quarter."""
+    Clock(monkeypatch)
+    at, write = [], pixelaux.write_checkpoint
+
+    def noted(path, config, factors, training):
+        at.append(training["step"])
+        write(path, config, factors, training=training)
+
+    monkeypatch.setattr(pixelaux, "write_checkpoint", noted)
+    line = "train --model pyramid --factor 0 --steps 40 --save-every 6.5 --out"
+    assert command(line, tmp_path) == 0
+    assert at == [7, 10, 17, 20, 27, 30, 37, 40]
+
+
+def test_a_stop_at_the_last_step_finishes_the_factor(tmp_path, monkeypatch):
+    """There is nothing to go on with. Control: a step before, it stops."""
+    data, stopped = pixelaux.load_data("shapes", size=(12, 12))[0], []
+    for last, name in ((2, "finished"), (1, "stopped")):
+        stopped.clear()
+        model = build("pyramid", 12, **{**SMALL_RUN, "halvings": 0, "steps": (3,)})
+        with monkeypatch.context() as patch:
+            at_batch(patch, lambda step, k: step == last and stopped.append(step))
+            with contextlib.ExitStack() as held:
+                if name == "stopped":
+                    held.enter_context(pytest.raises(KeyboardInterrupt, match="at step 2"))
+                made = pixelaux.train_factor(
+                    model, 0, data, tmp_path / name, stop=lambda: len(stopped) > 0)
+                assert made == 3
+
+
+def test_a_model_in_either_mode_trains_with_dropout_and_ends_without(tmp_path, monkeypatch):
+    """As `load` returns models in evaluation mode, and log_prob is to be without dropout after."""
+    fields = {**SMALL_RUN, "halvings": 0, "steps": (1,), "dropout": 0.5}
+    model, modes, forward = build("pyramid", 12, **fields).eval(), set(), Factor.forward
+
+    def noted(self, *arguments):
+        modes.add((torch.is_grad_enabled(), self.training))
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Factor, "forward", noted)
+    pixelaux.train_factor(model, 0, pixelaux.load_data("shapes", size=(12, 12))[0], tmp_path)
+    assert modes == {(True, True), (False, False)} and not model.factors[0].training
+
+
 class Clock:
     """Stands in for time.monotonic: a training step takes `pace` seconds, all else none."""
 
@@ -3357,9 +3435,38 @@ def test_minutes_fix_the_steps_once_and_for_all(tmp_path, monkeypatch, small_pre
     clock.pace = 50.0
     assert command("train --resume --minutes 0.1,0.2 --out", other) == 0
     assert_same_run(out, other)  # bit for bit, as the learning rates are those of the plan
+    assert pixelaux.read_metrics(other)[-1]["seconds"] == 2 + 8 + 2 * 50
     clock.pace = 2.0  # control: half the speed, half the steps
     assert command("train --factor 0 --minutes 0.2 --out", tmp_path / "slow") == 0
     assert json.loads((tmp_path / "slow" / "config.json").read_text())["steps"][0] == 4
+
+
+@pytest.mark.parametrize("minutes, pace, expected, made", [
+    (10, 1.0, (582, 18.0), 19), (0.1, 1.0, (4, 2.0), 3), (0.1, 50.0, (1, 100.0), 3)])
+def test_the_pace_is_told_by_3_percent_of_the_time(monkeypatch, minutes, pace, expected, made):
+    """By two steps at least; the first one of all does not count. A step is made in any case. The
+    time is the mean of the processes; a loss that is not finite ends it."""
+    now, steps, losses = [0.0], [], itertools.repeat(1.0)
+    monkeypatch.setattr(pixelaux.time, "monotonic", lambda: now[0])
+
+    def make_step(number, of):
+        steps.append((number, of))
+        now[0] += pace if number else 1000.0
+        return torch.tensor(next(losses))
+
+    def told():
+        steps.clear()
+        return pixelaux.steps_in(minutes, make_step, pixelaux.never, torch.device("cpu"))
+
+    assert told() == expected
+    assert steps == [(number, math.inf) for number in range(made)]
+    losses = itertools.chain([1.0, 1.0, math.nan], itertools.repeat(1.0))
+    told()
+    assert len(steps) == 3
+    losses = itertools.repeat(1.0)
+    monkeypatch.setattr(pixelaux, "mean_of_processes", lambda values, device: [
+        values[0], 2 * values[1], values[2]])
+    assert told()[1] == pytest.approx(max(0.03 * 60 * minutes, 4 * pace))
 
 
 def test_minutes_of_a_run_stopped_before_steps_are_fixed(tmp_path, monkeypatch, small_preset, capsys):

@@ -1825,7 +1825,8 @@ def load(run, device="cpu"):
             missing.discard(k)
     if missing:
         k = min(missing)
-        raise Problem(f"{run}: factor {k} is missing; `train --factor {k}` makes it")
+        folder = run if run.is_dir() else run.parent
+        raise Problem(f"{run}: factor {k} is missing; `train --resume --out {folder}` makes it")
     model.files = list(dict.fromkeys(paths))  # each once
     return model.to(device, memory_format=torch.channels_last).eval()
 
@@ -1835,7 +1836,7 @@ def read_config(out):
     path = out / "config.json"
     try:
         return make_config(**json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise Problem(f"{out} holds no run: {path} is missing") from None
     except (ValueError, TypeError) as error:
         raise Problem(f"{path}: not a configuration of this program ({error})") from None
@@ -2176,21 +2177,23 @@ def batch_of(model, k, data, step):
 
 def steps_in(minutes, make_step, stop, device):
     """How many steps fit into the minutes -> (steps, the seconds that it took to find out): some
-    are made, for 3% of the time. The first one counts nowhere, as much happens only once.
+    are made, for 3% of the time or a minute. The first one counts nowhere, as much happens only
+    once.
 
     make_step(number, of) -> its loss, a tensor.
     """
-    with progress_bar(desc="pace", unit="step") as bar:
+    with progress_bar(desc="trying the pace", unit="step") as bar:
         loss = float(make_step(0, math.inf))  # waits until the device has done it
         begun, made, seconds = time.monotonic(), 0, 0.0
+        enough = min(0.03 * 60 * minutes, 60)
         # (A loss that is not finite ends it: what training will say of that need not wait.)
-        while made < 2 or (seconds < 0.03 * 60 * minutes and math.isfinite(loss)):
+        while made < 2 or (seconds < enough and math.isfinite(loss)):
             made += 1
             loss = float(make_step(made, math.inf))
             told = [loss, time.monotonic() - begun, stop()]
             loss, seconds, stopping = mean_of_processes(told, device)
             if stopping:
-                raise KeyboardInterrupt("stopped before the first step; --resume begins with it")
+                raise KeyboardInterrupt("stopped while trying the pace; --resume does so again")
             bar.update()
     return max(1, round((60 * minutes - seconds) * made / seconds)), seconds
 
@@ -2220,7 +2223,6 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
     config, device, seed = model.config, model.device, (model.config.seed, k)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"factor-{k}.pt"
-    # (Perhaps of finished training: then the loop makes no step.)
     saved = read_checkpoint(path) if path.exists() else None
     if not saved and not config.start:  # with --start the model has weights already
         # By 32 images or more: statistics of few are rough.
@@ -2264,6 +2266,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
             write_checkpoint(path, config, **training.state(k, step, seconds))
             save_at = time.monotonic() + save_every
         if stopping and step < steps:  # (after the last step show_samples ends the run)
+            log.bar.close()
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
             show()
@@ -3519,23 +3522,31 @@ def factors_to_train(args, model, data):
 def take_over(args):
     """Fill in of args what no flag says from the run that --start names."""
     theirs = load(pathlib.Path(args.start).expanduser()).config
-    for name in ("model", "preset", "size", "look_right"):
+    names = ["model", "preset", "size", "look_right", "tight"]
+    if args.data is None and args.data_dir is None:
+        names += ["data", "data_dir"]
+    for name in names:
         if getattr(args, name) is None:
             setattr(args, name, getattr(theirs, name))
 
 
 def start_from(model, run):
     """Give the model the weights of another run or checkpoint. Raises Problem."""
-    weights = load(pathlib.Path(run).expanduser()).state_dict()
+    theirs, other = load(pathlib.Path(run).expanduser()), "of another model, preset or size"
+    kinds = [f"{m.config.model} of {counted(len(m.views), 'view')}" for m in (theirs, model)]
+    if kinds[0] != kinds[1]:
+        raise Problem(f"--start: {run} is {other}: a {kinds[0]}, expected a {kinds[1]}")
+    weights = theirs.state_dict()
     for name, expected in model.state_dict().items():
         if name not in weights or weights[name].shape != expected.shape:
             got = tuple(weights[name].shape) if name in weights else "missing"
-            raise Problem(f"--start: {run} is of another model, preset or size: {name} is {got}, "
-                          f"expected {tuple(expected.shape)}")
+            raise Problem(f"--start: {run} is {other}: {name} is {got}, expected "
+                          f"{tuple(expected.shape)}")
     if surplus := weights.keys() - model.state_dict().keys():
-        raise Problem(f"--start: {run} is of another model, preset or size: it has {min(surplus)}, "
-                      "which is not expected")
+        raise Problem(f"--start: {run} is {other}: it has {min(surplus)}, which is not expected")
     model.load_state_dict(weights)
+    if rank() == 0:
+        print(f"begins with {', '.join(map(str, theirs.files))}")
 
 
 def begin(out, config, factors, data, args, device):
@@ -3843,7 +3854,8 @@ FLAGS = {
     "--out": ("train sample", "where results go (sample: a file, or a folder that is there)",
               dict(type=PATH)),
     "--resume": ("train", "go on with the run in --out", YES),
-    "--start": ("train", "begin with the weights, model, preset and size of this run or checkpoint",
+    "--start": ("train", "begin with the weights of this run or checkpoint, and with its model, "
+                "preset, size and data where no flag tells others",
                 dict(metavar="RUN", type=checked(str, "a run or a checkpoint", len))),
     "--factor": ("train", "train factor K alone, 0 is the coarsest", dict(type=int, metavar="K")),
     "--steps": ("train", "for each factor (default: the preset's)", dict(type=STEPS)),

@@ -2907,7 +2907,7 @@ def test_factors_trained_apart_are_joined(run, tmp_path, capsys):
         part.mkdir()
         shutil.copy(run / f"factor-{k}.pt", part)
     assert command("eval", parts[0], "--n", 4) == 2
-    assert "factor 1 is missing; `train --factor 1` makes it" in said(capsys)[-1]
+    assert "factor 1 is missing; `train --resume --out" in said(capsys)[-1]
     shutil.copy(parts[1] / "factor-1.pt", parts[0])
     x = torch.from_numpy(random_images(2)).permute(0, 3, 1, 2)
     expected = pixelaux.load(run).log_prob(x)
@@ -3478,7 +3478,7 @@ def test_minutes_of_a_run_stopped_before_steps_are_fixed(tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         at_batch(patch, lambda step, k: step == 1 and os.kill(os.getpid(), signal.SIGTERM))
         assert command(line, early) == 130
-    assert "before the first step" in said(capsys)[-1]
+    assert "while trying the pace" in said(capsys)[-1]
     assert json.loads((early / "config.json").read_text())["steps"] == [0]
     late, record_steps = tmp_path / "late", pixelaux.record_steps
 
@@ -3498,22 +3498,28 @@ def test_minutes_of_a_run_stopped_before_steps_are_fixed(tmp_path, monkeypatch, 
         assert records(out)[-1]["step"] == 10
 
 
-def test_a_start_takes_what_no_flag_says_from_the_weights_run(tmp_path, small_preset):
-    """Model, preset, size, look_right. Controls: flags go before; without --start it is the default."""
+def test_a_start_takes_what_no_flag_says_from_the_weights_run(tmp_path, small_preset, capsys):
+    """Model, preset, size, look_right, tight, data; it says which files it begins with. Controls:
+    flags go before; without --start it is the default."""
     line = "train --steps 1 --batch-size 2"
-    flags = "--model", "grayscale", "--size", 12, "--no-look-right"
+    images = tmp_path / "images.npy"
+    np.save(images, random_images(40, (12, 12)))
+    flags = "--model", "grayscale", "--data", images, "--no-look-right", "--tight"
     assert command(line, *flags, "--out", tmp_path / "first") == 0
 
     def begun(name, *flags):
+        capsys.readouterr()
         assert command(line, "--factor", 0, *flags, "--out", tmp_path / name) == 0
+        assert ("begins with " in capsys.readouterr().out) == ("--start" in flags)
         config = json.loads((tmp_path / name / "config.json").read_text())
-        return config["model"], config["size"], config["look_right"]
+        return [config[name] for name in ("model", "size", "look_right", "tight", "data")]
 
     start = "--start", tmp_path / "first"
-    assert begun("second", *start) == ("grayscale", [12, 12], False)
-    assert begun("larger", *start, "--size", 16, "--look-right") == (
-        "grayscale", [16, 16], True)
-    assert begun("default") == ("pyramid", [16, 16], True)
+    theirs = ["grayscale", [12, 12], False, True, str(images)]
+    assert begun("second", *start) == theirs
+    flags = "--data", "shapes", "--size", 16, "--look-right", "--no-tight"
+    assert begun("other", *start, *flags) == ["grayscale", [16, 16], True, False, "shapes"]
+    assert begun("default") == ["pyramid", [16, 16], True, False, "shapes"]
 
 
 def test_training_starts_from_the_weights_of_another_run(run, tmp_path, capsys, monkeypatch):

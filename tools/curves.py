@@ -125,11 +125,13 @@ def draw(axis, lines, unit, limit):
         if shown:
             steps = [line["step"] for line in shown]
             bits = [line[key] for line in shown]
+            style = "o-" if len(shown) < 3 else style
             axis.plot(steps, bits, style, linewidth=1, markersize=4, label=label)
     if limit is not None:
         label = "limit: the true probability"
         axis.axhline(limit, linestyle="--", linewidth=1, color="black", label=label)
     axis.set_xlabel(f"steps\n{last['step']:,} in {last['seconds'] / length:.1f} {name} of training")
     axis.set_ylabel("bits/dim of X")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

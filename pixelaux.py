@@ -2770,9 +2770,11 @@ class Plan:
                 source.margin = tuple(map(max, source.margin, beyond))
         for node in buffered:
             above, below, left, right = node.margin
-            height, width = self.size
-            size = (self.n, above + height + below, left + width + right, node.channels)
-            node.buffer = zeros(size, weight)
+            height, width = above + self.size[0] + below, left + self.size[1] + right
+            # In raster order what is read in its own row alone can have the next row in its place.
+            rows = 1 if above == 0 and not self.lag else height
+            buffer = zeros((self.n, rows, width, node.channels), weight)
+            node.buffer = buffer.expand(-1, height, -1, -1)
 
     def steps(self):
         """Of each step, in order: {group: Places to compute}. (In the light network from step -6

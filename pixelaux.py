@@ -709,21 +709,21 @@ def data_dependent_init(network, *inputs):
 #
 # (Networks get a fourth channel of ones, see Factor.planes.)
 #
-# A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it may know the
+# A change of resolution lets no later pixel in. Let h[p] be h in column p of a row: it has seen the
 # pixels before p (and rows above, which do no harm). On the way down kernels of columns -1 and 0
-# make half[q] of h[2 q - 1] and h[2 q]: so it knows the pixels before 2 q. On the way up they read
-# half[0] 0 half[1] 0 ..: up[2 q] reads 0 and half[q], up[2 q + 1] half[q] and 0; and both may know
-# the pixels before 2 q.
+# make half[q] of h[2 q - 1] and h[2 q]: so it has seen those before 2 q. On the way up they read
+# half[0] 0 half[1] 0 ..: up[2 q] reads 0 and half[q], up[2 q + 1] half[q] and 0. So both have seen
+# those before 2 q, and are allowed to.
 #
 #     pixels                  0 1 2 3 4 5 6 7
-#     h[5] knows              x x x x x
-#     h[6] knows              x x x x x x
+#     h[5] has seen           x x x x x
+#     h[6] has seen           x x x x x x
 #     half[3] reads both      x x x x x x
-#     up[6] reads half[3]     x x x x x x      may know those before 6
-#     up[7] reads half[3]     x x x x x x      may know those before 7 (pixel 6 comes by the skip)
+#     up[6] reads half[3]     x x x x x x      allowed: those before 6
+#     up[7] reads half[3]     x x x x x x      allowed: those before 7 (6 comes by the skip)
 #
-# (v knows rows: its row q at half the resolution reads v's rows 2 q - 1 and 2 q, so it knows those
-# before row 2 q.)
+# (v has seen rows: its row q at half the resolution those before 2 q, by v's rows 2 q - 1 and 2 q.
+# On the way up rows 2 q and 2 q + 1 read that.)
 
 
 def six_stages(blocks):
@@ -952,7 +952,8 @@ def make_views(config):
 
 def is_light(config, view):
     """Whether a view has a light network: if it is given a view of half its size; and the coarsest
-    one if the model's last psi is Half (even if that is applied 0 times, as by a pyramid at 8x8).
+    one if the model's last psi is Half, which has made it (or would have, if it were larger: a
+    pyramid at 8x8 is the 8x8 factor of a larger one).
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -961,7 +962,7 @@ def is_light(config, view):
     """
     if view.psi is not None:
         return view.psi.cell > 1  # it is given a smaller view
-    kinds = MODELS[config.model]  # view is the coarsest, which the last kind has made
+    kinds = MODELS[config.model]  # view is the coarsest
     return len(kinds) > 0 and kinds[-1].cell > 1
 
 
@@ -982,11 +983,14 @@ class Factor(nn.Module):
         super().__init__()
         self.view, self.embed, psi = view, None, view.psi
         channels, filters, dropout = view.shape[0], config.nr_filters, config.dropout
-        full_layout = config.layout if psi is None else config.layout_cond
-        layout = config.layout_light if light else full_layout
+        if light:
+            layout, layout_embed = config.layout_light, config.layout_embed
+        elif psi is None:
+            layout, layout_embed = config.layout, None
+        else:  # X^ is as large as X: f_w has as many stages, and an embedding for each
+            layout = layout_embed = config.layout_cond
         layouts = [layout]
         if psi is not None:
-            layout_embed = config.layout_embed if psi.cell > 1 else full_layout
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
             layouts.append(layout_embed)
         self.multiple = max(map(multiple_of, layouts))  # as height and width of x must be
@@ -1048,9 +1052,9 @@ class Draw:
     of compressed images can take its place.)
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of P pixels at once,
-    (rows, columns), in each of n images: in sample_naive P is 1, in sample_fast they may be a
-    diagonal. A head expects images, but these are scattered: so each is an image of 1x1, first the
-    P of image 0, then those of image 1, ..
+    (rows, columns), in each of n images: in sample_naive P is 1, that is all until sample_fast,
+    where they may be a diagonal. A head expects images, but these are scattered: so each is an
+    image of 1x1, first the P of image 0, then those of image 1, ..
     """
 
     def __init__(self, noise, mode="random"):
@@ -2125,6 +2129,7 @@ class Training:
     @contextlib.contextmanager
     def taken_back(self):
         """The steps that are made within this are as if they had not been made."""
+        # (restore makes n_averaged of the step; it asks for no factor, and we for no seconds.)
         before = copy.deepcopy(self.state(0, int(self.average.n_averaged), 0.0))
         yield
         self.restore(before)
@@ -2135,8 +2140,7 @@ class Training:
             training, [averaged] = state["training"], state["factors"].values()
             self.trained.load_state_dict(training["weights"])
             self.average.module.load_state_dict(averaged)
-            # At its first update, when n_averaged is 0, AveragedModel copies the weights; then it
-            # averages.
+            # It counts the updates, one a step. (If it is 0, AveragedModel copies the weights.)
             self.average.n_averaged.fill_(training["step"])
             self.optimizer.load_state_dict(training["optimizer"])
             return training["step"], training["seconds"]
@@ -2265,7 +2269,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if (quarter or stopping or time.monotonic() > save_at) and rank() == 0:
             write_checkpoint(path, config, **training.state(k, step, seconds))
             save_at = time.monotonic() + save_every
-        if stopping and step < steps:  # (after the last step show_samples ends the run)
+        if stopping and step < steps:  # (after the last step it is found by who comes next)
             log.bar.close()
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
@@ -2509,9 +2513,9 @@ def save_samples(model, views, path, given=0):
 #     ahead                  6          5       4          3       2          1       0
 #     step 24: position      (0, 30)    (0, 29) (0, 28)    (0, 27) (0, 26)    (0, 25) (0, 24)
 #
-# All of h and the output are 0 ahead: after them step 24 draws pixel (0, 24); and in row 1 it
-# computes the same 8 columns further to the left. So, if (r, c) is a node's own position, it is
-# computed there in the step that draws pixel (r, c - ahead), that is
+# All of h and the output are 0 ahead: after them step 24 draws pixel (0, 24). In row 1 it does the
+# same 8 columns further to the left: v_first at (1, 22), .., pixel (1, 16). So, if (r, c) is a
+# node's own position, it is computed there in the step that draws pixel (r, c - ahead), that is
 #
 #     step lag r + c - ahead
 #
@@ -2525,9 +2529,8 @@ def save_samples(model, views, path, given=0):
 # The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of two rows, r
 # and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
 # is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
-# back, each node gets the least that serves all its readers. (More is of no use: its sources, too,
-# would have to be further ahead, and in the end x, of which only a larger lag would have drawn
-# enough.)
+# back, each node gets the least that serves all its readers. (More would be
+# asked of its sources, too, and in the end of x, and would take a larger lag.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
 # the next one on. So x counts as -1 ahead: in step lag r + c pixel (r, c - 1) can be read. The lag
@@ -2540,7 +2543,7 @@ def save_samples(model, views, path, given=0):
 #
 # (All kernels of CausalNet but v_first and h_above, which read x, end in their own row, where lag
 # dy is 0: so how far nodes are ahead does not depend on the lag. In other networks it may, so that
-# smallest_lag tries one lag after the other.)
+# smallest_lag tries one lag after the other. A larger one never asks for more.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2556,27 +2559,28 @@ def save_samples(model, views, path, given=0):
 # positions. What a node has computed last is its `latest`. That will do for readers in its group
 # that read at their own position alone. For all others it also has a `buffer`, an image of all that
 # it has computed. For example a light network of one block, without X^. v has 1 + 2 convolutions,
-# and needs (r - 1, c + 3): its lag is 4. Its nodes, in the order in which they are computed within
-# a step:
+# and needs (r - 1, c + 3): its lag is 4. Below are its nodes, in the order in which they are
+# computed within a step; what asks for so much ahead, "conv_in 1 + 1" for example as conv_in is 1
+# ahead and reads 1 column to its right; and what needs a buffer (-: `latest` will do). A sum of
+# convolutions is one node.
 #
-#     node                               ahead   by (reader's + dx)    buffer, for whom
+#     node                               ahead   asked for by          buffer for
 #     v_first(x)                           2     concat_elu  2 + 0     v's gate, which is 0 ahead
-#     h_above(x) + h_left(x): one sum      0     concat_elu  0 + 0     -
+#     h_above(x) + h_left(x)               0     concat_elu  0 + 0     -
 #     concat_elu of v_first                2     conv_in     1 + 1     conv_in, at (r, c + 1), ..
 #     v's conv_in                          1     concat_elu  1 + 0     -
 #     concat_elu of that                   1     conv_out    0 + 1     conv_out, at (r, c + 1), ..
 #     v's conv_out; gate; concat_elu       0     h           0 + 0     -
 #     concat_elu of h's sum                0     conv_in     0 + 0     conv_in, at (r, c - 1), ..
-#     h's conv_in, and v by a conv_aux     0     concat_elu  0 + 0     - (one sum, too)
+#     h's conv_in + conv_aux of v          0     concat_elu  0 + 0     -
 #     concat_elu of that                   0     conv_out    0 + 0     conv_out, at (r, c - 1), ..
 #     h's conv_out; gate; elu; last        0     (the pixel)           -
 #     x                                   -1     (drawn last)          all that read it
 #
-# (1 + 1: conv_in is 1 ahead, and reads 1 column to its right. -: `latest` will do. v_first is read
-# twice: by its concat_elu, in the same step, and by the gate, two steps later.) At step 24, for
-# example, v_first is computed at (5, 6), v's conv_in at (5, 5), all that is 0 ahead
-# at (5, 4), and after it pixel (5, 4) is drawn, as 4 * 5 + 4 = 24; and likewise in row 4, where
-# pixel (4, 8) is drawn, and in row 6.
+# (v_first is read twice: by its concat_elu, in the same step, and by the gate, two steps later.)
+# Step 25, for example, draws pixel (5, 5), as 4 * 5 + 5 = 25. Before, it computes v_first at (5,
+# 7), v's conv_in at (5, 6), and all that is 0 ahead at (5, 5); and likewise in row 4, where it
+# draws pixel (4, 9), and in row 6.
 #
 # Two things are left for sections of their own: *Raster order*, where the image is too narrow for a
 # wavefront, and *Half the resolution*. Until then let `spacing` and `apart` be 1, and skip what is
@@ -2635,7 +2639,7 @@ class Read:
 
     @functools.cached_property
     def numbers(self):
-        """How many it is, at one position."""
+        """How many numbers are read for one position: the columns of the weight."""
         return self.nr_rows * self.nr_columns * self.source.channels
 
     @property
@@ -2701,9 +2705,9 @@ class Node:
         """
         read = read or Read(self)  # of one value, at the position itself
         next_image, next_row, next_column, _ = self.buffer.stride()
-        above, _, before, _ = self.margin  # row r of the image is row above + r of the buffer
+        above, _, left, _ = self.margin  # row r of the image is row above + r of the buffer
         start = (above + places.row + read.top) * next_row
-        start += (before + places.column + read.left) * next_column
+        start += (left + places.column + read.left) * next_column
         next_place = places.row_step * next_row + places.column_step * next_column
         size = (self.buffer.shape[0], places.count, read.nr_rows, read.nr_columns, self.channels)
         strides = (next_image, next_place, read.apart * next_row, read.apart * next_column, 1)
@@ -2755,7 +2759,8 @@ class Plan:
     def allocate(self, weight):
         """A read is of source.latest if source and reader are of one group, so that it has just
         been computed for the same positions, and only the own position is read. All others are of
-        source.buffer, with margins of zeros as wide as the kernels that read it."""
+        source.buffer, with margins of zeros as wide as the kernels that read it. (What is not
+        computed yet is 0 there, too, but by lag and `ahead` never read.)"""
         buffered = {self.x}
         for node in self.nodes:
             for read in node.reads:
@@ -2764,8 +2769,8 @@ class Plan:
                     source.computed and source.group == node.group and read.own_position)
                 if source.computed and not read.at_hand:
                     buffered.add(source)
-                # (What is known has a buffer, and as it is read at the node's own position alone,
-                # no margin.)
+                # (What is known has a buffer; without margins, as it is read at the node's own
+                # position alone: a Conv of what is known would be known.)
                 beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
                 source.margin = tuple(map(max, source.margin, beyond))
         for node in buffered:
@@ -2784,6 +2789,7 @@ class Plan:
         due = collections.defaultdict(dict)
         for spacing, ahead in groups:
             if self.lag:
+                # Where pixels are drawn in `step` nodes are computed `ahead` steps before.
                 for step, places in diagonals(self.size, self.lag, spacing).items():
                     due[step - ahead][spacing, ahead] = places
             else:
@@ -2940,11 +2946,12 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #                               the third + row 0 of conv_out;  gate; elu; last;  the pixel
 #
 # Steps are pairs (row, column - ahead), and come in the order of these pairs. What is by rows is
-# infinitely far ahead, so that it comes first in its row; all else in CausalNet is 0 ahead.
+# infinitely far ahead: (row, -infinity) comes before the row's pixels. All else in CausalNet is 0
+# ahead. (In other networks a node may be read in lower rows alone. It is -infinity ahead: (row,
+# infinity), a row at once, comes after the row's pixels.)
 
 
-BY_ROWS = math.inf  # a whole row at once, before its pixels; a finite number: pixel by pixel
-# (-infinity, which CausalNet's nodes never are: a whole row at once, after its pixels.)
+BY_ROWS = math.inf
 
 
 def in_raster_order(nodes, x):
@@ -2954,13 +2961,12 @@ def in_raster_order(nodes, x):
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
     # Backwards, as in Plan.needed_ahead, but rows above are complete: only what is read in a node's
-    # own row has to run ahead. (In other networks than CausalNet all readers of a node may be in
-    # lower rows: it stays at -infinity.)
+    # own row has to run ahead. (What a node by rows reads there is by rows, too, or known: its
+    # infinity goes no further.)
     ahead = collections.defaultdict(lambda: -math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         node.ahead = BY_ROWS if node.by_rows else ahead[node]
         for read in node.reads:
-            # (What a node by rows reads there is by rows, too, or known.)
             if read.bottom == 0:
                 ahead[read.source] = max(ahead[read.source], node.ahead + read.right)
     if ahead[x] > -1:
@@ -2984,8 +2990,8 @@ def split_sum(node, is_output):
         # A kernel that begins at row `top` has -top / apart rows above the node's own: h's conv_in
         # (top -1, 2 rows) 1, v_first (top -2, 2 rows) 2, which is all.
         nr_above = min(read.nr_rows, (-read.top) // read.apart)
-        complete = read.source.by_rows or read.source.known
-        nr_early = read.nr_rows if complete else nr_above
+        own_row_too = read.source.by_rows or read.source.known
+        nr_early = read.nr_rows if own_row_too else nr_above
         if nr_early > 0:
             early.append(rows_of(read, 0, nr_early))
         if nr_early < read.nr_rows:

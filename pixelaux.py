@@ -131,15 +131,12 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    So each choice leaves at least one for those after it. No interval is empty if high >= 0, low
-    <= top sum(weights), and high - low + 1 >= each weight (low .. high has 4 numbers for Half, 4096
-    for Gray): if low - rest <= 0, v = 0 will do; if not, the least v with w v >= low - rest, as
-
-        w v <= low - rest + w - 1 <= high - rest <= high
-        w v <= w top                                         also a multiple >= low - rest
-
-    And the three hold again after any v of the interval, with `rest` for top sum(weights): w v <=
-    high, w v >= low - rest, and high - low does not change.
+    No interval is empty if (1) high >= 0, (2) low <= rest + w top, (3) high - low + 1 >= w (low ..
+    high has 4 numbers for Half, 4096 for Gray). If low <= rest, v = 0 will do. If not, take the
+    least v with w v >= low - rest. It exceeds that by at most w - 1: so, by (3), w v <= low - rest
+    + w - 1 <= high - rest <= high. And w top is itself a multiple of w that is >= low - rest, by
+    (2); the least one is no larger, so v <= top. After any v of the interval (1) to (3) hold again
+    for the next one: w v <= high, w v >= low - rest, and high - low does not change.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -433,10 +430,10 @@ class LogisticMixture:
         mass of that value, m.
 
         Why a component for each channel? Red's is drawn in proportion to w_k M_k, and then r from
-        it with m_k(r) / M_k; so given r it is component k in proportion to w_k m_k(r), as in
-        log_prob. But green needs w_k m_k(r) M_k(g's interval | r). So it cannot keep red's, which
-        may have no mass at all on green's interval. ("map" keeps it all the same, so that a pixel's
-        channels belong together.)
+        it with m_k(r) / M_k; so given r it is component k in proportion to the product, w_k m_k(r),
+        as in log_prob. But green needs w_k m_k(r) M_k(g's interval | r), another distribution over
+        k. So k is drawn anew. ("map" keeps red's all the same, so that a pixel's channels belong
+        together.)
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -722,8 +719,8 @@ def data_dependent_init(network, *inputs):
 #     up[6] reads half[3]     x x x x x x      allowed: those before 6
 #     up[7] reads half[3]     x x x x x x      allowed: those before 7 (6 comes by the skip)
 #
-# (v has seen rows: its row q at half the resolution those before 2 q, by v's rows 2 q - 1 and 2 q.
-# On the way up rows 2 q and 2 q + 1 read that.)
+# (For v the same holds with rows: half's row q is made of v's rows 2 q - 1 and 2 q, and has seen
+# the rows before 2 q; up's rows 2 q and 2 q + 1 read it.)
 
 
 def six_stages(blocks):
@@ -921,8 +918,9 @@ class EmbeddingNet(nn.Module):
 
 @dataclasses.dataclass
 class View:
-    """What one of the X_i is; its images are tensors. psi makes the next coarser view of it, x_hat
-    = psi(x), which its factor is given; None for the coarsest, which is given none."""
+    """What one of the X_i is; its images are tensors, in lists of their own. psi makes the next
+    coarser view of it, x_hat = psi(x), which its factor is given; None for the coarsest, which is
+    given none."""
 
     shape: tuple  # (C, H, W)
     levels: int
@@ -951,9 +949,9 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: if it is given a view of half its size; and the coarsest
-    one if the model's last psi is Half, which has made it (or would have, if it were larger: a
-    pyramid at 8x8 is the 8x8 factor of a larger one).
+    """Whether a view has a light network: if it is part of a pyramid, that is, given a view of half
+    its size. The coarsest one is given none: there the model's last psi decides. (Also if it is the
+    only view, as of a pyramid at 8x8.)
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
@@ -1009,8 +1007,8 @@ class Factor(nn.Module):
 
     @property
     def at_once(self):
-        """How many images to take at once, so that what the causal network's convolutions read,
-        most of which sample_fast keeps, stays within 4 GiB, 2^30 numbers of 4 bytes."""
+        """How many images to take at once, so that what the causal network's convolutions read, in
+        a pass or in the buffers of sample_fast, stays within 4 GiB, 2^30 numbers of 4 bytes."""
         channels = sum(conv.v.shape[1] for conv in self.net.modules() if isinstance(conv, Conv))
         numbers = channels * math.prod(self.view.shape[1:])
         return min(256, max(1, 2**30 // numbers))
@@ -1051,10 +1049,10 @@ class Draw:
     """Where a sampler gets its pixels: from noise, so that images are a function of it. (A decoder
     of compressed images can take its place.)
 
-    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of P pixels at once,
-    (rows, columns), in each of n images: in sample_naive P is 1, that is all until sample_fast,
-    where they may be a diagonal. A head expects images, but these are scattered: so each is an
-    image of 1x1, first the P of image 0, then those of image 1, ..
+    draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of P pixels in each of n
+    images: of one until sample_fast, which draws a diagonal at once. A head expects images, but
+    these pixels are scattered: so each is an image of 1x1, first the P of image 0, then those of
+    image 1, ..
     """
 
     def __init__(self, noise, mode="random"):
@@ -1728,9 +1726,9 @@ def to_array(images):
 #
 #     format
 #     config
-#     factors       {k: moving average of the weights}: what the model shows, see Training
+#     factors       {k: averaged weights}, which are evaluated and sampled, see Training
 #     training      missing where only weights are kept
-#         weights       those that are trained
+#         weights       those that are trained, with which training goes on
 #         optimizer     its state
 #         step, seconds
 #
@@ -2129,8 +2127,9 @@ class Training:
     @contextlib.contextmanager
     def taken_back(self):
         """The steps that are made within this are as if they had not been made."""
-        # (restore makes n_averaged of the step; it asks for no factor, and we for no seconds.)
-        before = copy.deepcopy(self.state(0, int(self.average.n_averaged), 0.0))
+        # (restore uses the step alone.)
+        now = self.state(k=0, step=int(self.average.n_averaged), seconds=0.0)
+        before = copy.deepcopy(now)
         yield
         self.restore(before)
 
@@ -2269,7 +2268,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if (quarter or stopping or time.monotonic() > save_at) and rank() == 0:
             write_checkpoint(path, config, **training.state(k, step, seconds))
             save_at = time.monotonic() + save_every
-        if stopping and step < steps:  # (after the last step it is found by who comes next)
+        if stopping and step < steps:  # (else the next factor's first look or show_samples stops)
             log.bar.close()
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
@@ -2485,7 +2484,8 @@ def save_samples(model, views, path, given=0):
 # **The wavefront.** What does pixel (r, c) need in the pyramid's light network? Each of v's 1 + 6
 # convolutions (the first, and 2 in each of 3 blocks) looks one column to the right, the first of
 # them in the row above: so nothing further to the right than (r - 1, c + 7), and nothing further to
-# the right in the rows above that. Let a row be a number
+# the right in the rows above that. (h does not look to the right, but for h_above, by one.) Let a
+# row be a number
 # of steps, the *lag*, behind the row above: pixel (r, c) is drawn in step lag r + c, together with
 # (r - 1, c + lag). With lag 8, and no smaller one, (r - 1, c + 7) is drawn before it. The step of
 # each pixel, step 8 in brackets:
@@ -2521,7 +2521,8 @@ def save_samples(model, views, path, given=0):
 #
 # A reader at (r, c) reads its source at (r + dy, c + dx), where dy is 0, or negative for rows
 # above. The step in which the source is computed *there* must not be later than the reader's own.
-# (It may be the same one: within a step sources are computed before their readers.)
+# (It may be the same one: within a step sources are computed before their readers. Not so x, which
+# is drawn last: see below.)
 #
 #     lag (r + dy) + c + dx - ahead of the source <= lag r + c - ahead of the reader
 #     ahead of the source >= ahead of the reader + lag dy + dx
@@ -2533,17 +2534,19 @@ def save_samples(model, views, path, given=0):
 # asked of its sources, too, and in the end of x, and would take a larger lag.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
-# the next one on. So x counts as -1 ahead: in step lag r + c pixel (r, c - 1) can be read. The lag
-# is the smallest number for which that is enough for all readers of x:
+# the next one on. So x counts as -1 ahead: in step lag r + c pixel (r, c - 1) can be read. While
+# nodes are as far ahead as they are asked to be, x cannot be: the lag is the smallest number for
+# which no reader of x asks for more than -1:
 #
 #     reader of x    lower right corner    its ahead    -1 >= its ahead + lag dy + dx
 #     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
 #
-# (All kernels of CausalNet but v_first and h_above, which read x, end in their own row, where lag
-# dy is 0: so how far nodes are ahead does not depend on the lag. In other networks it may, so that
-# smallest_lag tries one lag after the other. A larger one never asks for more.)
+# (Of all kernels of CausalNet v_first and h_above alone end above their own row, and they read x.
+# In the own row lag dy is 0: so how far nodes are ahead does not depend on the lag. In other
+# networks it may, so smallest_lag tries 1, 2, .. until -1 is enough for x. A larger lag never asks
+# for more.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2560,9 +2563,10 @@ def save_samples(model, views, path, given=0):
 # that read at their own position alone. For all others it also has a `buffer`, an image of all that
 # it has computed. For example a light network of one block, without X^. v has 1 + 2 convolutions,
 # and needs (r - 1, c + 3): its lag is 4. Below are its nodes, in the order in which they are
-# computed within a step; what asks for so much ahead, "conv_in 1 + 1" for example as conv_in is 1
-# ahead and reads 1 column to its right; and what needs a buffer (-: `latest` will do). A sum of
-# convolutions is one node.
+# computed within a step. A sum of convolutions is one node.
+#
+#     asked for by    the reader: how far it is ahead + how far it reads to its right
+#     buffer for      who cannot take `latest`
 #
 #     node                               ahead   asked for by          buffer for
 #     v_first(x)                           2     concat_elu  2 + 0     v's gate, which is 0 ahead
@@ -2615,7 +2619,7 @@ class Read:
     """
 
     source: "Node"
-    weight: torch.Tensor | None = None  # (F, nr_rows, nr_columns * C)
+    weight: torch.Tensor | None = None  # (F, nr_rows, nr_columns * C): rows_of can cut it by rows
     top: int = 0
     left: int = 0
     nr_rows: int = 1
@@ -2743,7 +2747,7 @@ class Plan:
     def smallest_lag(self, least_lag):
         """None if it would be the width or more: then no two pixels are drawn in one step."""
         for lag in range(least_lag, self.size[1]):
-            if self.needed_ahead(lag)[self.x] <= -1:  # that is what x has
+            if self.needed_ahead(lag)[self.x] <= -1:  # x has that, and no more
                 return lag
         return None
 
@@ -2776,7 +2780,8 @@ class Plan:
         for node in buffered:
             above, below, left, right = node.margin
             height, width = above + self.size[0] + below, left + self.size[1] + right
-            # In raster order what is read in its own row alone can have the next row in its place.
+            # (Skip this until Raster order. There what is read in its own row alone has one row in
+            # memory: `expand` makes all rows of it, at stride 0, and each overwrites the last one.)
             rows = 1 if above == 0 and not self.lag else height
             buffer = zeros((self.n, rows, width, node.channels), weight)
             node.buffer = buffer.expand(-1, height, -1, -1)
@@ -2945,10 +2950,13 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #                               the second + row 0 of conv_in;  concat_elu
 #                               the third + row 0 of conv_out;  gate; elu; last;  the pixel
 #
-# Steps are pairs (row, column - ahead), and come in the order of these pairs. What is by rows is
-# infinitely far ahead: (row, -infinity) comes before the row's pixels. All else in CausalNet is 0
-# ahead. (In other networks a node may be read in lower rows alone. It is -infinity ahead: (row,
-# infinity), a row at once, comes after the row's pixels.)
+# Steps are pairs (row, column - ahead), and come in the order of these pairs:
+#
+#     ahead        step                when
+#     infinity     (row, -infinity)    what is by rows: a row at once, before its pixels
+#     0            (row, column)       all else in CausalNet: pixel by pixel
+#     -infinity    (row, infinity)     what nobody reads in its own row, in other networks than
+#                                      CausalNet: a row at once, after its pixels
 
 
 BY_ROWS = math.inf
@@ -2982,15 +2990,16 @@ def split_sum(node, is_output):
         after        the part    reads h, row -1; v                 bias    by rows
                      conv_in     reads the part; h, row 0
 
-    The output is never by rows, as it is wanted pixel by pixel: if all of it could be, the rest has
-    the part alone to read.
+    If all can be read when the row is begun, the node is by rows. (But never the output, which is
+    wanted pixel by pixel: of it the rest then has the part alone to read.) If no product can be
+    early, as in a function, which has none, the node stays as it is: nothing would be gained.
     """
     early, late = [], []  # what can be read when the row is begun; what needs pixels of this row
     for read in node.reads:
         # A kernel that begins at row `top` has -top / apart rows above the node's own: h's conv_in
         # (top -1, 2 rows) 1, v_first (top -2, 2 rows) 2, which is all.
         nr_above = min(read.nr_rows, (-read.top) // read.apart)
-        own_row_too = read.source.by_rows or read.source.known
+        own_row_too = read.source.by_rows or read.source.known  # then all of its rows are early
         nr_early = read.nr_rows if own_row_too else nr_above
         if nr_early > 0:
             early.append(rows_of(read, 0, nr_early))
@@ -3000,7 +3009,7 @@ def split_sum(node, is_output):
         node.by_rows = True
         return [node]
     product_is_early = any(read.weight is not None for read in early)
-    if not product_is_early:  # no gain (nor can a function be split, which has no products)
+    if not product_is_early:
         return [node]
     part = dataclasses.replace(node, reads=early, by_rows=True)  # split, as h's convolutions
     node.reads, node.bias = [Read(part), *late], None
@@ -3043,7 +3052,7 @@ def raster_steps(size, spacing, ahead):
 #     from spacing  to    source, columns 0 .. 5    apart    out in column 2
 #          1        2     a b c d e f               1        w_-1 b + w_0 c
 #          2        2     a 0 b 0 c 0               2        w_-1 a + w_0 b
-#          2        1     a 0 b 0 c 0               1        w_-1 0 + w_0 b    (in column 3: w_-1 b)
+#          2        1     a 0 b 0 c 0               1        w_-1 0 + w_0 b  (0: between a and b)
 #
 # The last one doubles the resolution, `up`. As Conv has the same zeros between, it is an ordinary
 # convolution here.
@@ -3283,6 +3292,7 @@ def channels_of(function, nodes, weight):
         alike = made.shape == expected.shape and torch.allclose(expected, made)
         if alike and unchanged:
             return made.shape[1]
+    # It has raised something, or does not do the same to both.
     raise Problem(f"sample_fast: {name_of(function)} is no function of values at one position")
 
 
@@ -3626,7 +3636,8 @@ def show_samples(model, k, first, data, out, stop):
         stop.immediately = False
 
 
-# What is left of this section is for several processes and for messages.
+# What is left of this section is for several processes, those of one torchrun (plan_in_turn) and
+# other commands in the same folder (agree), and for messages.
 
 
 def plan_in_turn(args, out):

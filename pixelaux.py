@@ -423,7 +423,7 @@ class LogisticMixture:
         """The same from the mixtures cut to intervals, as in log_prob.
 
         interval_of(x) -> (lo, hi) of the channel after those in the list x, (N, 1, H, W) each: a
-        function, as green's interval depends on the red that was drawn.
+        function, as green's interval depends, by Gray, on the red that was drawn.
 
         For each channel a component is drawn, by its weight so far times its mass on the interval,
         M; then a value from it, within the interval; then its weight so far is multiplied by the
@@ -985,7 +985,7 @@ class Factor(nn.Module):
             layout, layout_embed = config.layout_light, config.layout_embed
         elif psi is None:
             layout, layout_embed = config.layout, None
-        else:  # X^ is as large as X: f_w has as many stages, and an embedding for each
+        else:  # X^ is as large as X: so f_w has an embedding at each resolution of the network
             layout = layout_embed = config.layout_cond
         layouts = [layout]
         if psi is not None:
@@ -1050,9 +1050,9 @@ class Draw:
     of compressed images can take its place.)
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of P pixels in each of n
-    images: of one until sample_fast, which draws a diagonal at once. A head expects images, but
-    these pixels are scattered: so each is an image of 1x1, first the P of image 0, then those of
-    image 1, ..
+    images. (P is 1 in sample_naive. sample_fast draws a diagonal at once.) A head expects images,
+    but these pixels are scattered: so each is an image of 1x1, first the P of image 0, then those
+    of image 1, ..
     """
 
     def __init__(self, noise, mode="random"):
@@ -2127,7 +2127,7 @@ class Training:
     @contextlib.contextmanager
     def taken_back(self):
         """The steps that are made within this are as if they had not been made."""
-        # (restore uses the step alone.)
+        # (k and seconds do not matter here: restore returns them, and makes n_averaged of step.)
         now = self.state(k=0, step=int(self.average.n_averaged), seconds=0.0)
         before = copy.deepcopy(now)
         yield
@@ -2150,8 +2150,8 @@ class Training:
 def wrapped(factor, batch, config, compile, stop=never):
     """The factor as training calls it: compiled and distributed, where that is asked for.
 
-    stop(): whether a signal has come. It also ends the compiler's processes: then their error is
-    no failure, but the stop that was asked for.
+    stop(): whether a signal has come. A signal also ends the compiler's processes: then their error
+    is no failure, but the stop that was asked for.
     """
     forward, device = factor, factor.a_weight.device
     if compile:
@@ -2483,12 +2483,11 @@ def save_samples(model, views, path, given=0):
 #
 # **The wavefront.** What does pixel (r, c) need in the pyramid's light network? Each of v's 1 + 6
 # convolutions (the first, and 2 in each of 3 blocks) looks one column to the right, the first of
-# them in the row above: so nothing further to the right than (r - 1, c + 7), and nothing further to
-# the right in the rows above that. (h does not look to the right, but for h_above, by one.) Let a
-# row be a number
+# them in the row above: so nothing further to the right than column c + 7, in row r - 1 and in the
+# rows above that. (h does not look to the right, but for h_above, by one.) Let each row be a number
 # of steps, the *lag*, behind the row above: pixel (r, c) is drawn in step lag r + c, together with
-# (r - 1, c + lag). With lag 8, and no smaller one, (r - 1, c + 7) is drawn before it. The step of
-# each pixel, step 8 in brackets:
+# (r - 1, c + lag). Before it (r - 1, c + 7) must be drawn: lag (r - 1) + c + 7 < lag r + c, so the
+# lag is 8 or more. The step of each pixel at lag 8, step 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
@@ -2514,15 +2513,16 @@ def save_samples(model, views, path, given=0):
 #     step 24: position      (0, 30)    (0, 29) (0, 28)    (0, 27) (0, 26)    (0, 25) (0, 24)
 #
 # All of h and the output are 0 ahead: after them step 24 draws pixel (0, 24). In row 1 it does the
-# same 8 columns further to the left: v_first at (1, 22), .., pixel (1, 16). So, if (r, c) is a
-# node's own position, it is computed there in the step that draws pixel (r, c - ahead), that is
+# same 8 columns further to the left: v_first at (1, 22), .., pixel (1, 16). In a row, a column is a
+# step. So, if (r, c) is now a node's own position, it is computed there
 #
-#     step lag r + c - ahead
+#     in step lag r + c - ahead        `ahead` steps before the pixel there is drawn
 #
-# A reader at (r, c) reads its source at (r + dy, c + dx), where dy is 0, or negative for rows
-# above. The step in which the source is computed *there* must not be later than the reader's own.
-# (It may be the same one: within a step sources are computed before their readers. Not so x, which
-# is drawn last: see below.)
+# (v_first at (0, 0) in step -6. To the right of the image nothing is computed.) A reader at (r, c)
+# reads its source at (r + dy, c + dx), where dy is 0, or negative for rows above. The step in which
+# the source is computed *there* must not be later than the reader's own. (It may be the same one:
+# within a step sources are computed before their readers. Not so x, which is drawn last: see
+# below.)
 #
 #     lag (r + dy) + c + dx - ahead of the source <= lag r + c - ahead of the reader
 #     ahead of the source >= ahead of the reader + lag dy + dx
@@ -2530,8 +2530,8 @@ def save_samples(model, views, path, given=0):
 # The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of two rows, r
 # and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
 # is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
-# back, each node gets the least that serves all its readers. (More would be
-# asked of its sources, too, and in the end of x, and would take a larger lag.)
+# back, each node gets the least that serves all its readers. (Were it further
+# ahead, its sources would have to be, too, and in the end x, which takes a larger lag.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
 # the next one on. So x counts as -1 ahead: in step lag r + c pixel (r, c - 1) can be read. While
@@ -2574,17 +2574,23 @@ def save_samples(model, views, path, given=0):
 #     concat_elu of v_first                2     conv_in     1 + 1     conv_in, at (r, c + 1), ..
 #     v's conv_in                          1     concat_elu  1 + 0     -
 #     concat_elu of that                   1     conv_out    0 + 1     conv_out, at (r, c + 1), ..
-#     v's conv_out; gate; concat_elu       0     h           0 + 0     -
-#     concat_elu of h's sum                0     conv_in     0 + 0     conv_in, at (r, c - 1), ..
+#     v's conv_out; gate; concat_elu       0     conv_aux    0 + 0     -
+#     concat_elu of the second             0     conv_in     0 + 0     conv_in, at (r, c - 1), ..
 #     h's conv_in + conv_aux of v          0     concat_elu  0 + 0     -
 #     concat_elu of that                   0     conv_out    0 + 0     conv_out, at (r, c - 1), ..
 #     h's conv_out; gate; elu; last        0     (the pixel)           -
 #     x                                   -1     (drawn last)          all that read it
 #
 # (v_first is read twice: by its concat_elu, in the same step, and by the gate, two steps later.)
-# Step 25, for example, draws pixel (5, 5), as 4 * 5 + 5 = 25. Before, it computes v_first at (5,
-# 7), v's conv_in at (5, 6), and all that is 0 ahead at (5, 5); and likewise in row 4, where it
-# draws pixel (4, 9), and in row 6.
+# Step 25, for example, draws pixel (5, 5), as 4 * 5 + 5 = 25, and (4, 9), (3, 13) and (6, 1). In
+# terms of what follows, if the image is 16 wide:
+#
+#     v_first, group of 2 ahead     places (3, 15), (4, 11), (5, 7), (6, 3): its 4 values there are
+#                                   v_first.latest, and are copied into v_first.buffer
+#     v's conv_in, group of 1       at (3, 14), (4, 10), (5, 6), (6, 2): reads the buffer of
+#                                   concat_elu of v_first, around each of these
+#     v's gate, group of 0          at (3, 13), (4, 9), (5, 5), (6, 1): reads v_first.buffer there,
+#                                   from two steps before, and the `latest` of conv_out
 #
 # Two things are left for sections of their own: *Raster order*, where the image is too narrow for a
 # wavefront, and *Half the resolution*. Until then let `spacing` and `apart` be 1, and skip what is
@@ -2794,7 +2800,7 @@ class Plan:
         due = collections.defaultdict(dict)
         for spacing, ahead in groups:
             if self.lag:
-                # Where pixels are drawn in `step` nodes are computed `ahead` steps before.
+                # Positions of which the pixels are drawn in `step`: these nodes are there earlier.
                 for step, places in diagonals(self.size, self.lag, spacing).items():
                     due[step - ahead][spacing, ahead] = places
             else:
@@ -2969,8 +2975,8 @@ def in_raster_order(nodes, x):
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
     # Backwards, as in Plan.needed_ahead, but rows above are complete: only what is read in a node's
-    # own row has to run ahead. (What a node by rows reads there is by rows, too, or known: its
-    # infinity goes no further.)
+    # own row has to run ahead. (A node by rows hands its infinity on only to what is by rows
+    # anyway, or known.)
     ahead = collections.defaultdict(lambda: -math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         node.ahead = BY_ROWS if node.by_rows else ahead[node]
@@ -3134,8 +3140,8 @@ def traced(net, x, n, size, embeddings):
 
 
 class Symbol(torch.Tensor):
-    """Stands for a Node while a network is traced, see above. (A Tensor, so that its methods, + and
-    the like are those of torch; empty, as none runs.)"""
+    """Stands for a Node while a network is traced, see above. (A Tensor, so that all its methods, +
+    and the like come to __torch_function__; without numbers, as nothing is computed of it.)"""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -3724,7 +3730,7 @@ def tool(name):
 
 
 def command_train(args):
-    import PIL.Image, tqdm  # noqa: F401, E401  what a run needs shall be missed when it begins
+    import PIL.Image, tqdm  # noqa: F401, E401  so that what is missing is missed before training
 
     device = args.device
     if not dist.is_torchelastic_launched():

@@ -432,8 +432,8 @@ class LogisticMixture:
         Why a component for each channel? Red's is drawn in proportion to w_k M_k, and then r from
         it with m_k(r) / M_k; so given r it is component k in proportion to the product, w_k m_k(r),
         as in log_prob. But green needs w_k m_k(r) M_k(g's interval | r), another distribution over
-        k. So k is drawn anew. ("map" keeps red's all the same, so that a pixel's channels belong
-        together.)
+        k. So k is drawn anew. ("map" takes red's for all three nevertheless, so that a pixel's
+        channels belong together.)
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -545,9 +545,10 @@ class Categorical:
 #
 # v's first layer reads the rows above alone: a value of v that stands at row r, in whatever column,
 # is made of rows above r. So v's other layers may read v in o's row, and to the right of o: no
-# pixel of that row comes in. Likewise h's first layers leave out o and what is to the right of it,
-# and its others may read h at o. h reads v. v must not read h: v at c reads v at c + 1; if that had
-# read h at c + 1, which has seen pixel c, v at c would know the pixel that is to be predicted.
+# pixel of that row comes in. Likewise h's first layers leave out, of o's row, o and what is to the
+# right of it, and its others may read h at o. h reads v. v must not read h: v at c reads v at c +
+# 1; if that had read h at c + 1, which has seen pixel c, v at c would know the pixel that is to be
+# predicted.
 
 
 class Conv(nn.Module):
@@ -2127,7 +2128,7 @@ class Training:
     @contextlib.contextmanager
     def taken_back(self):
         """The steps that are made within this are as if they had not been made."""
-        # (k and seconds do not matter here: restore returns them, and makes n_averaged of step.)
+        # (k and seconds do not matter here. Of the step `restore` makes n_averaged.)
         now = self.state(k=0, step=int(self.average.n_averaged), seconds=0.0)
         before = copy.deepcopy(now)
         yield
@@ -2534,9 +2535,9 @@ def save_samples(model, views, path, given=0):
 # ahead, its sources would have to be, too, and in the end x, which takes a larger lag.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
-# the next one on. So x counts as -1 ahead: in step lag r + c pixel (r, c - 1) can be read. While
-# nodes are as far ahead as they are asked to be, x cannot be: the lag is the smallest number for
-# which no reader of x asks for more than -1:
+# the next one on. So x counts as -1 ahead: in step lag r + c pixel (r, c - 1) can be read. A node
+# can be given whatever its readers ask for, x cannot. So the lag gives way: it is the smallest
+# number for which no reader of x asks for more than -1:
 #
 #     reader of x    lower right corner    its ahead    -1 >= its ahead + lag dy + dx
 #     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
@@ -2786,8 +2787,8 @@ class Plan:
         for node in buffered:
             above, below, left, right = node.margin
             height, width = above + self.size[0] + below, left + self.size[1] + right
-            # (Skip this until Raster order. There what is read in its own row alone has one row in
-            # memory: `expand` makes all rows of it, at stride 0, and each overwrites the last one.)
+            # (Skip this until the end of Raster order. `expand` makes all rows of one, at stride
+            # 0.)
             rows = 1 if above == 0 and not self.lag else height
             buffer = zeros((self.n, rows, width, node.channels), weight)
             node.buffer = buffer.expand(-1, height, -1, -1)
@@ -2963,6 +2964,9 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     0            (row, column)       all else in CausalNet: pixel by pixel
 #     -infinity    (row, infinity)     what nobody reads in its own row, in other networks than
 #                                      CausalNet: a row at once, after its pixels
+#
+# As one row is done after the other, what is read in its own row alone needs memory for one row:
+# the next one takes its place (Plan.allocate).
 
 
 BY_ROWS = math.inf
@@ -2975,8 +2979,8 @@ def in_raster_order(nodes, x):
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
     # Backwards, as in Plan.needed_ahead, but rows above are complete: only what is read in a node's
-    # own row has to run ahead. (A node by rows hands its infinity on only to what is by rows
-    # anyway, or known.)
+    # own row has to run ahead. (A node by rows reads there only what is by rows, too, or known.
+    # So its infinity reaches no other node.)
     ahead = collections.defaultdict(lambda: -math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         node.ahead = BY_ROWS if node.by_rows else ahead[node]
@@ -2996,9 +3000,9 @@ def split_sum(node, is_output):
         after        the part    reads h, row -1; v                 bias    by rows
                      conv_in     reads the part; h, row 0
 
-    If all can be read when the row is begun, the node is by rows. (But never the output, which is
-    wanted pixel by pixel: of it the rest then has the part alone to read.) If no product can be
-    early, as in a function, which has none, the node stays as it is: nothing would be gained.
+    Three cases, in this order: nothing is late, and the node is not the output (which is wanted
+    pixel by pixel): it is by rows. No early read is a product, as always in a function: the node
+    stays as it is, as nothing would be gained. Else it is split.
     """
     early, late = [], []  # what can be read when the row is begun; what needs pixels of this row
     for read in node.reads:
@@ -3884,8 +3888,8 @@ FLAGS = {
                 dict(metavar="RUN", type=checked(str, "a run or a checkpoint", len))),
     "--factor": ("train", "train factor K alone, 0 is the coarsest", dict(type=int, metavar="K")),
     "--steps": ("train", "for each factor (default: the preset's)", dict(type=STEPS)),
-    "--minutes": ("train", "for each factor, in place of --steps, which some that are tried out "
-                  "fix; or by factor, coarsest first: 6,14,40", dict(type=MINUTES)),
+    "--minutes": ("train", "for each factor, in place of --steps: a few that are tried tell how "
+                  "many fit; or by factor, coarsest first: 6,14,40", dict(type=MINUTES)),
     "--batch-size": ("train eval", "images at once (default: the preset's, or what fits)",
                      dict(type=COUNT, metavar="N")),
     "--lr": ("train", "learning rate of Adam (default: the preset's)", dict(type=NUMBER)),

@@ -2130,7 +2130,7 @@ class Training:
         """The steps that are made within this are as if they had not been made."""
         # (k and seconds do not matter here. Of the step `restore` makes n_averaged.)
         now = self.state(k=0, step=int(self.average.n_averaged), seconds=0.0)
-        before = copy.deepcopy(now)
+        before = copy.deepcopy(now)  # as the tensors in `now` are those that steps change
         yield
         self.restore(before)
 
@@ -2269,7 +2269,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if (quarter or stopping or time.monotonic() > save_at) and rank() == 0:
             write_checkpoint(path, config, **training.state(k, step, seconds))
             save_at = time.monotonic() + save_every
-        if stopping and step < steps:  # (else the next factor's first look or show_samples stops)
+        if stopping and step < steps:  # (after the last step the next factor or show_samples stops)
             log.bar.close()
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
@@ -2569,26 +2569,26 @@ def save_samples(model, views, path, given=0):
 #     asked for by    the reader: how far it is ahead + how far it reads to its right
 #     buffer for      who cannot take `latest`
 #
-#     node                               ahead   asked for by          buffer for
-#     v_first(x)                           2     concat_elu  2 + 0     v's gate, which is 0 ahead
-#     h_above(x) + h_left(x)               0     concat_elu  0 + 0     -
-#     concat_elu of v_first                2     conv_in     1 + 1     conv_in, at (r, c + 1), ..
-#     v's conv_in                          1     concat_elu  1 + 0     -
-#     concat_elu of that                   1     conv_out    0 + 1     conv_out, at (r, c + 1), ..
-#     v's conv_out; gate; concat_elu       0     conv_aux    0 + 0     -
-#     concat_elu of the second             0     conv_in     0 + 0     conv_in, at (r, c - 1), ..
-#     h's conv_in + conv_aux of v          0     concat_elu  0 + 0     -
-#     concat_elu of that                   0     conv_out    0 + 0     conv_out, at (r, c - 1), ..
-#     h's conv_out; gate; elu; last        0     (the pixel)           -
-#     x                                   -1     (drawn last)          all that read it
+#         node                                ahead   asked for by     buffer for
+#      1  v_first(x)                            2     3     2 + 0      v's gate, in 6, 0 ahead
+#      2  h_above(x) + h_left(x)                0     7     0 + 0      -
+#      3  concat_elu of 1                       2     4     1 + 1      4, at (r, c + 1), ..
+#      4  v's conv_in of 3                      1     5     1 + 0      -
+#      5  concat_elu of 4                       1     6     0 + 1      6, at (r, c + 1), ..
+#      6  v's conv_out of 5; gate; concat_elu   0     8     0 + 0      -
+#      7  concat_elu of 2                       0     8     0 + 0      8, at (r, c - 1), ..
+#      8  h's conv_in of 7 + conv_aux of 6      0     9     0 + 0      -
+#      9  concat_elu of 8                       0     10    0 + 0      10, at (r, c - 1), ..
+#     10  h's conv_out of 9; gate; elu; last    0     (the pixel)      -
+#         x                                    -1     (drawn last)     all that read it
 #
-# (v_first is read twice: by its concat_elu, in the same step, and by the gate, two steps later.)
+# (1 is read twice: by 3, in the same step, and by v's gate, two steps later. 2 also by h's gate.)
 # Step 25, for example, draws pixel (5, 5), as 4 * 5 + 5 = 25, and (4, 9), (3, 13) and (6, 1). In
 # terms of what follows, if the image is 16 wide:
 #
 #     v_first, group of 2 ahead     places (3, 15), (4, 11), (5, 7), (6, 3): its 4 values there are
 #                                   v_first.latest, and are copied into v_first.buffer
-#     v's conv_in, group of 1       at (3, 14), (4, 10), (5, 6), (6, 2): reads the buffer of
+#     v's conv_in, group of 1       at (3, 14), (4, 10), (5, 6), (6, 2): reads the buffer of 3,
 #                                   concat_elu of v_first, around each of these
 #     v's gate, group of 0          at (3, 13), (4, 9), (5, 5), (6, 1): reads v_first.buffer there,
 #                                   from two steps before, and the `latest` of conv_out
@@ -2780,8 +2780,8 @@ class Plan:
                     source.computed and source.group == node.group and read.own_position)
                 if source.computed and not read.at_hand:
                     buffered.add(source)
-                # (What is known has a buffer; without margins, as it is read at the node's own
-                # position alone: a Conv of what is known would be known.)
+                # (What is known has a buffer, without margins, which it does not need: a Conv of it
+                # would be known as well, so it is read at the node's own position alone.)
                 beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
                 source.margin = tuple(map(max, source.margin, beyond))
         for node in buffered:
@@ -2801,7 +2801,7 @@ class Plan:
         due = collections.defaultdict(dict)
         for spacing, ahead in groups:
             if self.lag:
-                # Positions of which the pixels are drawn in `step`: these nodes are there earlier.
+                # `places`: where pixels are drawn in `step`. These nodes are there `ahead` earlier.
                 for step, places in diagonals(self.size, self.lag, spacing).items():
                     due[step - ahead][spacing, ahead] = places
             else:
@@ -3675,7 +3675,7 @@ def agree(out, config, factors, resume):
         there = read_config(out)
         if any(config.minutes):
             config.steps = there.steps  # what minutes have become
-        may_differ = dict(data=config.data, data_dir=config.data_dir)
+        may_differ = dict(data=config.data, data_dir=config.data_dir)  # as if theirs lay there, too
         if dataclasses.replace(there, **may_differ) != config:
             raise Problem(f"--out: {out} was begun meanwhile with other settings")
     if not resume and any((out / f"factor-{k}.pt").exists() for k in factors):

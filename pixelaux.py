@@ -131,12 +131,12 @@ def feasible(values, weights, low, high, top):
     values: int64 tensors, of which those not drawn yet may be anything, as lo[i] and hi[i] depend
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
-    No interval is empty if (1) high >= 0, (2) low <= rest + w top, (3) high - low + 1 >= w (low ..
-    high has 4 numbers for Half, 4096 for Gray). If low <= rest, v = 0 will do. If not, take the
-    least v with w v >= low - rest. It exceeds that by at most w - 1: so, by (3), w v <= low - rest
-    + w - 1 <= high - rest <= high. And w top is itself a multiple of w that is >= low - rest, by
-    (2); the least one is no larger, so v <= top. After any v of the interval (1) to (3) hold again
-    for the next one: w v <= high, w v >= low - rest, and high - low does not change.
+    No interval is empty if (1) high >= 0, (2) low <= rest + w top, (3) high - low + 1 >= each
+    weight (low .. high has 4 numbers for Half, 4096 for Gray). If low <= rest, v = 0 will do. If
+    not, take the least v with w v >= low - rest. It exceeds that by at most w - 1: so, by (3), w v
+    <= low - rest + w - 1 <= high - rest <= high. And w top is itself a multiple of w that is >= low
+    - rest, by (2); the least one is no larger, so v <= top. After any v of the interval (1) to (3)
+    hold again for the next one: w v <= high, w v >= low - rest, and high - low does not change.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -2531,8 +2531,8 @@ def save_samples(model, views, path, given=0):
 # The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of two rows, r
 # and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
 # is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
-# back, each node gets the least that serves all its readers. (Were it further
-# ahead, its sources would have to be, too, and in the end x, which takes a larger lag.)
+# back, each node gets the least that serves all its readers. (Were it
+# further ahead, its sources would have to be, too, and in the end x, by a larger lag or by none.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
 # the next one on. So x counts as -1 ahead: in step lag r + c pixel (r, c - 1) can be read. A node
@@ -2546,8 +2546,8 @@ def save_samples(model, views, path, given=0):
 #
 # (Of all kernels of CausalNet v_first and h_above alone end above their own row, and they read x.
 # In the own row lag dy is 0: so how far nodes are ahead does not depend on the lag. In other
-# networks it may, so smallest_lag tries 1, 2, .. until -1 is enough for x. A larger lag never asks
-# for more.)
+# networks it may, so smallest_lag tries one after the other until -1 is enough for x. A larger lag
+# never asks for more.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2770,9 +2770,9 @@ class Plan:
     def allocate(self, weight):
         """A read is of source.latest if source and reader are of one group, so that it has just
         been computed for the same positions, and only the own position is read. All others are of
-        source.buffer, with margins of zeros as wide as the kernels that read it. (What is not
-        computed yet is 0 there, too, but by lag and `ahead` never read.)"""
-        buffered = {self.x}
+        source.buffer, with margins of zeros as wide as the kernels that read it. (What is to
+        come is 0 there, too, but by lag and `ahead` it is not read before.)"""
+        buffered, all_rows = {self.x}, set()
         for node in self.nodes:
             for read in node.reads:
                 source = read.source
@@ -2784,12 +2784,15 @@ class Plan:
                 # would be known as well, so it is read at the node's own position alone.)
                 beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
                 source.margin = tuple(map(max, source.margin, beyond))
+                # Read above its readers' own row, or, by `up`, in the zeros between.
+                if read.top < 0 or read.apart < source.spacing:
+                    all_rows.add(source)
         for node in buffered:
             above, below, left, right = node.margin
             height, width = above + self.size[0] + below, left + self.size[1] + right
             # (Skip this until the end of Raster order. `expand` makes all rows of one, at stride
             # 0.)
-            rows = 1 if above == 0 and not self.lag else height
+            rows = height if self.lag or node in all_rows else 1
             buffer = zeros((self.n, rows, width, node.channels), weight)
             node.buffer = buffer.expand(-1, height, -1, -1)
 
@@ -2962,11 +2965,11 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     ahead        step                when
 #     infinity     (row, -infinity)    what is by rows: a row at once, before its pixels
 #     0            (row, column)       all else in CausalNet: pixel by pixel
-#     -infinity    (row, infinity)     what nobody reads in its own row, in other networks than
+#     -infinity    (row, infinity)     what no pixel of its own row needs, in other networks than
 #                                      CausalNet: a row at once, after its pixels
 #
 # As one row is done after the other, what is read in its own row alone needs memory for one row:
-# the next one takes its place (Plan.allocate).
+# the next one takes its place (all but `all_rows` in Plan.allocate).
 
 
 BY_ROWS = math.inf
@@ -3302,7 +3305,7 @@ def channels_of(function, nodes, weight):
         alike = made.shape == expected.shape and torch.allclose(expected, made)
         if alike and unchanged:
             return made.shape[1]
-    # It has raised something, or does not do the same to both.
+    # It has raised something, does not do the same to both, or has changed the list.
     raise Problem(f"sample_fast: {name_of(function)} is no function of values at one position")
 
 

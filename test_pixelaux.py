@@ -1460,7 +1460,25 @@ class TwoReaches(nn.Module):
         return self.head(torch.tanh(self.near(h))) + self.far(h)
 
 
+class UpInOneRow(nn.Module):
+    """A Conv that doubles the resolution by one row: in odd rows it reads zeros alone."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.above = Conv(c_in, 4, rows=(-1, -1), columns=(-7, 7))
+        self.left = Conv(c_in, 4, rows=(-1, 0), columns=(-1, -1))
+        self.down = Conv(4, 4, rows=(-1, 0), columns=(-1, 0), stride=2)
+        self.up = Conv(4, 4, rows=(0, 0), columns=(-1, 0), up=True)
+        self.skip, self.head = (
+            Conv(4, filters, rows=(0, 0), columns=(0, 0), gain=2.0) for filters in (4, c_out))
+
+    def forward(self, x, embeddings=()):
+        h = self.above(x) + self.left(x)
+        return self.head(F.elu(self.up(F.elu(self.down(F.elu(h)))) + self.skip(h)))
+
+
 @pytest.mark.parametrize("net, size, lag", [
+    (UpInOneRow, (8, 4), None), (UpInOneRow, (8, 2), None), (UpInOneRow, (6, 24), 8),
     (TwoReaches, (5, 6), 4), (TwoReaches, (5, 5), 4),
     (TwoReaches, (5, 4), None), (TwoReaches, (5, 3), None), (OneStream, (6, 20), 3), (OneStream, (5, 3), None), (OneStream, (7, 1), None),
     (UsedTwice, (5, 9), 3), (UsedTwice, (5, 3), None),

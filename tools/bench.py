@@ -104,7 +104,7 @@ def step_of(factor, pair, config, dims, forward=None):
     """The function that makes a training step. forward: what the factor was compiled to, if it
     was."""
     training = Training(factor, config, dims)
-    training.forward = forward or factor
+    training.forward = factor if forward is None else forward
     return lambda: training.step(pair, 1.0)
 
 

@@ -2503,27 +2503,30 @@ def save_samples(model, views, path, given=0):
 # rest X^ tells much, where there is one.)
 #
 # **Running ahead.** Call a value inside the network, at all positions, a *node*; a node that uses
-# another one is its *reader*, the other one the *source*. A node may run *ahead* of the pixels, by
-# a number of columns: in the step that draws pixel (r, c) it is computed at (r, c + ahead). v's
-# last convolution is 0 ahead. It reads its source one column to the right, so that must be 1 ahead;
-# the source of the one before it 2; and so on, back to v_first:
+# another one is its *reader*, the other one the *source*. At each position a node is computed some
+# steps before the pixel there is drawn. Their number, the same everywhere, is how far it is
+# *ahead*:
+#
+#     pixel (r, c) is drawn in            step lag r + c
+#     a node, at (r, c), is computed in   step lag r + c - ahead
+#
+# v's last convolution is 0 ahead. It reads its source one column to the right, where the pixel is
+# drawn a step later: so the source must be 1 ahead, to be there in time; the source of the
+# convolution before must be 2 ahead; and so on, back to v_first:
 #
 #     v's convolutions       v_first    block 1            block 2            block 3
 #                                       conv_in conv_out   conv_in conv_out   conv_in conv_out
 #     ahead                  6          5       4          3       2          1       0
-#     step 24: position      (0, 30)    (0, 29) (0, 28)    (0, 27) (0, 26)    (0, 25) (0, 24)
+#     step 24 computes it    (0, 30)    (0, 29) (0, 28)    (0, 27) (0, 26)    (0, 25) (0, 24)
 #
-# All of h and the output are 0 ahead: after them step 24 draws pixel (0, 24). In row 1 it does the
-# same 8 columns further to the left: v_first at (1, 22), .., pixel (1, 16). In a row, a column is a
-# step. So, if (r, c) is now a node's own position, it is computed there
+# as 30 - 6 = 24, 29 - 5 = 24, .. All of h and the output are 0 ahead, at (0, 24), and after them
+# step 24 draws that pixel. In row 1 it does the same 8 columns further to the left: v_first at (1,
+# 22), .., pixel (1, 16).
 #
-#     in step lag r + c - ahead        `ahead` steps before the pixel there is drawn
-#
-# (v_first at (0, 0) in step -6. To the right of the image nothing is computed.) A reader at (r, c)
-# reads its source at (r + dy, c + dx), where dy is 0, or negative for rows above. The step in which
-# the source is computed *there* must not be later than the reader's own. (It may be the same one:
-# within a step sources are computed before their readers. Not so x, which is drawn last: see
-# below.)
+# In general a reader at (r, c) reads its source at (r + dy, c + dx), where dy is 0, or negative for
+# rows above. The step in which the source is computed there must not be later than the reader's
+# own. (It may be the same one: within a step sources are computed before their readers. Not so x,
+# which is drawn last: see below.)
 #
 #     lag (r + dy) + c + dx - ahead of the source <= lag r + c - ahead of the reader
 #     ahead of the source >= ahead of the reader + lag dy + dx
@@ -2531,13 +2534,13 @@ def save_samples(model, views, path, given=0):
 # The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of two rows, r
 # and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
 # is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
-# back, each node gets the least that serves all its readers. (Were it
-# further ahead, its sources would have to be, too, and in the end x, by a larger lag or by none.)
+# back, each node gets the least that serves all its readers. (Were it further ahead, its sources
+# would have to be, too, and in the end x, by a larger lag or by none.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
-# the next one on. So x counts as -1 ahead: in step lag r + c pixel (r, c - 1) can be read. A node
-# can be given whatever its readers ask for, x cannot. So the lag gives way: it is the smallest
-# number for which no reader of x asks for more than -1:
+# the next one on. So x counts as -1 ahead. A node can be given whatever its readers ask for, x
+# cannot. So the lag gives way: it is the smallest number for which no reader of x asks for more
+# than -1:
 #
 #     reader of x    lower right corner    its ahead    -1 >= its ahead + lag dy + dx
 #     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
@@ -2676,7 +2679,7 @@ class Node:
     bias: torch.Tensor | None = None  # (C,)
     known: bool = False  # from the start, as what is made of X^ alone
     # Decided in Plan:
-    ahead: float = 0  # of the pixel, in columns: a whole number; in raster order perhaps infinite
+    ahead: float = 0  # in steps, of the pixel there: a whole number; in raster order also infinite
     by_rows: bool = False  # see Raster order
     margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if it is needed

@@ -2567,7 +2567,8 @@ def save_samples(model, views, path, given=0):
 # that read at their own position alone. For all others it also has a `buffer`, an image of all that
 # it has computed. For example a light network of one block, without X^. v has 1 + 2 convolutions,
 # and needs (r - 1, c + 3): its lag is 4. Below are its nodes, in the order in which they are
-# computed within a step. A sum of convolutions is one node.
+# computed within a step. (A sum of convolutions is one node. 6 and 10 are several, one after the
+# other, each read by the next by `latest`.)
 #
 #     asked for by    the reader: how far it is ahead + how far it reads to its right
 #     buffer for      who cannot take `latest`
@@ -2787,14 +2788,13 @@ class Plan:
                 # would be known as well, so it is read at the node's own position alone.)
                 beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
                 source.margin = tuple(map(max, source.margin, beyond))
-                # Read above its readers' own row, or, by `up`, in the zeros between.
+                # (all_rows: skip this until the end of Half the resolution.)
                 if read.top < 0 or read.apart < source.spacing:
                     all_rows.add(source)
         for node in buffered:
             above, below, left, right = node.margin
             height, width = above + self.size[0] + below, left + self.size[1] + right
-            # (Skip this until the end of Raster order. `expand` makes all rows of one, at stride
-            # 0.)
+            # (`expand` makes all rows of one, at stride 0.)
             rows = height if self.lag or node in all_rows else 1
             buffer = zeros((self.n, rows, width, node.channels), weight)
             node.buffer = buffer.expand(-1, height, -1, -1)
@@ -2972,7 +2972,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #                                      CausalNet: a row at once, after its pixels
 #
 # As one row is done after the other, what is read in its own row alone needs memory for one row:
-# the next one takes its place (all but `all_rows` in Plan.allocate).
+# the next one takes its place (in Plan.allocate).
 
 
 BY_ROWS = math.inf
@@ -2985,8 +2985,8 @@ def in_raster_order(nodes, x):
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
     # Backwards, as in Plan.needed_ahead, but rows above are complete: only what is read in a node's
-    # own row has to run ahead. (A node by rows reads there only what is by rows, too, or known.
-    # So its infinity reaches no other node.)
+    # own row has to run ahead. (A node by rows asks for infinity there, but only of what is by
+    # rows, too, or known, which do not go by what is asked of them.)
     ahead = collections.defaultdict(lambda: -math.inf, {planned[-1]: 0})
     for node in reversed(planned):
         node.ahead = BY_ROWS if node.by_rows else ahead[node]
@@ -3006,9 +3006,8 @@ def split_sum(node, is_output):
         after        the part    reads h, row -1; v                 bias    by rows
                      conv_in     reads the part; h, row 0
 
-    Three cases, in this order: nothing is late, and the node is not the output (which is wanted
-    pixel by pixel): it is by rows. No early read is a product, as always in a function: the node
-    stays as it is, as nothing would be gained. Else it is split.
+    The output is not to be by rows, as it is wanted pixel by pixel. A node without an early product
+    stays as it is, as nothing would be gained; a function has no products.
     """
     early, late = [], []  # what can be read when the row is begun; what needs pixels of this row
     for read in node.reads:
@@ -3021,13 +3020,13 @@ def split_sum(node, is_output):
             early.append(rows_of(read, 0, nr_early))
         if nr_early < read.nr_rows:
             late.append(rows_of(read, nr_early, read.nr_rows))
-    if not late and not is_output:  # all by rows, as v's nodes
+    if not late and not is_output:  # as v's nodes: all by rows
         node.by_rows = True
         return [node]
     product_is_early = any(read.weight is not None for read in early)
-    if not product_is_early:
+    if not product_is_early:  # as concat_elu and gate of h: as it is
         return [node]
-    part = dataclasses.replace(node, reads=early, by_rows=True)  # split, as h's convolutions
+    part = dataclasses.replace(node, reads=early, by_rows=True)  # as h's convolutions: split
     node.reads, node.bias = [Read(part), *late], None
     return [part, node]
 
@@ -3078,6 +3077,9 @@ def raster_steps(size, spacing, ahead):
 # right: by its first layer, by two convolutions in each of the six blocks, and by one at each
 # change of resolution, which reaches by the finer spacing. The lag is 36. That of six_stages(6) is
 # 176; images that are no wider are sampled in raster order.)
+#
+# (In raster order what is read by `up` keeps all its rows in memory, even if it is read in its own
+# row alone: in odd rows its reader must find the zeros between, not the values of the row before.)
 
 
 def convolution(conv, x, size):

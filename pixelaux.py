@@ -226,8 +226,9 @@ class Gray(Psi):
         return torch.cat(lo, 1), torch.cat(hi, 1)
 
 
-# A model is its list of psi, in the order in which they are applied, from X on (the one list that
-# is finest first). Half stands for as many of it as `halvings` says.
+# A model is its list of psi, in the order in which they are applied, from X on (finest first, as
+# embeddings are, too, but no list of views or factors). Half stands for as many of it as `halvings`
+# says.
 MODELS = {
     "pixelcnn": [],
     "grayscale": [Gray],
@@ -1944,8 +1945,8 @@ def progress_bar(iterable=None, **options):
 #     at a look     what the table below has, in this order
 #
 # A look begins by reading the loss. That means to wait for the device (a GPU works off a queue,
-# ahead of which Python runs until it asks for a number), so there is one every 20 steps only, and
-# after the last one; in short runs every hundredth part of the steps; and, of a single process,
+# ahead of which Python runs until it asks for a number), so there is one every 20 steps only (or
+# every hundredth part of the steps, if that is less), after the last one, and, of a single process,
 # when a signal comes.
 #
 #     what is done at a look                            at which looks
@@ -2128,7 +2129,7 @@ class Training:
     @contextlib.contextmanager
     def taken_back(self):
         """The steps that are made within this are as if they had not been made."""
-        # (k and seconds do not matter here. Of the step `restore` makes n_averaged.)
+        # (`restore` sets n_averaged to the step; k and seconds are not used.)
         now = self.state(k=0, step=int(self.average.n_averaged), seconds=0.0)
         before = copy.deepcopy(now)  # as the tensors in `now` are those that steps change
         yield
@@ -2534,8 +2535,8 @@ def save_samples(model, views, path, given=0):
 # The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of two rows, r
 # and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
 # is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
-# back, each node gets the least that serves all its readers. (Were it further ahead, its sources
-# would have to be, too, and in the end x, by a larger lag or by none.)
+# back, each node gets the least that serves all its readers. (The least, as each step more would
+# be asked of its sources, too, and in the end of x, and cost a larger lag.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
 # the next one on. So x counts as -1 ahead. A node can be given whatever its readers ask for, x
@@ -2547,10 +2548,9 @@ def save_samples(model, views, path, given=0):
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
 #
-# (Of all kernels of CausalNet v_first and h_above alone end above their own row, and they read x.
-# In the own row lag dy is 0: so how far nodes are ahead does not depend on the lag. In other
-# networks it may, so smallest_lag tries one after the other until -1 is enough for x. A larger lag
-# never asks for more.)
+# (The lag can be found by hand so, as how far the nodes of CausalNet are ahead does not depend on
+# it: all kernels but v_first and h_above, which read x, end in their own row, where lag dy is 0. In
+# other networks it may depend, so smallest_lag tries one lag after the other.)
 #
 # **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
 # sampler behind: any network will do that consists of Convs, which may not read rows below, and of
@@ -2968,7 +2968,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     ahead        step                when
 #     infinity     (row, -infinity)    what is by rows: a row at once, before its pixels
 #     0            (row, column)       all else in CausalNet: pixel by pixel
-#     -infinity    (row, infinity)     what no pixel of its own row needs, in other networks than
+#     -infinity    (row, infinity)     what no pixel of its own row asks for, in other networks than
 #                                      CausalNet: a row at once, after its pixels
 #
 # As one row is done after the other, what is read in its own row alone needs memory for one row:

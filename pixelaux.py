@@ -2536,7 +2536,7 @@ def save_samples(model, views, path, given=0):
 # and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
 # is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
 # back, each node gets the least that serves all its readers. (The least, as each step more would
-# be asked of its sources, too, and in the end of x, and cost a larger lag.)
+# be asked of its sources, too, and in the end of x, and cost a larger lag, if any would do.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
 # the next one on. So x counts as -1 ahead. A node can be given whatever its readers ask for, x

@@ -2132,8 +2132,10 @@ class Training:
         # (`restore` sets n_averaged to the step; k and seconds are not used.)
         now = self.state(k=0, step=int(self.average.n_averaged), seconds=0.0)
         before = copy.deepcopy(now)  # as the tensors in `now` are those that steps change
-        yield
-        self.restore(before)
+        try:
+            yield
+        finally:
+            self.restore(before)
 
     def restore(self, state, path=None):
         """Go on from a state -> (step, seconds). path: of its file. Raises Problem."""

@@ -3487,6 +3487,20 @@ def test_the_pace_is_told_by_3_percent_of_the_time(monkeypatch, minutes, pace, e
     assert told()[1] == pytest.approx(max(0.03 * 60 * minutes, 4 * pace))
 
 
+def test_steps_that_are_taken_back_leave_nothing_even_if_they_end_in_an_error():
+    """Control: the step did change the weights."""
+    model = build("pyramid", 12, **{**SMALL_RUN, "halvings": 0})
+    training = pixelaux.Training(model.factors[0], model.config, model.dims)
+    images = torch.from_numpy(random_images(2, (12, 12))).permute(0, 3, 1, 2)
+    before = [weight.clone() for weight in training.trained.parameters()]
+    with pytest.raises(KeyboardInterrupt), training.taken_back():
+        training.step((images, None), 1.0)
+        assert not all(map(torch.equal, training.trained.parameters(), before))
+        raise KeyboardInterrupt
+    assert all(map(torch.equal, training.trained.parameters(), before))
+    assert all(map(torch.equal, training.average.module.parameters(), before))
+
+
 def test_minutes_of_a_run_stopped_before_steps_are_fixed(tmp_path, monkeypatch, small_preset, capsys):
     """By a signal, or killed where they are just written down: it ends as one that is not stopped."""
     Clock(monkeypatch)

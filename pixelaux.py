@@ -7,8 +7,8 @@ The problem: a model that predicts an image pixel by pixel spends its capacity w
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel). Few of these bits are about the shape of things, which is all that a person sees: a model
 that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
-(The images that are built in have 10.3 bits of shape, colours and weave, and 4,184 of noise. They
-are so simple that a plain PixelCNN learns both in two minutes, see `python pixelaux.py claim`.)
+(But the images that are built in are so simple that a plain PixelCNN learns both in two minutes,
+see `python pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, which is poorer in texture, has a network of its own; and a
@@ -32,19 +32,17 @@ given X_1 alone: X_2, .. are functions of X_1, and would add nothing.
     beyond      sampling in the time of a few passes         sample_fast
 
 Words: a *view* is one of the X_i; a *factor* one term of the formula, with its networks. Lists
-of both are coarsest first: code counts from the coarsest, formulas from X_0 = X, so that views[k]
-is X_{K-k}.
-
-    views[0], views[1], .., views[-1]      factors[0], factors[1],        ..
-    X_K,      X_{K-1},  .., X_0 = X        p(X_K),     p(X_{K-1} | X_K),  ..
-
-For example a pyramid at 32x32, K = 2:
+of both are coarsest first: code counts from the coarsest, formulas from X_0 = X. For example a
+pyramid at 32x32, K = 2:
 
     views[0] = X_2     <-- psi_1 --     views[1] = X_1     <-- psi_0 --     views[2] = X_0 = X
     8x8                                 16x16                               32x32
 
-views[k].psi makes views[k - 1], so that psi_0 is views[2].psi. (model.views[k] is a View, which
-describes X_{K-k}.)
+    factors[0]                          factors[1]                          factors[2]
+    p(X_2)                              p(X_1 | X_2)                        p(X_0 | X_1)
+
+In general views[k] is X_{K-k}, and views[k].psi makes views[k - 1]. (model.views is a list of View,
+which describe them; images are in lists of their own.)
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -132,11 +130,16 @@ def feasible(values, weights, low, high, top):
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
     No interval is empty if (1) high >= 0, (2) low <= rest + w top, (3) high - low + 1 >= each
-    weight (low .. high has 4 numbers for Half, 4096 for Gray). If low <= rest, v = 0 will do. If
-    not, take the least v with w v >= low - rest. It exceeds that by at most w - 1: so, by (3), w v
-    <= low - rest + w - 1 <= high - rest <= high. And w top is itself a multiple of w that is >= low
-    - rest, by (2); the least one is no larger, so v <= top. After any v of the interval (1) to (3)
-    hold again for the next one: w v <= high, w v >= low - rest, and high - low does not change.
+    weight (low .. high has 4 numbers for Half, 4096 for Gray):
+
+        low <= rest    v = 0 will do
+        low > rest     the least v with w v >= low - rest will do. It exceeds that by at most w - 1:
+                       so, by (3), w v <= low - rest + w - 1 <= high - rest <= high. And w top is
+                       itself a multiple of w that is >= low - rest, by (2): so v <= top
+
+    At the start (1) and (2) say that some values have this view. After any v of the interval all
+    three hold for the next one: w v <= high is (1); w v >= low - rest is (2), as `rest` is what
+    the next one's rest + w top will be; and high - low does not change.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -158,8 +161,8 @@ class Psi:
 
     psi.bounds(x, x_hat) -> (lo, hi), int64 of x's shape: the interval, both ends included, that is
     left for each sub-pixel by x_hat and the sub-pixels before it in its cell (raster order, then
-    channels). Those after it may not be drawn yet, and make no difference. (No relation to the
-    bound on log p.)
+    channels). Those after it may not be drawn yet, and make no difference. (This has nothing to do
+    with the bound on log p.)
     """
 
     cell = 1
@@ -226,9 +229,8 @@ class Gray(Psi):
         return torch.cat(lo, 1), torch.cat(hi, 1)
 
 
-# A model is its list of psi, in the order in which they are applied, from X on (finest first, as
-# embeddings are, too, but no list of views or factors). Half stands for as many of it as `halvings`
-# says.
+# A model is its list of psi, in the order in which they are applied, from X on. Half stands for as
+# many of it as `halvings` says.
 MODELS = {
     "pixelcnn": [],
     "grayscale": [Gray],
@@ -284,10 +286,9 @@ def log_mass(means, log_scales, lo, hi, levels):
 
     At the last level b is infinite, which leaves log sigma(-a); at level 0 a is -infinite, which
     leaves log sigma(b). (`edges` does not know of open bins, and returns finite a and b there, too:
-    masked_fill makes 0 of the terms that vanish.) This is exact and stable everywhere. (Instead,
-    widely copied code takes the density where the mass is below 1e-5: at the worst the masses of
-    all levels then sum to 1 - 1.4e-5, and a level in a tail is given up to 3 bits too many or too
-    few.)
+    masked_fill makes 0 of the terms that vanish.) This is exact and stable everywhere. (Code that
+    is widely copied takes the density where the mass is below 1e-5, and loses up to 1.4e-5 of the
+    whole by it.)
     """
     a, b = edges(means, log_scales, lo, hi, levels)
     # b - a, not by subtraction: both are large and nearly equal where a bin is narrow and far off.
@@ -311,7 +312,7 @@ def pick(log_weights, u):
 class LogisticMixture:
     """Mixture of K discretized logistics over (R, G, B) (PixelCNN++ Sec. 2.1, 2.2).
 
-    params: (N, 10 K, H, W), in PixelCNN++'s order, K of each (no relation to X_K):
+    params: (N, 10 K, H, W), in PixelCNN++'s order, K of each:
 
         mixture logits
         R's means, log-scales;  coefficients of R in G's mean
@@ -373,10 +374,10 @@ class LogisticMixture:
             p'(r)     = sum_k w_k m_k(r) / sum_k w_k M_k(r's interval)
             p'(g | r) = sum_k w_k m_k(r) m_k(g | r) / sum_k w_k m_k(r) M_k(g's interval | r)
 
-        Given r, component k has the weight w_k m_k(r): the cut of red has divided the weights of
-        all by one number, which changes nothing here. Blue likewise, with the weights w_k m_k(r)
-        m_k(g | r). (If each component were cut by itself, one with hardly any mass on the interval
-        would keep all of its weight there.)
+        Given r, component k has the weight w_k m_k(r). (The cut of red has divided the weights of
+        all by one number. It stands above and below in p'(g | r), and cancels.) Blue likewise, with
+        the weights w_k m_k(r) m_k(g | r). (If each component were cut by itself, one with hardly
+        any mass on the interval would keep all of its weight there.)
         """
         x = x.long().unsqueeze(2)  # (N, 3, 1, H, W)
         means = torch.stack([self.means_given(c, x.unbind(1)) for c in range(3)], 1)
@@ -430,11 +431,11 @@ class LogisticMixture:
         M; then a value from it, within the interval; then its weight so far is multiplied by the
         mass of that value, m.
 
-        Why a component for each channel? Red's is drawn in proportion to w_k M_k, and then r from
-        it with m_k(r) / M_k; so given r it is component k in proportion to the product, w_k m_k(r),
-        as in log_prob. But green needs w_k m_k(r) M_k(g's interval | r), another distribution over
-        k. So k is drawn anew. ("map" takes red's for all three nevertheless, so that a pixel's
-        channels belong together.)
+        Why a component for each channel? Nobody sees k: what must be right are p'(r), p'(g | r) and
+        p'(b | r, g), and in log_prob each of them is a mixture with weights of its own. Red's k has
+        w_k M_k; once r is known w_k m_k(r) is left of it; but green asks for w_k m_k(r) M_k(g's
+        interval | r). So k is drawn anew. ("map" takes red's for all three nevertheless, so that a
+        pixel's channels belong together.)
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -554,8 +555,8 @@ class Categorical:
 
 class Conv(nn.Module):
     """Weight-normalised convolution that reads `rows` and `columns` around its output, inclusive.
-    (Direction and length of the weights are trained apart, so that the scale of outputs stays even.
-    It needs a start, see data_dependent_init.)
+    (Direction and length of the weights are trained apart: the scale of the outputs is the length's
+    alone, whatever the direction does. It needs a start, see data_dependent_init.)
 
         stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
         up               the same with stride 1, of `in` with zeros between its values, a 0 b 0 c 0:
@@ -593,8 +594,7 @@ class Conv(nn.Module):
         # Optimizer).
         self.outermost = outermost
         kernel = (rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
-        # Called v and g by Salimans & Kingma 2016: of a weight the direction, and the length. (No
-        # relation to the stream v.)
+        # Salimans & Kingma 2016: v is a weight's direction (not the stream v), g its length.
         self.v = nn.Parameter(0.05 * torch.randn(c_out, c_in, *kernel))
         self.g = nn.Parameter(gain * torch.ones(c_out))
         self.b = nn.Parameter(torch.zeros(c_out))
@@ -602,8 +602,7 @@ class Conv(nn.Module):
     def weight(self):
         """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
         weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        # (An `up` Conv stores v turned by 180 degrees, as older files have it from torch's
-        # transposed convolution. Here it is turned back.)
+        # (What `up` stores is turned by 180 degrees. That is a matter of the file format alone.)
         return weight.flip(2, 3) if self.up else weight
 
     def forward(self, x):
@@ -629,8 +628,7 @@ class Conv(nn.Module):
 
 
 def zeros_between(x):
-    """(N, C, H, W) -> (N, C, 2 H, 2 W): of a b c, in rows and in columns, a 0 b 0 c 0. (torch's
-    transposed convolution leaves the zeros out; training as a whole would gain 0 to 3% by it.)"""
+    """(N, C, H, W) -> (N, C, 2 H, 2 W): of a b c, in rows and in columns, a 0 b 0 c 0."""
     y = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
     y = y.contiguous(memory_format=torch.channels_last)
     y[:, :, ::2, ::2] = x
@@ -638,9 +636,7 @@ def zeros_between(x):
 
 
 VERTICAL = dict(rows=(-1, 0), columns=(-1, 1))
-# With look_right=False light networks look less far right, and are sampled in fewer steps, but have
-# a blind spot again (see Sampling fast).
-VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))
+VERTICAL_LEFT = dict(rows=(-1, 0), columns=(-2, 0))  # if look_right is False, see Sampling fast
 # PixelCNN++'s: it has row -1, though h reads v, which has seen that.
 HORIZONTAL = dict(rows=(-1, 0), columns=(-1, 0))
 ORDINARY = dict(rows=(-1, 1), columns=(-1, 1))
@@ -695,9 +691,11 @@ def data_dependent_init(network, *inputs):
 #
 #     layout        (1, 3),         (2, 6),         (1, 3),         (0, 3)
 #     it has        3 blocks, 8x8   6 blocks, 4x4   3 blocks, 8x8   3 blocks, 16x16
+#                                                   with skips
 #     and makes                     embeddings[2]   embeddings[1]   embeddings[0]
 #
-# (The first stage makes none, as the third one is the last at its resolution.)
+# (The first stage makes none, as the third one is the last at its resolution, and has skips from
+# it.)
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -721,8 +719,9 @@ def data_dependent_init(network, *inputs):
 #     up[6] reads half[3]     x x x x x x      allowed: those before 6
 #     up[7] reads half[3]     x x x x x x      allowed: those before 7 (6 comes by the skip)
 #
-# (For v the same holds with rows: half's row q is made of v's rows 2 q - 1 and 2 q, and has seen
-# the rows before 2 q; up's rows 2 q and 2 q + 1 read it.)
+# (Blocks at half the resolution change nothing: half[q] reads itself and what is to its left. For v
+# the same holds with rows: half's row q is made of v's rows 2 q - 1 and 2 q, and has seen the rows
+# before 2 q; up's rows 2 q and 2 q + 1 read it, and row 2 q comes to the latter by the skip.)
 
 
 def six_stages(blocks):
@@ -951,18 +950,18 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: if it is part of a pyramid, that is, given a view of half
-    its size. The coarsest one is given none: there the model's last psi decides. (Also if it is the
-    only view, as of a pyramid at 8x8.)
+    """Whether a view has a light network: if it is part of a pyramid.
 
         pixelcnn             X: no
         grayscale            gray: no; X given gray: no
-        pyramid              all, the coarsest one too
+        pyramid              all
         grayscale-pyramid    all gray ones; X given gray: no
     """
     if view.psi is not None:
         return view.psi.cell > 1  # it is given a smaller view
-    kinds = MODELS[config.model]  # view is the coarsest
+    # The coarsest is part of a pyramid if the model's last psi is. (Also if it is the only view, as
+    # of a pyramid at 8x8.)
+    kinds = MODELS[config.model]
     return len(kinds) > 0 and kinds[-1].cell > 1
 
 
@@ -1009,8 +1008,8 @@ class Factor(nn.Module):
 
     @property
     def at_once(self):
-        """How many images to take at once, so that what the causal network's convolutions read, in
-        a pass or in the buffers of sample_fast, stays within 4 GiB, 2^30 numbers of 4 bytes."""
+        """How many images to take at once. A rough estimate: what the causal network's convolutions
+        read, in a pass or in the buffers of sample_fast, is to stay within 2^30 numbers, 4 GiB."""
         channels = sum(conv.v.shape[1] for conv in self.net.modules() if isinstance(conv, Conv))
         numbers = channels * math.prod(self.view.shape[1:])
         return min(256, max(1, 2**30 // numbers))
@@ -1052,9 +1051,9 @@ class Draw:
     of compressed images can take its place.)
 
     draw(head, rows, columns, interval_of) -> levels, int64 (n P, C, 1, 1), of P pixels in each of n
-    images. (P is 1 in sample_naive. sample_fast draws a diagonal at once.) A head expects images,
-    but these pixels are scattered: so each is an image of 1x1, first the P of image 0, then those
-    of image 1, ..
+    images. Each is an image of 1x1, as a head expects images. (For now P is 1: sample_naive draws
+    one pixel of each image at a time. sample_fast draws several, on a diagonal; they come in the
+    order image 0's P, image 1's P, ..)
     """
 
     def __init__(self, noise, mode="random"):
@@ -1127,7 +1126,8 @@ class PixelAux(nn.Module):
 
     def resized(self, size):
         """The same weights, which are convolutions' and fit any size, with as many views, for
-        images of another size (H, W). Raises Problem."""
+        images of another size (H, W). (For tools, as images of one's own are doubled.) Raises
+        Problem."""
         halvings = sum(isinstance(view.psi, Half) for view in self.views)
         other = PixelAux(dataclasses.replace(self.config, size=tuple(size), halvings=halvings))
         other.to(self.device, self.factors[0].a_weight.dtype, memory_format=torch.channels_last)
@@ -1171,8 +1171,8 @@ class PixelAux(nn.Module):
         """x: uint8 (N, 3, H, W) -> [log p(X_K), .., log p(X | X_1)], nats per image, (N,) each.
 
         tight: factors are cut to what their x_hat leaves possible; the sum is then log p(X) itself,
-        of that model (see psi). (False also for a model that was trained tight, so that by default
-        it is always what the paper means. Commands go by config.tight.)
+        of that model (see psi). (The default is what the paper means, however the model was
+        trained. Commands go by config.tight.)
         """
         return [factor(*pair, tight) for factor, pair in zip(self.factors, self.pairs(x))]
 
@@ -1959,9 +1959,9 @@ def progress_bar(iterable=None, **options):
 #     stop                                              at a signal
 #     pictures                                          each quarter but the last (then by `train`)
 #
-# With --minutes some steps are tried out first, and taken back: so minutes become a number of
-# steps, once and for all. It is written to config.json, and all that follows is a function of the
-# step.
+# With --minutes some steps are tried out first (steps_of says that the number is not known yet,
+# steps_in tries), and taken back: so minutes become a number of steps, once and for all. It is
+# written to config.json (record_steps), and all that follows is a function of the step.
 
 
 def world_size():
@@ -2126,17 +2126,6 @@ class Training:
                         step=step, seconds=seconds)
         return dict(factors={k: self.average.module.state_dict()}, training=training)
 
-    @contextlib.contextmanager
-    def taken_back(self):
-        """The steps that are made within this are as if they had not been made."""
-        # (`restore` sets n_averaged to the step; k and seconds are not used.)
-        now = self.state(k=0, step=int(self.average.n_averaged), seconds=0.0)
-        before = copy.deepcopy(now)  # as the tensors in `now` are those that steps change
-        try:
-            yield
-        finally:
-            self.restore(before)
-
     def restore(self, state, path=None):
         """Go on from a state -> (step, seconds). path: of its file. Raises Problem."""
         try:
@@ -2149,6 +2138,17 @@ class Training:
             return training["step"], training["seconds"]
         except (KeyError, RuntimeError, ValueError):
             raise Problem(f"{path}: training as in config.json cannot go on from this") from None
+
+    @contextlib.contextmanager
+    def taken_back(self):
+        """The steps that are made within this are as if they had not been made."""
+        # (`restore` sets n_averaged to the step; k and seconds are not used.)
+        now = self.state(k=0, step=int(self.average.n_averaged), seconds=0.0)
+        before = copy.deepcopy(now)  # as the tensors in `now` are those that steps change
+        try:
+            yield
+        finally:
+            self.restore(before)
 
 
 def wrapped(factor, batch, config, compile, stop=never):
@@ -2272,7 +2272,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if (quarter or stopping or time.monotonic() > save_at) and rank() == 0:
             write_checkpoint(path, config, **training.state(k, step, seconds))
             save_at = time.monotonic() + save_every
-        if stopping and step < steps:  # (after the last step the next factor or show_samples stops)
+        if stopping and step < steps:  # (if not, the next factor stops, or `train` does)
             log.bar.close()
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
@@ -2335,8 +2335,7 @@ def bits_of(model, k, images):
 
 def evaluate(model, images, batch_size=None):
     """Log-probabilities of images, uint8 (N, H, W, 3), from the same passes: (the paper's bound,
-    exact), each float64 (factors, N), nats per image, coarsest factor first. (The bound of a model
-    that was trained tight is far off, as nothing has taught it to keep to the intervals.)"""
+    exact), each float64 (factors, N), nats per image, coarsest factor first."""
     at_once = min(factor.at_once for factor in model.factors)
     batches = to_tensor(images[:]).split(batch_size or at_once)
     bound = [[] for _ in model.factors]  # of each factor, batch by batch
@@ -2501,9 +2500,8 @@ def save_samples(model, views, path, given=0):
 # 8 * 127 + 128 = 1,144 steps.
 #
 # (An option, look_right=False: the kernel of v's later layers is moved to the left, VERTICAL_LEFT.
-# Then only the first layers look right, to (r - 1, c + 1): the lag is 2, and 128x128 take 382
-# steps. The price is a blind spot, as v sees no more than one column to the upper right; of the
-# rest X^ tells much, where there is one.)
+# Then only the first layers look right, to (r - 1, c + 1), and the lag is 2: 382 steps. The price
+# is a blind spot, as v sees no more than one column to the upper right.)
 #
 # **Running ahead.** Call a value inside the network, at all positions, a *node*; a node that uses
 # another one is its *reader*, the other one the *source*. At each position a node is computed some
@@ -2537,8 +2535,9 @@ def save_samples(model, views, path, given=0):
 # The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of two rows, r
 # and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
 # is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
-# back, each node gets the least that serves all its readers. (The least, as each step more would
-# be asked of its sources, too, and in the end of x, and cost a larger lag, if any would do.)
+# back, each node gets the least that serves all its readers. (The least: a step more would be asked
+# of its sources, too, and in the end of x. That would cost a larger lag; and of x in the own row,
+# which h_left reads, no lag would get it.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
 # the next one on. So x counts as -1 ahead. A node can be given whatever its readers ask for, x
@@ -2550,13 +2549,11 @@ def save_samples(model, views, path, given=0):
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
 #
-# (The lag can be found by hand so, as how far the nodes of CausalNet are ahead does not depend on
-# it: all kernels but v_first and h_above, which read x, end in their own row, where lag dy is 0. In
-# other networks it may depend, so smallest_lag tries one lag after the other.)
+# (The 6 does not depend on the lag here. In other networks it may, so smallest_lag tries one lag
+# after the other.)
 #
-# **How it is done.** Of CausalNet nothing is known here, so that no change of it can leave the
-# sampler behind: any network will do that consists of Convs, which may not read rows below, and of
-# functions of values at one position. `traced`, in Tracing, makes a list of Nodes of it; Plan
+# **How it is done.** Any network will do that consists of Convs, which may not read rows below, and
+# of functions of values at one position. `traced`, in Tracing, makes a list of Nodes of it; Plan
 # decides all that can be decided beforehand; and sample_fast is the loop
 #
 #     for each step                   Plan.steps
@@ -2641,7 +2638,7 @@ class Read:
     # Decided in Plan.allocate: read from source.latest? If not, from source.buffer.
     at_hand: bool = False
     # How it is added to a running total: (total, values) -> total + values, or, with a weight,
-    # total + values @ weight.T, by a library that choose_products chooses.
+    # total + values @ weight.T (choose_products puts that in).
     add: object = operator.add
 
     @property
@@ -2737,7 +2734,7 @@ class Plan:
     nodes: all that is computed, sources before readers, the output last. (Without x and what is
     known from the start, which are only read.)
     lag: None where there is no wavefront, see Raster order.
-    least_lag: 2 where cells of 2x2 are cut, see sample_fast; CausalNet's is no smaller anyway.
+    least_lag: 2 where cells of 2x2 are cut, see sample_fast.
     """
 
     def __init__(self, net, channels, n, size, embeddings=(), least_lag=1):
@@ -2774,32 +2771,30 @@ class Plan:
         return ahead
 
     def allocate(self, weight):
-        """A read is of source.latest if source and reader are of one group, so that it has just
-        been computed for the same positions, and only the own position is read. All others are of
-        source.buffer, with margins of zeros as wide as the kernels that read it. (What is to
-        come is 0 there, too, but by lag and `ahead` it is not read before.)"""
-        buffered, all_rows = {self.x}, set()
+        """Decides where each read is from, and makes the buffers.
+
+        A read is `at_hand`, of source.latest, if source and reader are of one group, so that the
+        source has just been computed for the same positions, and if only the own position is read.
+        All others are of source.buffer. Its margins are zeros, as what kernels read beyond the
+        image is 0. (What is not computed yet is 0 there, too; by lag and `ahead` nobody reads it.)
+        """
+        buffered = collections.defaultdict(list)  # source -> the reads of its buffer
         for node in self.nodes:
             for read in node.reads:
                 source = read.source
-                read.at_hand = (
-                    source.computed and source.group == node.group and read.own_position)
-                if source.computed and not read.at_hand:
-                    buffered.add(source)
-                # (What is known has a buffer, without margins, which it does not need: a Conv of it
-                # would be known as well, so it is read at the node's own position alone.)
-                beyond = (-read.top, read.bottom, -read.left, read.right)  # no margin if below 0
-                source.margin = tuple(map(max, source.margin, beyond))
-                # (all_rows: skip this until the end of Half the resolution.)
-                if read.top < 0 or read.apart < source.spacing:
-                    all_rows.add(source)
-        for node in buffered:
-            above, below, left, right = node.margin
+                same_group = source.computed and source.group == node.group
+                read.at_hand = same_group and read.own_position
+                # (What is known from the start has its buffer.)
+                if not read.at_hand and not source.known:
+                    buffered[source].append(read)
+        for source, reads in buffered.items():
+            above, below, left, right = source.margin = margin_for(reads)
             height, width = above + self.size[0] + below, left + self.size[1] + right
-            # (`expand` makes all rows of one, at stride 0.)
-            rows = height if self.lag or node in all_rows else 1
-            buffer = zeros((self.n, rows, width, node.channels), weight)
-            node.buffer = buffer.expand(-1, height, -1, -1)
+            # (The row that serves for all: skip this until Half the resolution is read.)
+            one_row = not self.lag and one_row_will_do(source, reads)
+            rows = 1 if one_row else height
+            buffer = zeros((self.n, rows, width, source.channels), weight)
+            source.buffer = buffer.expand(-1, height, -1, -1)  # one row: at stride 0
 
     def steps(self):
         """Of each step, in order: {group: Places to compute}. (In the light network from step -6
@@ -2852,6 +2847,15 @@ class Plan:
         return read.source.window(places, read).reshape(-1, read.numbers)
 
 
+def margin_for(reads):
+    """How far reads reach beyond the image: (rows above, rows below, columns left, right)."""
+    above = max(0, *(-read.top for read in reads))
+    below = max(0, *(read.bottom for read in reads))
+    left = max(0, *(-read.left for read in reads))
+    right = max(0, *(read.right for read in reads))
+    return above, below, left, right
+
+
 @functools.lru_cache(16)
 def diagonals(size, lag, spacing):
     """{step: Places of what is 0 ahead then}, of positions `spacing` pixels apart."""
@@ -2870,9 +2874,9 @@ def sample_fast(factor, n, x_hat, draw, tight=False, shift=0.0, progress=None):
     order, so that now and then a pixel, and those after it, differ.
     """
     channels, height, width = factor.view.shape
-    # When cut, a pixel depends on those before it in its cell, by its interval. The lag does not
-    # know of that, as it is no read of the network: if it were 1, the upper right and the lower
-    # left one of a 2x2 cell would be drawn together.
+    # When cut, a pixel depends on those before it in its cell, by its interval, which is no read of
+    # the network. With lag 1 the upper right and the lower left one of a 2x2 cell would be drawn
+    # together; lag 2 draws them in order. (CausalNet's is 2 or more anyway, by h_above.)
     least_lag = factor.view.psi.cell if tight else 1
     embeddings = factor.embeddings(x_hat)
     plan = Plan(factor.net, channels + 1, n, (height, width), embeddings, least_lag)
@@ -2906,7 +2910,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
 
     Each pixel's cell is cut out of x, and its pixel out of x_hat: then psi.bounds need only look at
     n P images of one cell. For example, of pixels (0, 5) and (1, 2) the cells of 2x2 begin at (0,
-    4) and (0, 2); in these they are at (0, 1) and (1, 0).
+    4) and (0, 2); in these they are at (0, 1) and (1, 0). Of 2 images there are 4 cells: below,
+    `each` is 0 1 2 3, `row` is 0 1 0 1, and `column` 1 0 1 0.
     """
     rows, columns = torch.tensor([rows, columns], device=x.device)
     cell_row, cell_column = rows % psi.cell, columns % psi.cell  # in their cells, (P,)
@@ -2920,7 +2925,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
     of_x_hat = of_x_hat.transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (n P, C^, 1, 1)
     # Of each cell the pixel that is drawn: cells[each, channel, row, column].
     each = torch.arange(len(cells), device=x.device)
-    row, column = cell_row.repeat(len(x)), cell_column.repeat(len(x))  # (n P,), as 0 1 0 1
+    row, column = cell_row.repeat(len(x)), cell_column.repeat(len(x))  # (n P,)
 
     def interval_of(drawn):
         for channel, values in enumerate(drawn):
@@ -2974,7 +2979,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #                                      CausalNet: a row at once, after its pixels
 #
 # As one row is done after the other, what is read in its own row alone needs memory for one row:
-# the next one takes its place (in Plan.allocate).
+# the next one takes its place (one_row_will_do).
 
 
 BY_ROWS = math.inf
@@ -2987,11 +2992,13 @@ def in_raster_order(nodes, x):
     for node in nodes:
         planned += split_sum(node, is_output=node is nodes[-1])
     # Backwards, as in Plan.needed_ahead, but rows above are complete: only what is read in a node's
-    # own row has to run ahead. (A node by rows asks for infinity there, but only of what is by
-    # rows, too, or known, which do not go by what is asked of them.)
+    # own row has to run ahead. (What a node by rows reads there is by rows itself, or known.)
     ahead = collections.defaultdict(lambda: -math.inf, {planned[-1]: 0})
     for node in reversed(planned):
-        node.ahead = BY_ROWS if node.by_rows else ahead[node]
+        if node.by_rows:
+            node.ahead = BY_ROWS
+            continue
+        node.ahead = ahead[node]
         for read in node.reads:
             if read.bottom == 0:
                 ahead[read.source] = max(ahead[read.source], node.ahead + read.right)
@@ -3038,6 +3045,12 @@ def rows_of(read, first, end):
     weight = None if read.weight is None else read.weight[:, first:end]
     top = read.top + first * read.apart
     return dataclasses.replace(read, weight=weight, top=top, nr_rows=end - first)
+
+
+def one_row_will_do(source, reads):
+    """Is all that they read of source in their own row? (And not by `up`: see the end of Half the
+    resolution.)"""
+    return all(read.top == 0 and read.apart >= source.spacing for read in reads)
 
 
 def raster_steps(size, spacing, ahead):
@@ -3128,7 +3141,9 @@ def convolution(conv, x, size):
 #     F.elu(h)            E = Node(reads=[Read(H)], function=value -> F.elu(value, its options))
 #
 # A sum takes in its convolutions, so that it is one running total in place of two results and an
-# addition. In the end nobody reads B and C, and they are dropped.
+# addition. In the end nobody reads B and C, and they are dropped. (If another one read B, B would
+# stay, and its product be made twice; CausalNet has no such case.) Without its mark concat_elu
+# would be three nodes, -x, cat and elu, and new ones for each of its readers.
 #
 # What does not depend on x, as f_w(X^) and conv_aux of it, is no Symbol: it is really computed,
 # once for the whole image. Where such a tensor is added to a Symbol, a Node is made of it that is
@@ -3329,6 +3344,8 @@ def name_of(function):
 
 # --- Products and threads: nothing of the method comes here ------------------------------------
 #
+# Who reads for the method has seen all of it.
+#
 # By which library, and by how many threads, a Read's values are multiplied by its weight and added.
 # No result depends on the choice but by rounding. (Compressed images depend on that: the machine
 # that reads them must round as the one that wrote them.)
@@ -3411,12 +3428,14 @@ def product(weight, positions):
 
 # --- Runs: begun, resumed, stopped -------------------------------------------------------------
 #
-# Nothing of the method comes any more. `train`, the function, is what `python pixelaux.py train`
-# does:
+# `train`, the function, is what `python pixelaux.py train` does, in this order:
 #
-#     plan_run        what is to be trained, and on what: a new run or one that is there
-#     begin           write that down
-#     train_factor    for each factor
+#     plan_run           what is to be trained, and on what: a new run or one that is there. It may
+#                        read data for minutes, and holds no lock
+#     lock factor-k      of each factor to train, until the end: nobody else trains it
+#     begin              under a lock on config, for a moment: look into the folder again (`agree`),
+#                        and write down what is trained
+#     train_factor       for each factor
 #     show_samples
 #
 # By what is in the folder and what flags say, plan_run comes to
@@ -3427,10 +3446,16 @@ def product(weight, positions):
 #                                                         has begun)                 goes on
 #
 # (It goes on if flags do not contradict what the run was begun with. train_factor then goes on from
-# what there is: a finished factor makes no step, one without a checkpoint begins.) Several machines
-# may train factors of one run in one folder at the same time, but each factor only one of them: it
-# holds a lock on factor-k as long as it trains. plan_run, which may read data for minutes, looks at
-# the folder without a lock; so `begin` looks again, under one (`agree`).
+# what there is: a finished factor makes no step, one without a checkpoint begins.)
+#
+# Why look twice? Several commands may train factors of one run at the same time. For example A,
+# --factor 0 --minutes 10, and B, --factor 1 --minutes 10, both called when the folder is empty:
+#
+#     A plans, B plans    both find nothing: a new run, of as yet unknown numbers of steps
+#     A begins            writes config.json
+#     A trains            finds that 10 minutes are 1,200 steps of factor 0, and writes that, too
+#     B begins            finds a run: are its settings B's? But for A's 1,200 steps, which it takes
+#                         over, they are; and there is no factor-1.pt
 #
 # A flag of the Config that is not given is None in args: the preset or the run decides.
 
@@ -3657,7 +3682,7 @@ def show_samples(model, k, first, data, out, stop):
 
 
 # What is left of this section is for several processes, those of one torchrun (plan_in_turn) and
-# other commands in the same folder (agree), and for messages.
+# other commands in the same folder (agree, see the example above), and for messages.
 
 
 def plan_in_turn(args, out):
@@ -3674,18 +3699,14 @@ def plan_in_turn(args, out):
 
 
 def agree(out, config, factors, resume):
-    """Check our config against one that another process, say of --factor 0, has written into this
-    folder since plan_run has looked, which may be minutes ago, as it reads data. Raises Problem.
-
-    If its minutes have become a number of steps by now (record_steps), this is taken over. Settings
-    must be the same otherwise, but for where the data lie; and our factors must not be there,
-    unless we resume.
-    """
+    """Check our config against one that another command has written into this folder since plan_run
+    has looked. They must be the same, but for steps that minutes have become, and for where the
+    data lie; and our factors must not be there, unless we resume. Raises Problem."""
     if (out / "config.json").exists():
         there = read_config(out)
         if any(config.minutes):
-            config.steps = there.steps  # what minutes have become
-        may_differ = dict(data=config.data, data_dir=config.data_dir)  # as if theirs lay there, too
+            config.steps = there.steps
+        may_differ = dict(data=config.data, data_dir=config.data_dir)
         if dataclasses.replace(there, **may_differ) != config:
             raise Problem(f"--out: {out} was begun meanwhile with other settings")
     if not resume and any((out / f"factor-{k}.pt").exists() for k in factors):

@@ -38,10 +38,11 @@ pyramid at 32x32, K = 2:
     views[0] = X_2     <-- psi_1 --     views[1] = X_1     <-- psi_0 --     views[2] = X_0 = X
     8x8                                 16x16                               32x32
 
+    psi: None                           psi: psi_1                          psi: psi_0
     factors[0]                          factors[1]                          factors[2]
     p(X_2)                              p(X_1 | X_2)                        p(X_0 | X_1)
 
-In general views[k] is X_{K-k}, and views[k].psi makes views[k - 1]. (model.views is a list of View,
+So a view's psi makes the view before it, and views[k] is X_{K-k}. (model.views is a list of View,
 which describe them; images are in lists of their own.)
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
@@ -287,8 +288,8 @@ def log_mass(means, log_scales, lo, hi, levels):
     At the last level b is infinite, which leaves log sigma(-a); at level 0 a is -infinite, which
     leaves log sigma(b). (`edges` does not know of open bins, and returns finite a and b there, too:
     masked_fill makes 0 of the terms that vanish.) This is exact and stable everywhere. (Code that
-    is widely copied takes the density where the mass is below 1e-5, and loses up to 1.4e-5 of the
-    whole by it.)
+    is widely copied takes the density where the mass is below 1e-5: the masses of all levels then
+    sum to as little as 1 - 1.4e-5.)
     """
     a, b = edges(means, log_scales, lo, hi, levels)
     # b - a, not by subtraction: both are large and nearly equal where a bin is narrow and far off.
@@ -407,9 +408,9 @@ class LogisticMixture:
 
         "random" draws values from the component, by the inverse of the logistic's cdf, which is the
         logit; "map" draws the component, too, but takes its means: the image without the noise
-        around it (what the paper calls MAP sampling, Sec. 4.2). Each channel is rounded
-        before the next is conditioned on it; without that, samples have another distribution than
-        log_prob. interval_of: see sample_tight.
+        around it (what the paper calls MAP sampling, Sec. 4.2). Each channel is rounded, which
+        sends exactly the level's bin to it, before the next is conditioned on it; without that,
+        samples have another distribution than log_prob. interval_of: see sample_tight.
         """
         if interval_of is not None:
             return self.sample_tight(noise, mode, interval_of)
@@ -431,10 +432,10 @@ class LogisticMixture:
         M; then a value from it, within the interval; then its weight so far is multiplied by the
         mass of that value, m.
 
-        Why a component for each channel? Nobody sees k: what must be right are p'(r), p'(g | r) and
-        p'(b | r, g), and in log_prob each of them is a mixture with weights of its own. Red's k has
-        w_k M_k; once r is known w_k m_k(r) is left of it; but green asks for w_k m_k(r) M_k(g's
-        interval | r). So k is drawn anew. ("map" takes red's for all three nevertheless, so that a
+        Why a component for each channel? Without intervals one for all is right: given r it is k in
+        proportion to w_k m_k(r), which are the weights of p(g | r). With intervals these are w_k
+        m_k(r) M_k(g's interval | r), so k is drawn anew; nobody sees k, and each of p'(r), p'(g |
+        r), p'(b | r, g) is as in log_prob. ("map" takes red's for all three nevertheless, so that a
         pixel's channels belong together.)
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
@@ -490,7 +491,8 @@ def logistic_between(a, b, u):
     #
     #     sigma(z) = sigma(low) + u (sigma(high) - sigma(low)) = sigma(high) (ratio + u (1 - ratio))
     #
-    # and z is its logit. All by logs, as sigma may be too small for a number.
+    # and z is its logit. All by logs, as sigma may be too small for a number. (Without a cut ratio
+    # is 0, and z the logit of u, as in `sample`.)
     ratio = torch.exp(F.logsigmoid(low) - F.logsigmoid(high))
     log_cdf = F.logsigmoid(high) + torch.log(ratio + u * (1 - ratio))
     z = log_cdf - torch.log(-torch.expm1(log_cdf))  # logit p = log p - log(1 - p)
@@ -555,8 +557,8 @@ class Categorical:
 
 class Conv(nn.Module):
     """Weight-normalised convolution that reads `rows` and `columns` around its output, inclusive.
-    (Direction and length of the weights are trained apart: the scale of the outputs is the length's
-    alone, whatever the direction does. It needs a start, see data_dependent_init.)
+    (Direction and length of the weights are trained apart, so that the scale of the outputs is the
+    length's alone. A first pass sets it, see data_dependent_init.)
 
         stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
         up               the same with stride 1, of `in` with zeros between its values, a 0 b 0 c 0:
@@ -602,7 +604,7 @@ class Conv(nn.Module):
     def weight(self):
         """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
         weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        # (What `up` stores is turned by 180 degrees. That is a matter of the file format alone.)
+        # (What `up` stores is turned by 180 degrees, as old files have it. Nothing else is meant.)
         return weight.flip(2, 3) if self.up else weight
 
     def forward(self, x):
@@ -665,12 +667,13 @@ def data_dependent_init(network, *inputs):
 
 # --- Networks ----------------------------------------------------------------------------------
 #
-# A network is a sequence of residual blocks, in stages; in a causal one each is a pair, one for v
-# and one for h. Its *layout* lists the stages, each (times halved, blocks).
-# 0 times is always the resolution of x, the image that is modelled. PixelCNN++ goes down to a
-# quarter of the resolution, so that few blocks see far, and comes back. On the way back each block
-# also reads, by a *skip*, what its counterpart on the way down has made, as that has the detail.
-# With 2 blocks a stage, six_stages(2),
+# A network is a sequence of residual *blocks* (two convolutions, whose result is added to what they
+# are given: drawn at Block), in stages; in a causal one each is a pair, one for v and one for h.
+# Its *layout* lists the stages, each (times halved, blocks). 0 times is always the resolution of x,
+# the image that is modelled. PixelCNN++ goes down to a quarter of the resolution, so that few
+# blocks see far, and comes back. On the way back each block also reads, by a *skip*, what its
+# counterpart on the way down has made, as that has the detail. With 2 blocks a stage,
+# six_stages(2),
 #
 #     ((0, 2), (1, 2), (2, 2), (2, 2), (1, 2), (0, 2))
 #
@@ -777,9 +780,9 @@ class Block(nn.Module):
         |                           side inputs                                             |
         +-----------------------------------------------------------------------------------+
 
-    Side inputs, each by a conv_aux (the name is PixelCNN++'s, and has nothing to do with auxiliary
-    variables), in this order: v, in the blocks of h; a skip, where there is one; the embedding of
-    X^.
+    Side inputs, each by a concat_elu and a conv_aux (the name is PixelCNN++'s, and has nothing to
+    do with auxiliary variables), in this order: v, in the blocks of h; a skip, where there is one;
+    the embedding of X^.
     """
 
     def __init__(self, filters, nr_aux, reach, dropout):
@@ -802,12 +805,12 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """The modules of stage i of a layout, which CausalNet and EmbeddingNet run.
 
-    reaches, nr_aux: for each stream its kernel, and how many side inputs it has besides skips.
+    reaches, nr_besides: for each stream its kernel, and how many side inputs it has besides skips.
     enter: if the resolution changes, a convolution for each stream. blocks: lists of a Block for
     each stream.
     """
 
-    def __init__(self, layout, i, filters, dropout, reaches, nr_aux):
+    def __init__(self, layout, i, filters, dropout, reaches, nr_besides):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         halved_before = layout[i - 1][0] if i > 0 else self.halved
@@ -818,7 +821,7 @@ class Stage(nn.Module):
         for j in range(nr_blocks):
             streams = nn.ModuleList()
             nr_skips = 0 if skip_source(layout, i, j) is None else 1
-            for reach, nr in zip(reaches, nr_aux):
+            for reach, nr in zip(reaches, nr_besides):
                 streams.append(Block(filters, nr + nr_skips, reach, dropout))
             self.blocks.append(streams)
 
@@ -833,9 +836,9 @@ class CausalNet(nn.Module):
     """PixelCNN++, or a light network of the pyramid, by its layout: the parameters of every pixel's
     distribution from the pixels before it.
 
-    Deviation: all six stages have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in the paper;
-    PixelCNN++'s code also has skips from the first and from the strided layers, and for these one
-    block more in each of two stages on the way up.
+    Deviation: all six stages have as many blocks, 6 x 6 = 36 and 6 x 4 = 24 as in the paper.
+    PixelCNN++'s code (for who knows it) also has skips from the first and from the strided layers,
+    and for these one block more in each of two stages on the way up.
     """
 
     def __init__(self, c_in, c_out, layout, filters, dropout, conditional, look_right=True):
@@ -848,9 +851,9 @@ class CausalNet(nn.Module):
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), outermost=True)
         reaches = (VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL)
         # Not counting skips: v's blocks read the embedding, h's also v.
-        nr_aux = (int(conditional), 1 + int(conditional))
+        nr_besides = (int(conditional), 1 + int(conditional))
         self.stages = nn.ModuleList(
-            Stage(layout, i, filters, dropout, reaches, nr_aux) for i in range(len(layout)))
+            Stage(layout, i, filters, dropout, reaches, nr_besides) for i in range(len(layout)))
         # Its outputs begin near the bias, which the head sets (set_bias).
         self.last = Conv(filters, c_out, **POINT, gain=0.03, outermost=True)
 
@@ -950,13 +953,7 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network: if it is part of a pyramid.
-
-        pixelcnn             X: no
-        grayscale            gray: no; X given gray: no
-        pyramid              all
-        grayscale-pyramid    all gray ones; X given gray: no
-    """
+    """Whether a view has a light network, as all of a pyramid have: see the table in Factor."""
     if view.psi is not None:
         return view.psi.cell > 1  # it is given a smaller view
     # The coarsest is part of a pyramid if the model's last psi is. (Also if it is the only view, as
@@ -968,14 +965,14 @@ def is_light(config, view):
 class Factor(nn.Module):
     """p(x), or p(x | x_hat), of a view x: a causal network, a head, and for x_hat an embedding.
 
-    light: see is_light. Layouts are fields of config (see Configuration, which comes next):
+    Layouts are fields of config (see Configuration, which comes next):
 
-        x                                  causal network    f_w
-        pixelcnn's X; grayscale's gray     layout            none
-        X given gray                       layout_cond       the same
-        all views of a pyramid             layout_light      layout_embed, of the coarsest none
-
-    (In a grayscale-pyramid gray views are as a pyramid's, and X given gray has layout_cond.)
+        x                                    light    causal network    f_w
+        pixelcnn's X; grayscale's gray       no       layout            none
+        X given gray                         no       layout_cond       the same
+        all views of a pyramid; in a
+        grayscale-pyramid all gray ones      yes      layout_light      layout_embed, of the
+                                                                        coarsest none
     """
 
     def __init__(self, config, view, light):
@@ -1124,16 +1121,6 @@ class PixelAux(nn.Module):
             scale *= factor.view.psi.cell if factor.view.psi else 1
         return multiple
 
-    def resized(self, size):
-        """The same weights, which are convolutions' and fit any size, with as many views, for
-        images of another size (H, W). (For tools, as images of one's own are doubled.) Raises
-        Problem."""
-        halvings = sum(isinstance(view.psi, Half) for view in self.views)
-        other = PixelAux(dataclasses.replace(self.config, size=tuple(size), halvings=halvings))
-        other.to(self.device, self.factors[0].a_weight.dtype, memory_format=torch.channels_last)
-        other.load_state_dict(self.state_dict())
-        return other.eval()
-
     @property
     def device(self):
         return self.factors[0].a_weight.device
@@ -1222,6 +1209,16 @@ class PixelAux(nn.Module):
                         sampler(factor, len(numbers), x_hat, draw, tight_here, shift, progress))
                 images.append(torch.cat(parts))
         return images
+
+    def resized(self, size):
+        """The same weights, which are convolutions' and fit any size, with as many views, for
+        images of another size (H, W). (For tools, as images of one's own are doubled.) Raises
+        Problem."""
+        halvings = sum(isinstance(view.psi, Half) for view in self.views)
+        other = PixelAux(dataclasses.replace(self.config, size=tuple(size), halvings=halvings))
+        other.to(self.device, self.factors[0].a_weight.dtype, memory_format=torch.channels_last)
+        other.load_state_dict(self.state_dict())
+        return other.eval()
 
     def view_like(self, x, k=None):
         """The number of the view of which x are images: k, or by their shape. Raises Problem."""
@@ -1478,8 +1475,9 @@ class Shapes:
 
     def fit(self, colour, masks):
         """colour: the number, 0..2, of each pixel's colour, (N, H, W). Finds the mask and the pair
-        that agree with it on most pixels, by trying all -> the colours that these give, (N, H, W).
-        (True images agree on all pixels; samples of a model may not, and this is a vote.)
+        that agree with it on most pixels -> the colours that these give, (N, H, W). It counts for
+        all masks and pairs; a matrix product does so for all at once. (True images agree on all
+        pixels; samples of a model may not, and this is a vote.)
         """
         numbers = np.arange(len(self.palette))[:, None]
         has = (colour.reshape(len(colour), 1, -1) == numbers).astype(np.float32)  # (N, 3, pixels)
@@ -1718,6 +1716,8 @@ def to_array(images):
 
 # --- Files and progress: nothing is half-written, nothing ends for want of a terminal ----------
 #
+# (Who reads for the method may skip this section.)
+#
 # A run may be killed at any moment, and is resumed from what it has written. A run's folder has
 #
 #     config.json        the Config                      commands.jsonl   each `train`, its hardware
@@ -1944,10 +1944,10 @@ def progress_bar(iterable=None, **options):
 #     each step     make_step: batch -> loss -> gradient -> optimizer -> moving average
 #     at a look     what the table below has, in this order
 #
-# A look begins by reading the loss. That means to wait for the device (a GPU works off a queue,
-# ahead of which Python runs until it asks for a number), so there is one every 20 steps only (or
-# every hundredth part of the steps, if that is less), after the last one, and, of a single process,
-# when a signal comes.
+# A look comes every 20 steps (or every hundredth part of the steps, if that is less), after the
+# last step, and, of a single process, when a signal has come. It begins by reading the loss. Why
+# not in each step? To read a number is to wait for the device: a GPU works off a queue, ahead of
+# which Python runs.
 #
 #     what is done at a look                            at which looks
 #     is the loss finite?                               all
@@ -1988,8 +1988,9 @@ def steps_of(config, k, data):
 
 
 def record_steps(out, config, k, steps):
-    """Write down how many steps factor k takes. In config.json the other factors' numbers may be
-    newer than ours, if other processes train them: there only that of k is changed."""
+    """Write down how many steps factor k takes. (0 stands for: not known yet.) In config.json the
+    other factors' numbers may be newer than ours, if other processes train them: there only that of
+    k is changed."""
     factors = range(len(make_views(config)))
     ours = [of_factor(config.steps, j) for j in factors]
     ours[k] = steps
@@ -2008,9 +2009,9 @@ class Optimizer:
 
     Adam sees numbers, each with a step of its own. Muon sees a matrix, a convolution's outputs by
     what it reads: if P S Q^T is the singular value decomposition of the gradient's running mean,
-    its step is P Q^T, with all singular values 1. So what the gradient shows faintly is learnt as
-    fast as what dominates it, in a fraction of the steps (results/recipe.md). (All this is
-    torch's; ours is step_of_muon.)
+    its step is about P Q^T, with all singular values 1. So what the gradient shows faintly is
+    learnt as fast as what dominates it, in a fraction of the steps (results/recipe.md). (All this
+    is torch's; ours is step_of_muon.) The lengths g stay with Adam.
     """
 
     def __init__(self, factor, config):
@@ -2535,9 +2536,8 @@ def save_samples(model, views, path, given=0):
 # The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of two rows, r
 # and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
 # is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
-# back, each node gets the least that serves all its readers. (The least: a step more would be asked
-# of its sources, too, and in the end of x. That would cost a larger lag; and of x in the own row,
-# which h_left reads, no lag would get it.)
+# back, each node gets the least that serves all its readers. (Each step more would be asked of its
+# sources, too, and in the end of x.)
 #
 # What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
 # the next one on. So x counts as -1 ahead. A node can be given whatever its readers ask for, x
@@ -2548,6 +2548,9 @@ def save_samples(model, views, path, given=0):
 #     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
+#
+# (If all nodes were one step further ahead, v_first would ask for lag >= 9, and h_left for what no
+# lag gives, -1 >= 1 - 1.)
 #
 # (The 6 does not depend on the lag here. In other networks it may, so smallest_lag tries one lag
 # after the other.)
@@ -2566,26 +2569,34 @@ def save_samples(model, views, path, given=0):
 # that read at their own position alone. For all others it also has a `buffer`, an image of all that
 # it has computed. For example a light network of one block, without X^. v has 1 + 2 convolutions,
 # and needs (r - 1, c + 3): its lag is 4. Below are its nodes, in the order in which they are
-# computed within a step. (A sum of convolutions is one node. 6 and 10 are several, one after the
-# other, each read by the next by `latest`.)
+# computed within a step; h_above(x) + h_left(x), a sum of convolutions, is one.
 #
 #     asked for by    the reader: how far it is ahead + how far it reads to its right
 #     buffer for      who cannot take `latest`
 #
-#         node                                ahead   asked for by     buffer for
-#      1  v_first(x)                            2     3     2 + 0      v's gate, in 6, 0 ahead
-#      2  h_above(x) + h_left(x)                0     7     0 + 0      -
-#      3  concat_elu of 1                       2     4     1 + 1      4, at (r, c + 1), ..
-#      4  v's conv_in of 3                      1     5     1 + 0      -
-#      5  concat_elu of 4                       1     6     0 + 1      6, at (r, c + 1), ..
-#      6  v's conv_out of 5; gate; concat_elu   0     8     0 + 0      -
-#      7  concat_elu of 2                       0     8     0 + 0      8, at (r, c - 1), ..
-#      8  h's conv_in of 7 + conv_aux of 6      0     9     0 + 0      -
-#      9  concat_elu of 8                       0     10    0 + 0      10, at (r, c - 1), ..
-#     10  h's conv_out of 9; gate; elu; last    0     (the pixel)      -
-#         x                                    -1     (drawn last)     all that read it
+# For example 3 is asked for by 4, which is 1 ahead and reads 1 to its right: so it is 1 + 1 ahead;
+# and 4 cannot take its `latest`, which is of another position. 1 is read twice: by 3 in the same
+# step, and by 7 two steps later.
 #
-# (1 is read twice: by 3, in the same step, and by v's gate, two steps later. 2 also by h's gate.)
+#         node                          ahead    asked for by     buffer for
+#      1  v_first(x)                      2       3     2 + 0     7, which is 0 ahead
+#      2  h_above(x) + h_left(x)          0       9     0 + 0     -
+#      3  concat_elu of 1                 2       4     1 + 1     4, at (r, c + 1), ..
+#      4  v's conv_in of 3                1       5     1 + 0     -
+#      5  concat_elu of 4                 1       6     0 + 1     6, at (r, c + 1), ..
+#      6  v's conv_out of 5               0       7     0 + 0     -
+#      7  v's gate of 1 and 6             0       8     0 + 0     -
+#      8  concat_elu of 7                 0      10     0 + 0     -
+#      9  concat_elu of 2                 0      10     0 + 0     10, at (r, c - 1), ..
+#     10  h's conv_in of 9 +
+#         conv_aux of 8                   0      11     0 + 0     -
+#     11  concat_elu of 10                0      12     0 + 0     12, at (r, c - 1), ..
+#     12  h's conv_out of 11              0      13     0 + 0     -
+#     13  h's gate of 2 and 12            0      14     0 + 0     -
+#     14  elu of 13                       0      15     0 + 0     -
+#     15  last of 14                      0     (the pixel)       -
+#         x                              -1     (drawn last)      1 and 2
+#
 # Step 25, for example, draws pixel (5, 5), as 4 * 5 + 5 = 25, and (4, 9), (3, 13) and (6, 1). In
 # terms of what follows, if the image is 16 wide:
 #
@@ -2910,8 +2921,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
 
     Each pixel's cell is cut out of x, and its pixel out of x_hat: then psi.bounds need only look at
     n P images of one cell. For example, of pixels (0, 5) and (1, 2) the cells of 2x2 begin at (0,
-    4) and (0, 2); in these they are at (0, 1) and (1, 0). Of 2 images there are 4 cells: below,
-    `each` is 0 1 2 3, `row` is 0 1 0 1, and `column` 1 0 1 0.
+    4) and (0, 2); in these they are at (0, 1) and (1, 0).
     """
     rows, columns = torch.tensor([rows, columns], device=x.device)
     cell_row, cell_column = rows % psi.cell, columns % psi.cell  # in their cells, (P,)
@@ -2923,7 +2933,8 @@ def intervals_at(psi, x, x_hat, rows, columns):
     # Cells are in the order image 0's P, image 1's P, .., and so are their pixels of x_hat.
     of_x_hat = x_hat[:, :, rows // psi.cell, columns // psi.cell]  # (n, C^, P)
     of_x_hat = of_x_hat.transpose(1, 2).flatten(0, 1)[:, :, None, None]  # (n P, C^, 1, 1)
-    # Of each cell the pixel that is drawn: cells[each, channel, row, column].
+    # Of each cell the pixel that is drawn: cells[each, channel, row, column]. (In the example, of 2
+    # images, `each` is 0 1 2 3, `row` 0 1 0 1, `column` 1 0 1 0.)
     each = torch.arange(len(cells), device=x.device)
     row, column = cell_row.repeat(len(x)), cell_column.repeat(len(x))  # (n P,)
 
@@ -2975,8 +2986,9 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     ahead        step                when
 #     infinity     (row, -infinity)    what is by rows: a row at once, before its pixels
 #     0            (row, column)       all else in CausalNet: pixel by pixel
-#     -infinity    (row, infinity)     what no pixel of its own row asks for, in other networks than
-#                                      CausalNet: a row at once, after its pixels
+#     -infinity    (row, infinity)     what no pixel of its own row asks for (in other networks than
+#                                      CausalNet: a value that only the next row reads): a row at
+#                                      once, after its pixels
 #
 # As one row is done after the other, what is read in its own row alone needs memory for one row:
 # the next one takes its place (one_row_will_do).
@@ -3118,9 +3130,11 @@ def convolution(conv, x, size):
 
 # --- Tracing: what a network computes, as a list of nodes --------------------------------------
 #
-# What a network computes is noted once, as Nodes, and computed by Plan in each step. To note it,
-# the network's forward pass is run on a stand-in for x, a Symbol, which has no numbers but a Node.
-# What is called with a Symbol notes the call as a new Node, and returns the Symbol of that:
+# The nodes of CausalNet could be written down by hand. But then the network would stand in the file
+# twice, and one could drift away from the other. So it is noted what the network computes, once, as
+# Nodes, and computed by Plan in each step. To note it, its forward pass is run on a stand-in for x,
+# a Symbol, which has no numbers but a Node. What is called with a Symbol notes the call as a new
+# Node, and returns the Symbol of that:
 #
 #     Conv, and functions of ours that are marked `pointwise`,     as they look for a Symbol
 #     functions of torch, as F.elu, and +,                         by Symbol.__torch_function__
@@ -3218,6 +3232,7 @@ class Recorder:
 
         concat_elu(x)       Nodes alone: `call`
         hidden + conv(a)    Nodes alone, an addition with a convolution: sum_of
+        hidden + known      symbols_to_nodes makes a Node of the known tensor; then the same
         F.elu(h)            other arguments, too, as torch hands on elu(h, alpha=1.0,
                             inplace=False): nodes_to_values hides them, then `call`
         """
@@ -3407,11 +3422,12 @@ def product(weight, positions):
 
     MKL and oneDNN are libraries for products; they copy a weight into an order that suits the
     processor, they pack it. MKL, by addmm, does so in each call. oneDNN can keep it packed, and
-    takes half the time where there is much to do. Its operators are private: where they are
-    missing, addmm serves.
+    takes half the time where there is much to do, on processors with AVX-512 (with AVX2 it has
+    never been faster). Its operators are private: where they are missing, addmm serves.
     """
     onednn, large = torch.ops.mkldnn, positions * weight.numel() >= 1_000_000
     cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    cpu = cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     there = hasattr(onednn, "_linear_pointwise") and hasattr(onednn, "_reorder_linear_weight")
     if not (large and cpu and there and torch.backends.mkldnn.is_available()):
         transposed = weight.t().contiguous()
@@ -3634,8 +3650,8 @@ def begin(out, config, factors, data, args, device):
 @contextlib.contextmanager
 def signals_noted():
     """SIGINT and SIGTERM are only noted, as no step may be cut in two, and SIGHUP, a terminal that
-    goes away, is no reason to stop. -> stop(): has one come? While stop.immediately is true, one is
-    a KeyboardInterrupt at once."""
+    goes away, is no reason to stop. -> stop(): has one come? While stop.immediately is true, as in
+    show_samples alone, one is a KeyboardInterrupt at once."""
     noted, before = [], {}
 
     def stop():
@@ -3646,7 +3662,7 @@ def signals_noted():
         if stop.immediately:
             raise KeyboardInterrupt("stopped; --resume goes on from the last checkpoint")
 
-    stop.immediately = False  # show_samples sets it: all is saved by then
+    stop.immediately = False
     if threading.current_thread() is threading.main_thread():  # no other may set signals
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM):

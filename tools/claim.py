@@ -269,7 +269,7 @@ def save_figure(path, runs):
     matplotlib = tool("curves").import_matplotlib()
     from matplotlib.figure import Figure
 
-    panels = {"excess: shape, and gray view (not split), bits": ["shape", "gray view"],
+    panels = {"excess: shape; gray view, bits an image": ["shape", "gray view"],
               "excess: texture, bits an image": ["texture"],
               "samples whose shape decodes, %": COLUMNS["95%"]}
     with matplotlib.rc_context():

@@ -832,6 +832,15 @@ def multiple_of(layout):
     return 2 ** (max(halved) - min(halved))
 
 
+def check_layout(layout, doublings=0):
+    """Raises Problem if it does not double the resolution so often from begin to end."""
+    halved = [halved for halved, _ in layout]
+    apart = [abs(b - a) for a, b in itertools.pairwise(halved)]
+    if not halved or halved[0] - halved[-1] != doublings or max(apart, default=0) > 1:
+        raise Problem(f"layout {layout}: expected stages (times halved, blocks), neighbours 0 or 1 "
+                      f"apart, the last one halved {doublings} times less than the first")
+
+
 class CausalNet(nn.Module):
     """PixelCNN++, or a light network of the pyramid, by its layout: the parameters of every pixel's
     distribution from the pixels before it.
@@ -985,11 +994,12 @@ class Factor(nn.Module):
             layout, layout_embed = config.layout, None
         else:  # X^ is as large as X: so f_w has an embedding at each resolution of the network
             layout = layout_embed = config.layout_cond
-        layouts = [layout]
+        check_layout(layout)
+        self.multiple = multiple_of(layout)  # height and width of x must be multiples of it
         if psi is not None:
+            check_layout(layout_embed, doublings=int(math.log2(psi.cell)))  # of Half 1
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
-            layouts.append(layout_embed)
-        self.multiple = max(map(multiple_of, layouts))  # as height and width of x must be
+            self.multiple = max(self.multiple, multiple_of(layout_embed))
 
         self.kind_of_head, nr_params = Categorical, view.levels
         if channels == 3:
@@ -3172,7 +3182,13 @@ def traced(net, x, n, size, embeddings):
     """The Nodes of net(x, embeddings), x being a Node, for n images of size (H, W): in the order of
     computation, the output last. Raises Problem."""
     recorder = Recorder(n, size, next(net.parameters()))
-    output = net(recorder.symbol(x), embeddings)
+    try:
+        output = net(recorder.symbol(x), embeddings)
+    except Exception as error:  # of any kind, as it is met by a tensor without numbers
+        if isinstance(error, Problem):
+            raise
+        raise Problem(f"sample_fast: the network does what cannot be followed ({error}); sample "
+                      "with fast=False") from error
     if not isinstance(output, Symbol) or output.node.spacing > 1 or output.node is x:
         raise Problem("sample_fast: the network's output is x, or smaller, or does not depend on x")
     needed = {output.node}  # leaving out what nobody reads, as B and C above
@@ -3519,7 +3535,8 @@ def existing_run(out, fields):
         flag, old = f"--{name.replace('_', '-')}", getattr(config, name)
         may_move = name == "data_dir" or (name == "data" and kind_of(old) == kind_of(new))
         if old != new and not may_move:
-            raise Problem(f"{flag}: {out} was begun with {old}, not {new}; leave this flag out to "
+            was, now = as_typed(name, old), as_typed(name, new)
+            raise Problem(f"{flag}: {out} was begun with {was}, not {now}; leave this flag out to "
                           "go on, or take another folder")
         if may_move:
             setattr(config, name, new)
@@ -3529,6 +3546,13 @@ def existing_run(out, fields):
                       f"{describe(data)}{what_changed(out, data)}; --start takes its weights over "
                       "to another folder")
     return config, data.holding_out(config.hold_out)
+
+
+def as_typed(name, value):
+    """A field of the Config as its flag has it: 16x32 is a size, 0.5,2 are minutes."""
+    if isinstance(value, tuple):
+        return ("x" if name == "size" else ",").join(f"{number:g}" for number in value)
+    return value
 
 
 def kind_of(data):

@@ -829,6 +829,20 @@ def test_networks_equal_the_plain_implementation(name):
         assert not torch.allclose(ours, expected.roll(1, 0), atol=1e-3)  # control
 
 
+@pytest.mark.parametrize("name, changes", [
+    ("pixelcnn", dict(layout=((0, 1), (1, 1)))), ("pixelcnn", dict(layout=((1, 1), (0, 1)))),
+    ("pixelcnn", dict(layout=((0, 1), (2, 1), (0, 1)))), ("grayscale", dict(layout_cond=())),
+    ("pyramid", dict(layout_light=((0, 1), (1, 1)))), ("pyramid", dict(layout_embed=((0, 1),))),
+    ("pyramid", dict(layout_embed=((1, 1), (0, 1), (1, 1))))])
+def test_a_layout_that_leads_elsewhere_is_refused(name, changes):
+    """When the model is built, and by name; one that leads back is not."""
+    [layout] = changes.values()
+    with pytest.raises(Problem, match=re.escape(f"layout {layout}: expected stages")):
+        small(name, (16, 16), **changes)
+    small(name, (16, 16), **{field: ((0, 1), (1, 1), (0, 1)) for field in changes
+                            if field != "layout_embed"})
+
+
 def test_skips_are_from_the_last_stage_before_at_the_resolution():
     """Each of its blocks once, the last one first; more blocks than it has get none."""
     layout = ((0, 2), (1, 2), (0, 3), (1, 1), (0, 2))
@@ -1824,6 +1838,19 @@ def test_networks_that_make_no_image_are_refused_when_they_are_planned(change):
         change(net)
         with pytest.raises(Problem, match="sample_fast"):
             Plan(net.double(), 2, 1, (6, 14))
+
+
+def test_what_tracing_cannot_follow_is_refused():
+    """As a scripted function, which does not look for a stand-in."""
+    def unseen(h):
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.relu(h)
+
+    for function, followed in ((torch.relu, True), (unseen, False)):  # the first: a control
+        net = Around(lambda net, h, x: function(h), (6, 14)).double()
+        told = pytest.raises(Problem, match="cannot be followed .*fast=False")
+        with torch.no_grad(), contextlib.nullcontext() if followed else told:
+            Plan(net, 2, 1, (6, 14))
 
 
 def test_channels_are_compared_when_a_convolution_is_noted():
@@ -3970,10 +3997,11 @@ BAD = [
     ("train --out good --factor 1", "--out: good holds a run"),
     ("train --out good --factor 0", "--out: good holds a run"),
     ("train --out begun --factor 1 --lr 3", "--lr: begun was begun with 0.01, not 3.0"),
-    ("train --resume --out good --steps 9", "--steps: good was begun with (6,), not (9,)"),
+    ("train --resume --out good --steps 9", "--steps: good was begun with 6, not 9"),
+    ("train --resume --out good --size 16x32", "--size: good was begun with 16x16, not 16x32"),
     ("train --resume --out good --model grayscale", "--model: good was begun with pyramid"),
     ("train --resume --out good --precision bfloat16", "--precision: good was begun with auto"),
-    ("train --resume --out good --minutes 3", "--minutes: good was begun with"),
+    ("train --resume --out good --minutes 3", "--minutes: good was begun with 0, not 3"),
     ("train --resume --out good --batch-size 3", "--batch-size: good was begun with 2, not 3"),
     ("train --resume --out good --data small.npy", "--data: good was begun with"),
     ("train --resume --out good --start good", "--start: good was begun with"),

@@ -7,8 +7,6 @@ The problem: a model that predicts an image pixel by pixel spends its capacity w
 and nearly all of them are texture. An image takes some three bits per sub-pixel (one channel of one
 pixel). Few of these bits are about the shape of things, which is all that a person sees: a model
 that ignores it loses next to nothing. So, the paper argues, it learns the cloth and not the coat.
-(But the images that are built in are so simple that a plain PixelCNN learns both in two minutes,
-see `python pixelaux.py claim`.)
 
 The idea: model the image X together with a simpler view of itself, X^ = psi(X), gray or smaller, by
 p(X, X^) = p(X^) p(X | X^). The view, which is poorer in texture, has a network of its own; and a
@@ -42,8 +40,8 @@ pyramid at 32x32, K = 2:
     factors[0]                          factors[1]                          factors[2]
     p(X_2)                              p(X_1 | X_2)                        p(X_0 | X_1)
 
-So a view's psi makes the view before it, and views[k] is X_{K-k}. (model.views is a list of View,
-which describe them; images are in lists of their own.)
+views[k] is X_{K-k}, and its psi, psi_{K-k}, makes the view before it. (model.views is a list of
+View, which describe them; images are in lists of their own.)
 
 A *level* is one of the values 0 .. levels - 1 of a sub-pixel. log_prob is in nats, of an image
 unless said otherwise; bits/dim are bits per sub-pixel of X. Where we deviate from the paper, or the
@@ -131,12 +129,12 @@ def feasible(values, weights, low, high, top):
     on the ones before i; weights: positive ints; low, high: int64 tensors. -> lists lo, hi.
 
     No interval is empty if (1) high >= 0, (2) low <= rest + w top, (3) high - low + 1 >= each
-    weight (low .. high has 4 numbers for Half, 4096 for Gray):
+    weight (low .. high has 4 numbers for Half, 4096 for Gray). For, `rest` not counting v itself,
 
         low <= rest    v = 0 will do
-        low > rest     the least v with w v >= low - rest will do. It exceeds that by at most w - 1:
-                       so, by (3), w v <= low - rest + w - 1 <= high - rest <= high. And w top is
-                       itself a multiple of w that is >= low - rest, by (2): so v <= top
+        low > rest     the least v with w v >= low - rest will do: this w v exceeds low - rest by at
+                       most w - 1, so, by (3), it is <= low - rest + w - 1 <= high - rest <= high;
+                       and w top is a multiple of w that is >= low - rest, by (2), so v <= top
 
     At the start (1) and (2) say that some values have this view. After any v of the interval all
     three hold for the next one: w v <= high is (1); w v >= low - rest is (2), as `rest` is what
@@ -336,7 +334,8 @@ class LogisticMixture:
         # PixelCNN++'s clamp: at -7 half a bin is e^7 / 255 = 4.3 scales, and one level holds 97% of
         # a component centred on it. 7 is ours, so that exp stays finite.
         self.log_scales = by_channel[:, :, k : 2 * k].clamp(-7.0, 7.0) + shift
-        self.coeffs = by_channel[:, :, 2 * k :].tanh()  # dim 1: R in G, R in B, G in B
+        # In dim 1 R in G, R in B, G in B; within -1 .. 1, as PixelCNN++'s.
+        self.coeffs = by_channel[:, :, 2 * k :].tanh()
 
     @staticmethod
     def set_bias(bias):
@@ -432,11 +431,14 @@ class LogisticMixture:
         M; then a value from it, within the interval; then its weight so far is multiplied by the
         mass of that value, m.
 
-        Why a component for each channel? Without intervals one for all is right: given r it is k in
-        proportion to w_k m_k(r), which are the weights of p(g | r). With intervals these are w_k
-        m_k(r) M_k(g's interval | r), so k is drawn anew; nobody sees k, and each of p'(r), p'(g |
-        r), p'(b | r, g) is as in log_prob. ("map" takes red's for all three nevertheless, so that a
-        pixel's channels belong together.)
+        Why a component for each channel? For green it is
+
+            p'(g | r) = sum_k w_k m_k(r) M_k(g's interval | r) / total    times    m_k(g | r) / M_k
+
+        where the first factor is what k is drawn by, and the second what g is drawn by. For red, k
+        was drawn by another one. (Without intervals M_k is 1, and red's k has w_k m_k(r), once r is
+        known: one k for all channels will do. "map" takes red's for all three nevertheless, so that
+        a pixel's channels belong together.)
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -604,7 +606,7 @@ class Conv(nn.Module):
     def weight(self):
         """g v / |v|, the norm over all but the output channels: (C_out, C_in, rows, columns)."""
         weight = self.v * (self.g / self.v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-        # (What `up` stores is turned by 180 degrees, as old files have it. Nothing else is meant.)
+        # (`up` stores v turned by 180 degrees, as old files have it: a matter of storage alone.)
         return weight.flip(2, 3) if self.up else weight
 
     def forward(self, x):
@@ -697,8 +699,8 @@ def data_dependent_init(network, *inputs):
 #                                                   with skips
 #     and makes                     embeddings[2]   embeddings[1]   embeddings[0]
 #
-# (The first stage makes none, as the third one is the last at its resolution, and has skips from
-# it.)
+# (embeddings[1] is taken after the third stage, not after the first: it has seen more, and has the
+# first one's outputs by skips.)
 #
 # The pyramid at 32x32 (N images, F filters, K mixture components):
 #
@@ -780,9 +782,9 @@ class Block(nn.Module):
         |                           side inputs                                             |
         +-----------------------------------------------------------------------------------+
 
-    Side inputs, each by a concat_elu and a conv_aux (the name is PixelCNN++'s, and has nothing to
-    do with auxiliary variables), in this order: v, in the blocks of h; a skip, where there is one;
-    the embedding of X^.
+    Side inputs, each by a conv_aux (the name is PixelCNN++'s, and has nothing to do with auxiliary
+    variables), in this order: v, in the blocks of h; a skip, where there is one; the embedding of
+    X^. (Who calls a block passes concat_elu of these.)
     """
 
     def __init__(self, filters, nr_aux, reach, dropout):
@@ -805,12 +807,12 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """The modules of stage i of a layout, which CausalNet and EmbeddingNet run.
 
-    reaches, nr_besides: for each stream its kernel, and how many side inputs it has besides skips.
+    reaches, nr_aux_without_skips: for each stream its kernel, and the number of its side inputs.
     enter: if the resolution changes, a convolution for each stream. blocks: lists of a Block for
     each stream.
     """
 
-    def __init__(self, layout, i, filters, dropout, reaches, nr_besides):
+    def __init__(self, layout, i, filters, dropout, reaches, nr_aux_without_skips):
         super().__init__()
         self.halved, nr_blocks = layout[i]
         halved_before = layout[i - 1][0] if i > 0 else self.halved
@@ -821,7 +823,7 @@ class Stage(nn.Module):
         for j in range(nr_blocks):
             streams = nn.ModuleList()
             nr_skips = 0 if skip_source(layout, i, j) is None else 1
-            for reach, nr in zip(reaches, nr_besides):
+            for reach, nr in zip(reaches, nr_aux_without_skips):
                 streams.append(Block(filters, nr + nr_skips, reach, dropout))
             self.blocks.append(streams)
 
@@ -860,9 +862,9 @@ class CausalNet(nn.Module):
         self.h_left = Conv(c_in, filters, rows=(-1, 0), columns=(-1, -1), outermost=True)
         reaches = (VERTICAL if look_right else VERTICAL_LEFT, HORIZONTAL)
         # Not counting skips: v's blocks read the embedding, h's also v.
-        nr_besides = (int(conditional), 1 + int(conditional))
+        without_skips = (int(conditional), 1 + int(conditional))
         self.stages = nn.ModuleList(
-            Stage(layout, i, filters, dropout, reaches, nr_besides) for i in range(len(layout)))
+            Stage(layout, i, filters, dropout, reaches, without_skips) for i in range(len(layout)))
         # Its outputs begin near the bias, which the head sets (set_bias).
         self.last = Conv(filters, c_out, **POINT, gain=0.03, outermost=True)
 
@@ -965,8 +967,8 @@ def is_light(config, view):
     """Whether a view has a light network, as all of a pyramid have: see the table in Factor."""
     if view.psi is not None:
         return view.psi.cell > 1  # it is given a smaller view
-    # The coarsest is part of a pyramid if the model's last psi is. (Also if it is the only view, as
-    # of a pyramid at 8x8.)
+    # The coarsest is part of a pyramid if the model's last psi makes smaller images. (Also if it is
+    # the only view, as of a pyramid at 8x8.)
     kinds = MODELS[config.model]
     return len(kinds) > 0 and kinds[-1].cell > 1
 
@@ -1393,7 +1395,8 @@ def build(name, size, preset="tiny", seed=0, **overrides):
 #
 # An image's digest, a hash of its bytes, decides whether it is for training or for the test (but
 # CIFAR-10 has a test set). The fingerprint of a data set, a hash of all its digests, is put into
-# Config.data_set by `describe`: by it --resume knows the data again.
+# Config.data_set by `describe`: by it --resume knows the data again. (Who reads for the method
+# needs Shapes, Dataset.batch and load_data.)
 
 
 class Shapes:
@@ -2516,8 +2519,8 @@ def save_samples(model, views, path, given=0):
 #
 # **Running ahead.** Call a value inside the network, at all positions, a *node*; a node that uses
 # another one is its *reader*, the other one the *source*. At each position a node is computed some
-# steps before the pixel there is drawn. Their number, the same everywhere, is how far it is
-# *ahead*:
+# steps before the pixel there is drawn. The number of these steps, the same everywhere, is how
+# far it is *ahead*:
 #
 #     pixel (r, c) is drawn in            step lag r + c
 #     a node, at (r, c), is computed in   step lag r + c - ahead
@@ -2562,8 +2565,8 @@ def save_samples(model, views, path, given=0):
 # (If all nodes were one step further ahead, v_first would ask for lag >= 9, and h_left for what no
 # lag gives, -1 >= 1 - 1.)
 #
-# (The 6 does not depend on the lag here. In other networks it may, so smallest_lag tries one lag
-# after the other.)
+# (The 6 does not depend on the lag here, as no kernel ends in a row above but those that read x. In
+# other networks it may, so smallest_lag tries one lag after the other.)
 #
 # **How it is done.** Any network will do that consists of Convs, which may not read rows below, and
 # of functions of values at one position. `traced`, in Tracing, makes a list of Nodes of it; Plan
@@ -2607,8 +2610,8 @@ def save_samples(model, views, path, given=0):
 #     15  last of 14                      0     (the pixel)       -
 #         x                              -1     (drawn last)      1 and 2
 #
-# Step 25, for example, draws pixel (5, 5), as 4 * 5 + 5 = 25, and (4, 9), (3, 13) and (6, 1). In
-# terms of what follows, if the image is 16 wide:
+# Step 25, for example, draws (3, 13), (4, 9), (5, 5), as 4 * 5 + 5 = 25, and (6, 1). In terms of
+# what follows, if the image is 16 wide:
 #
 #     v_first, group of 2 ahead     places (3, 15), (4, 11), (5, 7), (6, 3): its 4 values there are
 #                                   v_first.latest, and are copied into v_first.buffer
@@ -2737,6 +2740,8 @@ class Node:
             position 0 = (0, 3)   reads 6 7 8 9
             position 1 = (1, 0)   reads 10 11 12 13
             start 6;  next_place = 1 * 10 - 3 * 2 = 4;  next_column = 2
+
+        (Margins shift the start, and make rows longer; nothing else.)
         """
         read = read or Read(self)  # of one value, at the position itself
         next_image, next_row, next_column, _ = self.buffer.stride()
@@ -2778,7 +2783,7 @@ class Plan:
     def smallest_lag(self, least_lag):
         """None if it would be the width or more: then no two pixels are drawn in one step."""
         for lag in range(least_lag, self.size[1]):
-            if self.needed_ahead(lag)[self.x] <= -1:  # x has that, and no more
+            if self.needed_ahead(lag)[self.x] <= -1:  # x is that far ahead, see above
                 return lag
         return None
 
@@ -2855,8 +2860,7 @@ class Plan:
         total = node.bias
         for read in node.reads:
             value = self.value(read, places)
-            # add: total + value, or, with a weight, total + value @ weight.T. (There is no bias
-            # in the rest of a split sum, see Raster order.)
+            # add: total + value, or, with a weight, total + value @ weight.T.
             total = value if total is None else read.add(total, value)
         return total
 
@@ -2938,6 +2942,7 @@ def intervals_at(psi, x, x_hat, rows, columns):
     inside = torch.arange(psi.cell, device=x.device)
     all_rows = (rows - cell_row)[:, None, None] + inside[:, None]  # (P, cell, 1)
     all_columns = (columns - cell_column)[:, None, None] + inside  # (P, 1, cell)
+    # Indices (P, cell, 1) and (P, 1, cell) make (P, cell, cell) of them.
     cells = x[:, :, all_rows, all_columns]  # a copy, (n, C, P, cell, cell)
     cells = cells.transpose(1, 2).flatten(0, 1)  # (n P, C, cell, cell)
     # Cells are in the order image 0's P, image 1's P, .., and so are their pixels of x_hat.
@@ -2996,12 +3001,13 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     ahead        step                when
 #     infinity     (row, -infinity)    what is by rows: a row at once, before its pixels
 #     0            (row, column)       all else in CausalNet: pixel by pixel
-#     -infinity    (row, infinity)     what no pixel of its own row asks for (in other networks than
-#                                      CausalNet: a value that only the next row reads): a row at
-#                                      once, after its pixels
+#     -infinity    (row, infinity)     what nobody asks for in its own row, but the next row (in
+#                                      other networks than CausalNet): a row at once, after its
+#                                      pixels
 #
 # As one row is done after the other, what is read in its own row alone needs memory for one row:
-# the next one takes its place (one_row_will_do).
+# the next one takes its place (one_row_will_do). What is not computed yet is then no longer 0, but
+# of the row before; nobody reads it.
 
 
 BY_ROWS = math.inf
@@ -3058,7 +3064,7 @@ def split_sum(node, is_output):
     if not product_is_early:  # as concat_elu and gate of h: as it is
         return [node]
     part = dataclasses.replace(node, reads=early, by_rows=True)  # as h's convolutions: split
-    node.reads, node.bias = [Read(part), *late], None
+    node.reads, node.bias = [Read(part), *late], None  # the part has the bias
     return [part, node]
 
 
@@ -3116,7 +3122,8 @@ def raster_steps(size, spacing, ahead):
 # 176; images that are no wider are sampled in raster order.)
 #
 # (In raster order what is read by `up` keeps all its rows in memory, even if it is read in its own
-# row alone: in odd rows its reader must find the zeros between, not the values of the row before.)
+# row alone: in odd rows its reader must find zeros. If all rows were one, it would find the values
+# of the even row before.)
 
 
 def convolution(conv, x, size):
@@ -3244,13 +3251,13 @@ class Recorder:
         return self.symbol(convolution(conv, symbol.node, self.size))
 
     def record(self, function, args, kwargs=None):
-        """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node.
+        """Note a call of a function, with Symbols among its arguments -> the Symbol of its Node. Of
+        F.elu(h) args is (h,), kwargs dict(alpha=1.0, inplace=False), as torch hands them on.
 
         concat_elu(x)       Nodes alone: `call`
         hidden + conv(a)    Nodes alone, an addition with a convolution: sum_of
         hidden + known      symbols_to_nodes makes a Node of the known tensor; then the same
-        F.elu(h)            other arguments, too, as torch hands on elu(h, alpha=1.0,
-                            inplace=False): nodes_to_values hides them, then `call`
+        F.elu(h)            other arguments, too: nodes_to_values hides them, then `call`
         """
         kwargs = kwargs or {}
         # In evaluation dropout returns what it is given. (torch hands on all of its options by
@@ -3488,6 +3495,14 @@ def product(weight, positions):
 #     A trains            finds that 10 minutes are 1,200 steps of factor 0, and writes that, too
 #     B begins            finds a run: are its settings B's? But for A's 1,200 steps, which it takes
 #                         over, they are; and there is no factor-1.pt
+#
+# So there are two comparisons:
+#
+#     existing_run    of the flags with a run that is there. What no flag says is the run's; what
+#                     one says must be as in the run, but for where the data lie
+#     agree           of all settings with those of a run that was begun since we looked: as both
+#                     are new runs, all must be the same, but for where the data lie and the steps
+#                     that minutes have become
 #
 # A flag of the Config that is not given is None in args: the preset or the run decides.
 
@@ -3739,9 +3754,8 @@ def plan_in_turn(args, out):
 
 
 def agree(out, config, factors, resume):
-    """Check our config against one that another command has written into this folder since plan_run
-    has looked. They must be the same, but for steps that minutes have become, and for where the
-    data lie; and our factors must not be there, unless we resume. Raises Problem."""
+    """Compare our config with the one that is in the folder by now, see above; and our factors must
+    not be there, unless we resume. Raises Problem."""
     if (out / "config.json").exists():
         there = read_config(out)
         if any(config.minutes):

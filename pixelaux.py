@@ -136,9 +136,10 @@ def feasible(values, weights, low, high, top):
                        most w - 1, so, by (3), it is <= low - rest + w - 1 <= high - rest <= high;
                        and w top is a multiple of w that is >= low - rest, by (2), so v <= top
 
-    At the start (1) and (2) say that some values have this view. After any v of the interval all
-    three hold for the next one: w v <= high is (1); w v >= low - rest is (2), as `rest` is what
-    the next one's rest + w top will be; and high - low does not change.
+    At the start (1) and (2) hold, as some values have this view: the sum they make is in low ..
+    high, and in 0 .. rest + w top. After any v of the interval all three hold for the next one: w v
+    <= high is (1); w v >= low - rest is (2), as `rest` is what the next one's rest + w top will be;
+    and high - low does not change.
     """
     lo, hi = [], []
     rest = top * sum(weights)
@@ -559,8 +560,8 @@ class Categorical:
 
 class Conv(nn.Module):
     """Weight-normalised convolution that reads `rows` and `columns` around its output, inclusive.
-    (Direction and length of the weights are trained apart, so that the scale of the outputs is the
-    length's alone. A first pass sets it, see data_dependent_init.)
+    (Direction and length of the weights are trained apart. A first pass sets the lengths, so
+    that the outputs of all layers begin at one scale: data_dependent_init.)
 
         stride 1 or 2    out(p) = b + sum over d of w_d in(stride p + d)
         up               the same with stride 1, of `in` with zeros between its values, a 0 b 0 c 0:
@@ -835,12 +836,14 @@ def multiple_of(layout):
 
 
 def check_layout(layout, doublings=0):
-    """Raises Problem if it does not double the resolution so often from begin to end."""
+    """Raises Problem if it does not lead to x's resolution, from `doublings` times less."""
     halved = [halved for halved, _ in layout]
     apart = [abs(b - a) for a, b in itertools.pairwise(halved)]
-    if not halved or halved[0] - halved[-1] != doublings or max(apart, default=0) > 1:
-        raise Problem(f"layout {layout}: expected stages (times halved, blocks), neighbours 0 or 1 "
-                      f"apart, the last one halved {doublings} times less than the first")
+    # The second: f_w's of older runs count from X^.
+    ends = ([doublings, 0], [0, -doublings])
+    if halved[:1] + halved[-1:] not in ends or max(apart, default=0) > 1:
+        raise Problem(f"layout {layout}: expected stages (times halved, blocks), the first one "
+                      f"{doublings} times halved, the last one 0, neighbours 0 or 1 apart")
 
 
 class CausalNet(nn.Module):
@@ -1000,6 +1003,10 @@ class Factor(nn.Module):
         self.multiple = multiple_of(layout)  # height and width of x must be multiples of it
         if psi is not None:
             check_layout(layout_embed, doublings=int(math.log2(psi.cell)))  # of Half 1
+            made = {halved - layout_embed[-1][0] for halved, _ in layout_embed}
+            if not made.issuperset(halved for halved, _ in layout):
+                raise Problem(f"layout {layout}: expected resolutions that f_w's, {layout_embed}, "
+                              "has an embedding for")
             self.embed = EmbeddingNet(psi.channels_out + 1, layout_embed, filters, dropout)
             self.multiple = max(self.multiple, multiple_of(layout_embed))
 
@@ -2589,7 +2596,7 @@ def save_samples(model, views, path, given=0):
 #
 # For example 3 is asked for by 4, which is 1 ahead and reads 1 to its right: so it is 1 + 1 ahead;
 # and 4 cannot take its `latest`, which is of another position. 1 is read twice: by 3 in the same
-# step, and by 7 two steps later.
+# step, and by 7 two steps later. (2 is, too, by 9 and 13 in the same step.)
 #
 #         node                          ahead    asked for by     buffer for
 #      1  v_first(x)                      2       3     2 + 0     7, which is 0 ahead
@@ -2802,7 +2809,8 @@ class Plan:
         A read is `at_hand`, of source.latest, if source and reader are of one group, so that the
         source has just been computed for the same positions, and if only the own position is read.
         All others are of source.buffer. Its margins are zeros, as what kernels read beyond the
-        image is 0. (What is not computed yet is 0 there, too; by lag and `ahead` nobody reads it.)
+        image is 0.
+        (What is not computed yet is mostly 0, too; by lag and `ahead` nobody reads it.)
         """
         buffered = collections.defaultdict(list)  # source -> the reads of its buffer
         for node in self.nodes:
@@ -3078,7 +3086,8 @@ def rows_of(read, first, end):
 def one_row_will_do(source, reads):
     """Is all that they read of source in their own row? (And not by `up`: see the end of Half the
     resolution.)"""
-    return all(read.top == 0 and read.apart >= source.spacing for read in reads)
+    up = any(read.weight is not None and read.apart < source.spacing for read in reads)
+    return not up and all(read.top == 0 for read in reads)
 
 
 def raster_steps(size, spacing, ahead):
@@ -3174,7 +3183,8 @@ def convolution(conv, x, size):
 # A sum takes in its convolutions, so that it is one running total in place of two results and an
 # addition. In the end nobody reads B and C, and they are dropped. (If another one read B, B would
 # stay, and its product be made twice; CausalNet has no such case.) Without its mark concat_elu
-# would be three nodes, -x, cat and elu, and new ones for each of its readers.
+# would be refused, as its elu works in place; and without that it would be three nodes, -x, cat and
+# elu.
 #
 # What does not depend on x, as f_w(X^) and conv_aux of it, is no Symbol: it is really computed,
 # once for the whole image. Where such a tensor is added to a Symbol, a Node is made of it that is
@@ -3191,11 +3201,12 @@ def traced(net, x, n, size, embeddings):
     recorder = Recorder(n, size, next(net.parameters()))
     try:
         output = net(recorder.symbol(x), embeddings)
-    except Exception as error:  # of any kind, as it is met by a tensor without numbers
-        if isinstance(error, Problem):
-            raise
-        raise Problem(f"sample_fast: the network does what cannot be followed ({error}); sample "
-                      "with fast=False") from error
+    except (Problem, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: mostly as it is met by a tensor without numbers
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Problem(f"sample_fast cannot follow the network ({reason}); if it runs by itself, "
+                      "sample with fast=False") from error
     if not isinstance(output, Symbol) or output.node.spacing > 1 or output.node is x:
         raise Problem("sample_fast: the network's output is x, or smaller, or does not depend on x")
     needed = {output.node}  # leaving out what nobody reads, as B and C above
@@ -3564,9 +3575,10 @@ def existing_run(out, fields):
 
 
 def as_typed(name, value):
-    """A field of the Config as its flag has it: 16x32 is a size, 0.5,2 are minutes."""
+    """A field of the Config, tuples as flags have them: 16x32 is a size, 0.5,2 are minutes."""
     if isinstance(value, tuple):
-        return ("x" if name == "size" else ",").join(f"{number:g}" for number in value)
+        mark = "x" if name == "size" else ","
+        return mark.join(str(number).removesuffix(".0") for number in value)
     return value
 
 

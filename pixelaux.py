@@ -436,10 +436,10 @@ class LogisticMixture:
 
             p'(g | r) = sum_k w_k m_k(r) M_k(g's interval | r) / total    times    m_k(g | r) / M_k
 
-        where the first factor is what k is drawn by, and the second what g is drawn by. For red, k
-        was drawn by another one. (Without intervals M_k is 1, and red's k has w_k m_k(r), once r is
-        known: one k for all channels will do. "map" takes red's for all three nevertheless, so that
-        a pixel's channels belong together.)
+        where the first factor is what k is drawn by, and the second what g is drawn by. Red's k was
+        drawn by w_k M_k(red's interval), and has w_k m_k(r) once r is known: M_k(g's interval | r)
+        is missing. (Without intervals that is 1, and one k for all channels will do. "map" takes
+        red's for all three nevertheless, so that a pixel's channels belong together.)
         """
         x, log_joint = [], self.logit_probs.log_softmax(1)  # as in log_prob
         for c in range(3):
@@ -839,9 +839,7 @@ def check_layout(layout, doublings=0):
     """Raises Problem if it does not lead to x's resolution, from `doublings` times less."""
     halved = [halved for halved, _ in layout]
     apart = [abs(b - a) for a, b in itertools.pairwise(halved)]
-    # The second: f_w's of older runs count from X^.
-    ends = ([doublings, 0], [0, -doublings])
-    if halved[:1] + halved[-1:] not in ends or max(apart, default=0) > 1:
+    if halved[:1] + halved[-1:] != [doublings, 0] or max(apart, default=0) > 1:
         raise Problem(f"layout {layout}: expected stages (times halved, blocks), the first one "
                       f"{doublings} times halved, the last one 0, neighbours 0 or 1 apart")
 
@@ -967,7 +965,8 @@ def make_views(config):
 
 
 def is_light(config, view):
-    """Whether a view has a light network, as all of a pyramid have: see the table in Factor."""
+    """Whether a view has a light network, as all of a pyramid have: see the table in Factor. (Of
+    pixelcnn and grayscale none, of pyramid all, of grayscale-pyramid all but X given gray.)"""
     if view.psi is not None:
         return view.psi.cell > 1  # it is given a smaller view
     # The coarsest is part of a pyramid if the model's last psi makes smaller images. (Also if it is
@@ -1003,7 +1002,7 @@ class Factor(nn.Module):
         self.multiple = multiple_of(layout)  # height and width of x must be multiples of it
         if psi is not None:
             check_layout(layout_embed, doublings=int(math.log2(psi.cell)))  # of Half 1
-            made = {halved - layout_embed[-1][0] for halved, _ in layout_embed}
+            made = {halved for halved, _ in layout_embed}
             if not made.issuperset(halved for halved, _ in layout):
                 raise Problem(f"layout {layout}: expected resolutions that f_w's, {layout_embed}, "
                               "has an embedding for")
@@ -1365,6 +1364,9 @@ def make_config(preset="tiny", **fields):
     for name in fields:
         check_one_of("option", name, Config.__annotations__)
     fields = {"preset": preset, **PRESETS[preset], **fields}
+    embed = fields.get("layout_embed")
+    if embed and embed[-1][0] < 0:  # older runs count from X^
+        fields["layout_embed"] = [(halved - embed[-1][0], blocks) for halved, blocks in embed]
     return Config(**{name: as_tuple(value) for name, value in fields.items()})
 
 
@@ -1548,8 +1550,10 @@ class Shapes:
 
 
 def nearest(x, values):
-    """Number of the value, (values, 3), that each pixel of x, (N, H, W, 3), is nearest to."""
-    return np.stack([abs(x - value).max(3) for value in values]).argmin(0)  # in the worst channel
+    """Number of the value, (values, 3), that each pixel of x, (N, H, W, 3), is nearest to, in its
+    worst channel. (The right one of true images: noise is at most 40 in each channel, and any other
+    value is 82 - 40 = 42 off, or more, in one.)"""
+    return np.stack([abs(x - value).max(3) for value in values]).argmin(0)
 
 
 def log_pmf_of(noise, pmf):
@@ -2293,7 +2297,7 @@ def train_factor(model, k, data, out, stop=never, compile=False, save_every=120,
         if (quarter or stopping or time.monotonic() > save_at) and rank() == 0:
             write_checkpoint(path, config, **training.state(k, step, seconds))
             save_at = time.monotonic() + save_every
-        if stopping and step < steps:  # (if not, the next factor stops, or `train` does)
+        if stopping and step < steps:  # (if not, what comes next stops, or show_samples)
             log.bar.close()
             raise KeyboardInterrupt(f"stopped at step {step}; --resume goes on from {path}")
         if quarter and step < steps and show and rank() == 0:
@@ -2509,9 +2513,9 @@ def save_samples(model, views, path, given=0):
 # convolutions (the first, and 2 in each of 3 blocks) looks one column to the right, the first of
 # them in the row above: so nothing further to the right than column c + 7, in row r - 1 and in the
 # rows above that. (h does not look to the right, but for h_above, by one.) Let each row be a number
-# of steps, the *lag*, behind the row above: pixel (r, c) is drawn in step lag r + c, together with
-# (r - 1, c + lag). Before it (r - 1, c + 7) must be drawn: lag (r - 1) + c + 7 < lag r + c, so the
-# lag is 8 or more. The step of each pixel at lag 8, step 8 in brackets:
+# of steps, the *lag*, behind the row above: pixel (r, c) is drawn in step lag * r + c, together
+# with (r - 1, c + lag). Before it (r - 1, c + 7) must be drawn: lag * (r - 1) + c + 7 < lag * r +
+# c, so the lag is 8 or more. The step of each pixel at lag 8, step 8 in brackets:
 #
 #     row 0    0   1   2   3   4   5   6   7  (8)  9  10
 #     row 1   (8)  9  10  11  12  13  14  15  16  17  18
@@ -2529,8 +2533,8 @@ def save_samples(model, views, path, given=0):
 # steps before the pixel there is drawn. The number of these steps, the same everywhere, is how
 # far it is *ahead*:
 #
-#     pixel (r, c) is drawn in            step lag r + c
-#     a node, at (r, c), is computed in   step lag r + c - ahead
+#     pixel (r, c) is drawn in            step lag * r + c
+#     a node, at (r, c), is computed in   step lag * r + c - ahead
 #
 # v's last convolution is 0 ahead. It reads its source one column to the right, where the pixel is
 # drawn a step later: so the source must be 1 ahead, to be there in time; the source of the
@@ -2550,21 +2554,20 @@ def save_samples(model, views, path, given=0):
 # own. (It may be the same one: within a step sources are computed before their readers. Not so x,
 # which is drawn last: see below.)
 #
-#     lag (r + dy) + c + dx - ahead of the source <= lag r + c - ahead of the reader
-#     ahead of the source >= ahead of the reader + lag dy + dx
+#     lag * (r + dy) + c + dx - ahead of the source <= lag * r + c - ahead of the reader
+#     ahead of the source >= ahead of the reader + lag * dy + dx
 #
 # The conv_out of block 3, for example, is 0 ahead, and reads columns c - 1 .. c + 1 of two rows, r
 # and the one above. (r, c + 1) asks for 0 + 8 * 0 + 1 = 1, (r - 1, c + 1) for 0 - 8 + 1 = -7, which
 # is less: the lower right corner of a kernel asks for the most. The output is 0 ahead. From there
-# back, each node gets the least that serves all its readers. (Each step more would be asked of its
-# sources, too, and in the end of x.)
+# back, each node gets the least that serves all its readers.
 #
-# What decides the lag? x. Pixel (r, c) is drawn at the end of step lag r + c, and can be read from
-# the next one on. So x counts as -1 ahead. A node can be given whatever its readers ask for, x
+# What decides the lag? x. Pixel (r, c) is drawn at the end of step lag * r + c, and can be read
+# from the next one on. So x counts as -1 ahead. A node can be given whatever its readers ask for, x
 # cannot. So the lag gives way: it is the smallest number for which no reader of x asks for more
 # than -1:
 #
-#     reader of x    lower right corner    its ahead    -1 >= its ahead + lag dy + dx
+#     reader of x    lower right corner    its ahead    -1 >= its ahead + lag * dy + dx
 #     v_first        (r - 1, c + 1)        6            -1 >= 6 - lag + 1      lag >= 8, as above
 #     h_above        (r - 1, c + 1)        0            -1 >= 0 - lag + 1      lag >= 2
 #     h_left         (r, c - 1)            0            -1 >= 0 - 1            any lag
@@ -2599,21 +2602,21 @@ def save_samples(model, views, path, given=0):
 # step, and by 7 two steps later. (2 is, too, by 9 and 13 in the same step.)
 #
 #         node                          ahead    asked for by     buffer for
-#      1  v_first(x)                      2       3     2 + 0     7, which is 0 ahead
-#      2  h_above(x) + h_left(x)          0       9     0 + 0     -
-#      3  concat_elu of 1                 2       4     1 + 1     4, at (r, c + 1), ..
-#      4  v's conv_in of 3                1       5     1 + 0     -
-#      5  concat_elu of 4                 1       6     0 + 1     6, at (r, c + 1), ..
-#      6  v's conv_out of 5               0       7     0 + 0     -
-#      7  v's gate of 1 and 6             0       8     0 + 0     -
-#      8  concat_elu of 7                 0      10     0 + 0     -
-#      9  concat_elu of 2                 0      10     0 + 0     10, at (r, c - 1), ..
+#      1  v_first(x)                      2       3: 2 + 0      7, which is 0 ahead
+#      2  h_above(x) + h_left(x)          0       9: 0 + 0      -
+#      3  concat_elu of 1                 2       4: 1 + 1      4, at (r, c + 1), ..
+#      4  v's conv_in of 3                1       5: 1 + 0      -
+#      5  concat_elu of 4                 1       6: 0 + 1      6, at (r, c + 1), ..
+#      6  v's conv_out of 5               0       7: 0 + 0      -
+#      7  v's gate of 1 and 6             0       8: 0 + 0      -
+#      8  concat_elu of 7                 0      10: 0 + 0      -
+#      9  concat_elu of 2                 0      10: 0 + 0      10, at (r, c - 1), ..
 #     10  h's conv_in of 9 +
-#         conv_aux of 8                   0      11     0 + 0     -
-#     11  concat_elu of 10                0      12     0 + 0     12, at (r, c - 1), ..
-#     12  h's conv_out of 11              0      13     0 + 0     -
-#     13  h's gate of 2 and 12            0      14     0 + 0     -
-#     14  elu of 13                       0      15     0 + 0     -
+#         conv_aux of 8                   0      11: 0 + 0      -
+#     11  concat_elu of 10                0      12: 0 + 0      12, at (r, c - 1), ..
+#     12  h's conv_out of 11              0      13: 0 + 0      -
+#     13  h's gate of 2 and 12            0      14: 0 + 0      -
+#     14  elu of 13                       0      15: 0 + 0      -
 #     15  last of 14                      0     (the pixel)       -
 #         x                              -1     (drawn last)      1 and 2
 #
@@ -2712,7 +2715,7 @@ class Node:
     # Decided in Plan:
     ahead: float = 0  # in steps, of the pixel there: a whole number; in raster order also infinite
     by_rows: bool = False  # see Raster order
-    margin: tuple = (0, 0, 0, 0)  # of zeros in `buffer`: above, below, left, right
+    margin: tuple = (0, 0, 0)  # of zeros in `buffer`: rows above, columns left, columns right
     buffer: torch.Tensor | None = None  # (n, H, W, C) with margins, if it is needed
     latest: torch.Tensor | None = None  # (n * positions, C)
 
@@ -2752,7 +2755,7 @@ class Node:
         """
         read = read or Read(self)  # of one value, at the position itself
         next_image, next_row, next_column, _ = self.buffer.stride()
-        above, _, left, _ = self.margin  # row r of the image is row above + r of the buffer
+        above, left, _ = self.margin  # row r of the image is row above + r of the buffer
         start = (above + places.row + read.top) * next_row
         start += (left + places.column + read.left) * next_column
         next_place = places.row_step * next_row + places.column_step * next_column
@@ -2818,12 +2821,12 @@ class Plan:
                 source = read.source
                 same_group = source.computed and source.group == node.group
                 read.at_hand = same_group and read.own_position
-                # (What is known from the start has its buffer.)
+                # (What is known has its buffer. x is in no group, as it is drawn last.)
                 if not read.at_hand and not source.known:
                     buffered[source].append(read)
         for source, reads in buffered.items():
-            above, below, left, right = source.margin = margin_for(reads)
-            height, width = above + self.size[0] + below, left + self.size[1] + right
+            above, left, right = source.margin = margin_for(reads)
+            height, width = above + self.size[0], left + self.size[1] + right
             # (The row that serves for all: skip this until Half the resolution is read.)
             one_row = not self.lag and one_row_will_do(source, reads)
             rows = 1 if one_row else height
@@ -2868,7 +2871,8 @@ class Plan:
         total = node.bias
         for read in node.reads:
             value = self.value(read, places)
-            # add: total + value, or, with a weight, total + value @ weight.T.
+            # add: total + value, or, with a weight, total + value @ weight.T. (There is no bias
+            # after split_sum, and then the first read is the part, which has no weight.)
             total = value if total is None else read.add(total, value)
         return total
 
@@ -2881,12 +2885,11 @@ class Plan:
 
 
 def margin_for(reads):
-    """How far reads reach beyond the image: (rows above, rows below, columns left, right)."""
+    """How far reads reach beyond the image: (rows above, columns left, columns right)."""
     above = max(0, *(-read.top for read in reads))
-    below = max(0, *(read.bottom for read in reads))
     left = max(0, *(-read.left for read in reads))
     right = max(0, *(read.right for read in reads))
-    return above, below, left, right
+    return above, left, right
 
 
 @functools.lru_cache(16)
@@ -3009,13 +3012,13 @@ def intervals_at(psi, x, x_hat, rows, columns):
 #     ahead        step                when
 #     infinity     (row, -infinity)    what is by rows: a row at once, before its pixels
 #     0            (row, column)       all else in CausalNet: pixel by pixel
-#     -infinity    (row, infinity)     what nobody asks for in its own row, but the next row (in
-#                                      other networks than CausalNet): a row at once, after its
-#                                      pixels
+#     -infinity    (row, infinity)     what nobody asks for in its own row (in other networks: say,
+#                                      what reads x to its left, and is read by the next row
+#                                      alone): a row at once, after its pixels
 #
 # As one row is done after the other, what is read in its own row alone needs memory for one row:
-# the next one takes its place (one_row_will_do). What is not computed yet is then no longer 0, but
-# of the row before; nobody reads it.
+# the next one takes its place (one_row_will_do; all rows of the buffer are the same memory). What
+# is not computed yet is then no longer 0, but of the row before; nobody reads it.
 
 
 BY_ROWS = math.inf
@@ -3105,7 +3108,7 @@ def raster_steps(size, spacing, ahead):
 #
 # PixelCNN++ has values of half and of a quarter of the resolution. The sampler keeps these, too, in
 # images as large as x: in every second (fourth) row and column, `spacing` = 2 (4) pixels apart,
-# with zeros between. So each value has a position in pixels of x, and a step lag r + c - ahead;
+# with zeros between. So each value has a position in pixels of x, and a step lag * r + c - ahead;
 # and all that was said of waves and rows holds as it stands, with distances in pixels of x.
 #
 # Only what a kernel multiplies lies further apart, `apart` pixels of x:
@@ -3122,7 +3125,7 @@ def raster_steps(size, spacing, ahead):
 #          2        1     a 0 b 0 c 0               1        w_-1 0 + w_0 b  (0: between a and b)
 #
 # The last one doubles the resolution, `up`. As Conv has the same zeros between, it is an ordinary
-# convolution here.
+# convolution here. (Rows are alike: `out` in an odd row reads zeros by kernel row 0.)
 #
 # (A kernel that looks one column to its right at spacing 2 looks 2 pixels to the right. So in
 # six_stages(1) v looks 1 + 2 * (1 + 2 + 4 + 4 + 2 + 1) + (1 + 2) + (2 + 1) = 35 pixels to the
@@ -3469,8 +3472,9 @@ def product(weight, positions):
     packed = onednn._reorder_linear_weight(weight, None)
 
     def add_product(total, values):
-        if total.dim() == 1:  # the bias alone
+        if total.dim() == 1:  # the bias alone; "none", [], "": no activation, of no options
             return onednn._linear_pointwise(values, packed, total, "none", [], "")
+        # (None: without a bias.)
         return onednn._linear_pointwise.binary(values, total.contiguous(), packed, None, "add")
 
     return add_product
@@ -3480,8 +3484,8 @@ def product(weight, positions):
 #
 # `train`, the function, is what `python pixelaux.py train` does, in this order:
 #
-#     plan_run           what is to be trained, and on what: a new run or one that is there. It may
-#                        read data for minutes, and holds no lock
+#     plan_run           (by plan_in_turn, in all processes) what is to be trained, and on what: a
+#                        new run or one that is there. It may read data for minutes, without a lock
 #     lock factor-k      of each factor to train, until the end: nobody else trains it
 #     begin              under a lock on config, for a moment: look into the folder again (`agree`),
 #                        and write down what is trained

@@ -1186,7 +1186,7 @@ def test_a_window_is_what_a_read_tells(data):
     places = data.draw(st.sampled_from([
         pixelaux.Places(0, 6, 3, 1, -2), pixelaux.Places(2, 4, 2, 2, -4),
         pixelaux.Places(4, 0, 4, 0, 2), pixelaux.Places(5, 0, 1, 0, 0)]))
-    source = pixelaux.Node(1, channels, margin=(3, 4, 3, 4))
+    source = pixelaux.Node(1, channels, margin=(3, 3, 4))
     values = torch.randn(n, 6, 8, channels)
     source.buffer = F.pad(values, (0, 0, 3, 4, 3, 4))
     read = pixelaux.Read(source, None, top, left, nr_rows, nr_columns, apart)
@@ -2882,11 +2882,11 @@ def test_as_a_program_there_is_one_copy_of_the_module_for_the_tools(tmp_path):
 
 
 def test_runs_of_before_count_the_layout_of_f_w_from_its_own_input():
-    """Only differences of these numbers count: the same model, sizes and likelihoods."""
+    """It is counted anew when they are read: the same model, sizes and likelihoods."""
     recorded = HERE / "results" / "cifar10-pyramid"
     assert json.loads((recorded / "config.json").read_text())["layout_embed"][-1][0] == -1
     model, x = pixelaux.load(recorded), random_batch(1, (3, 32, 32))
-    assert model.config.layout_embed == ((0, 2), (-1, 1)) and model.size_multiple == 4
+    assert model.config.layout_embed == ((1, 2), (0, 1)) and model.size_multiple == 4
     now = build("pyramid", 32, "small", layout_embed=((1, 2), (0, 1)))
     now.load_state_dict(model.state_dict())
     assert now.size_multiple == 4

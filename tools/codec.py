@@ -139,7 +139,7 @@ def ideal_bits(model, x, tight=True):
 # Magic, mark of the model; the image's CRC, height and width; tight. Then come the words, of the
 # image as it is padded, and a CRC of all before it. Numbers are little-endian.
 HEADER = struct.Struct("<4s8sIII?")
-MAGIC = b"PXA5"  # changes with the order of sums: files need it as it was
+MAGIC = b"PXA6"  # changes with the order of sums: files need it as it was
 
 
 def mark_of(model):

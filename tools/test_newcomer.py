@@ -204,7 +204,7 @@ def test_a_file_of_the_earlier_format_is_told_from_a_foreign_one(model):
     file = codec.pack(model, torch.zeros(3, 16, 16, dtype=torch.uint8))
     older = b"PXA2" + file[4:-4]
     older += zlib.crc32(older).to_bytes(4, "little")
-    with pytest.raises(Problem, match="of format PXA2, expected PXA5"):
+    with pytest.raises(Problem, match="of format PXA2, expected PXA6"):
         codec.unpack(model, older)
     with pytest.raises(Problem, match="not a .pxa file"):
         codec.unpack(model, b"PNG" + file[3:])

@@ -839,9 +839,10 @@ def check_layout(layout, doublings=0):
     """Raises Problem if it does not lead to x's resolution, from `doublings` times less."""
     halved = [halved for halved, _ in layout]
     apart = [abs(b - a) for a, b in itertools.pairwise(halved)]
-    if halved[:1] + halved[-1:] != [doublings, 0] or max(apart, default=0) > 1:
+    if halved[:1] + halved[-1:] != [doublings, 0] or min(halved) < 0 or max(apart, default=0) > 1:
         raise Problem(f"layout {layout}: expected stages (times halved, blocks), the first one "
-                      f"{doublings} times halved, the last one 0, neighbours 0 or 1 apart")
+                      f"{doublings:g} times halved, the last one 0, neighbours 0 or 1 apart, none "
+                      "below 0")
 
 
 class CausalNet(nn.Module):
@@ -1001,7 +1002,7 @@ class Factor(nn.Module):
         check_layout(layout)
         self.multiple = multiple_of(layout)  # height and width of x must be multiples of it
         if psi is not None:
-            check_layout(layout_embed, doublings=int(math.log2(psi.cell)))  # of Half 1
+            check_layout(layout_embed, doublings=math.log2(psi.cell))  # of Half 1
             made = {halved for halved, _ in layout_embed}
             if not made.issuperset(halved for halved, _ in layout):
                 raise Problem(f"layout {layout}: expected resolutions that f_w's, {layout_embed}, "
@@ -1897,26 +1898,6 @@ def append_record(path, record):
         file.write(line)
 
 
-def read_records(path):
-    """What append_record has written, without lines that a kill has cut."""
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
-
-
-def read_metrics(out):
-    """The records of OUT/metrics.jsonl, in order. A run that was stopped and resumed has done some
-    steps again, those after its checkpoint: of records of the same step the last is valid."""
-    kept = {}  # factor -> records
-    for record in read_records(out / "metrics.jsonl"):
-        with contextlib.suppress(TypeError, KeyError):
-            before = kept.setdefault(record["factor"], [])
-            while before and before[-1]["step"] >= record["step"]:
-                before.pop()
-            before.append(record)
-    return sum((kept[k] for k in sorted(kept)), [])
-
-
 def counted(n, what):
     """As in "1 image", "2 images"."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"
@@ -2788,7 +2769,6 @@ class Plan:
         self.allocate(next(net.parameters()))
         choose_products(self)  # puts in each Read's `add`, see Products and threads
         self.work = work_of(self.nodes, n)  # for set_threads
-        self.nodes_of = {}  # groups that are due together -> their nodes
 
     def smallest_lag(self, least_lag):
         """None if it would be the width or more: then no two pixels are drawn in one step."""
@@ -2854,11 +2834,10 @@ class Plan:
     def run_step(self, due):
         """Compute what is due, {group: Places}."""
         set_threads(self, due)  # for speed alone
-        groups = tuple(due)
-        if groups not in self.nodes_of:
-            self.nodes_of[groups] = [node for node in self.nodes if node.group in due]
-        for node in self.nodes_of[groups]:
-            places = due[node.group]
+        for node in self.nodes:
+            places = due.get(node.group)
+            if places is None:
+                continue
             node.latest = self.compute(node, places)
             if node.buffer is not None:
                 window = node.window(places)
@@ -3202,14 +3181,7 @@ def traced(net, x, n, size, embeddings):
     """The Nodes of net(x, embeddings), x being a Node, for n images of size (H, W): in the order of
     computation, the output last. Raises Problem."""
     recorder = Recorder(n, size, next(net.parameters()))
-    try:
-        output = net(recorder.symbol(x), embeddings)
-    except (Problem, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of any kind: mostly as it is met by a tensor without numbers
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise Problem(f"sample_fast cannot follow the network ({reason}); if it runs by itself, "
-                      "sample with fast=False") from error
+    output = net(recorder.symbol(x), embeddings)
     if not isinstance(output, Symbol) or output.node.spacing > 1 or output.node is x:
         raise Problem("sample_fast: the network's output is x, or smaller, or does not depend on x")
     needed = {output.node}  # leaving out what nobody reads, as B and C above
@@ -3579,11 +3551,11 @@ def existing_run(out, fields):
 
 
 def as_typed(name, value):
-    """A field of the Config, tuples as flags have them: 16x32 is a size, 0.5,2 are minutes."""
-    if isinstance(value, tuple):
-        mark = "x" if name == "size" else ","
-        return mark.join(str(number).removesuffix(".0") for number in value)
-    return value
+    """A field of the Config as its flag has it: 16x32 is a size, 0.5,2 are minutes."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    values = value if isinstance(value, tuple) else (value,)
+    return ("x" if name == "size" else ",").join(str(one).removesuffix(".0") for one in values)
 
 
 def kind_of(data):

@@ -207,7 +207,7 @@ def unpack(model, file, show=None):
         x = torch.zeros(0)
     if crc_of(x) != crc:
         raise Problem("this machine rounds otherwise than the one that wrote it: "
-                      "the same kind of device and the same versions are needed")
+                      "the same kind of processor or GPU, and the same versions, are needed")
     return x
 
 

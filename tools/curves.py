@@ -1,14 +1,15 @@
 """Pictures of training. Command curves."""
 import contextlib
 import functools
+import json
 import os
 import sys
 
 import torch
 
 from pixelaux import (
-    Half, Parser, PixelAux, Problem, bits_per_dim, load_data, make_views, read_config, read_metrics,
-    to_array, to_tensor, write_atomically)
+    Half, Parser, PixelAux, Problem, bits_per_dim, load_data, make_views, read_config, to_array,
+    to_tensor, write_atomically)
 
 
 def main(argv):
@@ -20,6 +21,26 @@ def main(argv):
         names = PixelAux(read_config(args.run)).names
     save_curves(args.run, names)
     print(args.run / "curves.png")
+
+
+def read_records(path):
+    """What append_record has written, without lines that a kill has cut."""
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def read_metrics(out):
+    """The records of OUT/metrics.jsonl, in order. A run that was stopped and resumed has done some
+    steps again, those after its checkpoint: of records of the same step the last is valid."""
+    kept = {}  # factor -> records
+    for record in read_records(out / "metrics.jsonl"):
+        with contextlib.suppress(TypeError, KeyError):
+            before = kept.setdefault(record["factor"], [])
+            while before and before[-1]["step"] >= record["step"]:
+                before.pop()
+            before.append(record)
+    return sum((kept[k] for k in sorted(kept)), [])
 
 
 def save_curves(out, names):

@@ -9,8 +9,7 @@ import json
 import math
 
 from pixelaux import (
-    Parser, Problem, counted, make_views, of_factor, read_config, read_metrics, read_records, tool,
-    write_atomically)
+    Parser, Problem, counted, make_views, of_factor, read_config, tool, write_atomically)
 
 # bits/dim; 3.32 is the paper's bound for this model
 TARGETS = (4.5, 4.0, 3.7, 3.5, 3.4, 3.32, 3.2, 3.1, 3.0)
@@ -37,7 +36,7 @@ def totals(run):
         raise Problem(f"{run}: expected the output folder of train, with its metrics.jsonl")
     config = read_config(run)
     measured = [[] for _ in make_views(config)]  # of each factor, its records
-    for record in read_metrics(run):
+    for record in tool("curves").read_metrics(run):
         if MEASURED in record:
             measured[record["factor"]].append(record)
     if not any(measured):
@@ -80,7 +79,7 @@ def head(run):
     lines = [f"{config.model}, preset {config.preset}, {config.data}, seed {config.seed}, "
              f"{config.nr_filters} filters, batch {config.batch_size}; steps by factor: {steps}"]
     path = run / "commands.jsonl"
-    for one in read_records(path) if path.exists() else ():
+    for one in tool("curves").read_records(path) if path.exists() else ():
         versions = [f"{name} {one[name]}" for name in ("torch", "cuda", "python", "commit")
                     if one.get(name)]
         lines.append(f"`{one['command']}` ({one['processes']} x {one['hardware']}, "

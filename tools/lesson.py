@@ -177,8 +177,9 @@ def draw_terms(page, left, top):
              xlabel=f"{HAT}; X is a block of 20, 15, 2, 3")
     at = list(numbers).index(10)
     share, gain = float(bound[at] / bound.sum()), float(cut[at] / bound[at])
-    axes.text(0.03, 0.96, f"p(X): all bars. Bound: {share:.0%},\n{HAT} = 10 alone. Exact (another\n"
-              f"model): this alone, {gain:.0f}x as high", va="top", transform=axes.transAxes)
+    text = (f"p(X): all bars. Bound: {share:.0%},\n{HAT} = 10 alone. Cut as in 3, the\n"
+            f"others are 0, and this {gain:.0f}x as high")
+    axes.text(0.03, 0.96, text, va="top", transform=axes.transAxes)
 
 
 def draw_intervals(page, left, top):

@@ -74,6 +74,7 @@ import sys
 import threading
 import time
 import typing
+import zipfile
 
 import numpy as np
 import torch
@@ -1679,7 +1680,7 @@ def read_npy(path, channels=(3,)):
     if images.dtype != np.uint8 or not fits:
         wanted = " or ".join(map(str, sorted(channels)))
         raise Problem(f"{path}: {images.dtype} {images.shape}, expected uint8 (N, H, W, C) or "
-                      f"(N, C, H, W), C {wanted}")
+                      f"(N, C, H, W), N > 0, C {wanted}")
     return images
 
 
@@ -1785,7 +1786,8 @@ def write_atomically(path, content):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # the name the user knows
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, or the disk is read-only
+            part.unlink()
 
 
 def write_checkpoint(path, config, factors, **more):
@@ -1805,6 +1807,10 @@ def save(model, path):
 def read_checkpoint(path):
     """What write_checkpoint has written. Raises Problem for any other file."""
     try:
+        # It is a zip file with checksums, which torch does not look at.
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != "pixelaux 2":
             raise ValueError(f"format {state['format']}, expected pixelaux 2")
@@ -1839,7 +1845,9 @@ def load(run, device="cpu"):
     try:
         model = PixelAux(make_config(**first["config"]))
     except (Problem, TypeError) as error:
-        raise Problem(f"{paths[0]}: {error}") from None
+        own = first["config"].get("model") not in MODELS  # by a file with views of one's own
+        hint = "; call the file that defines it in place of pixelaux.py" if own else ""
+        raise Problem(f"{paths[0]}: {error}{hint}") from None
     if run.is_file() and len(first["factors"]) < len(model.factors):
         paths = sorted(run.parent.glob("factor-*.pt")) + [run]  # the last one wins
     missing = set(range(len(model.factors)))
@@ -3555,7 +3563,8 @@ def as_typed(name, value):
     if isinstance(value, bool):
         return "yes" if value else "no"
     values = value if isinstance(value, tuple) else (value,)
-    return ("x" if name == "size" else ",").join(str(one).removesuffix(".0") for one in values)
+    mark = "x" if name == "size" else ","
+    return mark.join(str(one).removesuffix(".0") for one in values) or "nothing"
 
 
 def kind_of(data):
@@ -3628,6 +3637,9 @@ def factors_to_train(args, model, data):
 def take_over(args):
     """Fill in of args what no flag says from the run that --start names."""
     theirs = load(pathlib.Path(args.start).expanduser()).config
+    if args.model not in (None, theirs.model):  # before data are fetched for it
+        raise Problem(f"--start: {args.start} is of another model, preset or size: a "
+                      f"{theirs.model}, expected a {args.model}")
     names = ["model", "preset", "size", "look_right", "tight"]
     if args.data is None and args.data_dir is None:
         names += ["data", "data_dir"]
@@ -3916,8 +3928,8 @@ def checked(kind, expected, valid=lambda value: True):
 
 
 def sides(text):
-    height, _, width = text.lower().partition("x")
-    return int(height), int(width or height)
+    height, x, width = text.lower().partition("x")
+    return int(height), int(width if x else height)
 
 
 COUNT = checked(int, "a whole number above 0", lambda value: value > 0)

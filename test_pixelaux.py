@@ -3842,7 +3842,14 @@ SPOILED = {
     "factor 9": lambda path, state: torch.save(
         {**state, "factors": {9: state["factors"][0]}}, path),
     "a folder": lambda path, state: (path.unlink(), path.mkdir()),
+    "a bit flipped": lambda path, state: path.write_bytes(flipped(path.read_bytes())),
 }
+
+
+def flipped(content):
+    """The same with another bit in the middle, which is among the weights."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 @pytest.mark.parametrize("kind", SPOILED)
@@ -3859,6 +3866,26 @@ def test_a_checkpoint_that_is_not_ours_or_damaged_is_one_line(run, tmp_path, cap
         capsys.readouterr()
         assert command(line) == 2, line
         assert len(lines := said(capsys)) == 1 and str(path) in lines[0], lines
+
+
+def test_a_model_of_ones_own_is_known_to_the_file_that_defines_it(run, monkeypatch):
+    pixelaux.load(run)  # control
+    monkeypatch.delitem(pixelaux.MODELS, "pyramid")
+    with pytest.raises(Problem, match="unknown model 'pyramid'.*call the file that defines it"):
+        pixelaux.load(run)
+
+
+def test_an_error_of_writing_names_the_file_and_not_its_part(tmp_path, monkeypatch):
+    """Also where not even the part can be removed, as on a read-only disk."""
+    def fails(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "part")
+
+    for names in ([], ["unlink"]):
+        for name in names:
+            monkeypatch.setattr(pathlib.Path, name, fails)
+        with pytest.raises(OSError) as caught:
+            pixelaux.write_atomically(tmp_path / "result", fails)
+        assert caught.value.filename == str(tmp_path / "result")
 
 
 def test_a_run_of_another_model_does_not_mix(run, tmp_path, capsys, small_preset):
@@ -3978,6 +4005,8 @@ BAD = [
     (f"train --seed {'9' * 30}", "--seed"), ("train --lr nan", "--lr"), ("train --lr 0", "--lr"),
     ("train --lr fast", "--lr: 'fast': expected a number above 0"), ("train --size 12y", "--size"),
     ("train --size 8x8x8", "HEIGHTxWIDTH"), ("train --size 0", "--size"),
+    ("train --size 16x", "HEIGHTxWIDTH"),
+    ("train --start good --model grayscale --data cifar10", "a pyramid, expected a grayscale"),
     ("train --size -8x16", "--size"), ("train --device cuda:77", "--device"),
     ("train --device tpu", "--device"), ("train --batch-size 0", "--batch-size"),
     ("train --factor 5", "--factor 5: expected 0..1"), ("train --factor -1", "--factor"),
@@ -4002,7 +4031,7 @@ BAD = [
     ("train --out good --factor 1", "--out: good holds a run"),
     ("train --out good --factor 0", "--out: good holds a run"),
     ("train --out begun --factor 1 --lr 3", "--lr: begun was begun with 0.01, not 3"),
-    ("train --resume --out good --no-tight", "--tight: good was begun with yes, not no"),
+    ("train --resume --out good --tight", "--tight: good was begun with no, not yes"),
     ("train --resume --out good --minutes 0.5,2", "--minutes: good was begun with 0, not 0.5,2"),
     ("train --resume --out good --steps 9", "--steps: good was begun with 6, not 9"),
     ("train --resume --out good --size 16x32", "--size: good was begun with 16x16, not 16x32"),

@@ -3636,10 +3636,12 @@ def factors_to_train(args, model, data):
 
 def take_over(args):
     """Fill in of args what no flag says from the run that --start names."""
-    theirs = load(pathlib.Path(args.start).expanduser()).config
-    if args.model not in (None, theirs.model):  # before data are fetched for it
-        raise Problem(f"--start: {args.start} is of another model, preset or size: a "
-                      f"{theirs.model}, expected a {args.model}")
+    model = load(pathlib.Path(args.start).expanduser())
+    theirs = model.config
+    if args.model not in (None, theirs.model):  # told before data are fetched; the rest: start_from
+        kind = f"{theirs.model} of {counted(len(model.views), 'view')}"
+        raise Problem(f"--start: {args.start} is of another model, preset or size: a {kind}, "
+                      f"expected a {args.model}")
     names = ["model", "preset", "size", "look_right", "tight"]
     if args.data is None and args.data_dir is None:
         names += ["data", "data_dir"]

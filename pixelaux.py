@@ -3636,12 +3636,9 @@ def factors_to_train(args, model, data):
 
 def take_over(args):
     """Fill in of args what no flag says from the run that --start names."""
-    model = load(pathlib.Path(args.start).expanduser())
-    theirs = model.config
+    theirs = load(pathlib.Path(args.start).expanduser()).config
     if args.model not in (None, theirs.model):  # told before data are fetched; the rest: start_from
-        kind = f"{theirs.model} of {counted(len(model.views), 'view')}"
-        raise Problem(f"--start: {args.start} is of another model, preset or size: a {kind}, "
-                      f"expected a {args.model}")
+        same_kind(theirs, dataclasses.replace(theirs, model=args.model), args.start)
     names = ["model", "preset", "size", "look_right", "tight"]
     if args.data is None and args.data_dir is None:
         names += ["data", "data_dir"]
@@ -3650,12 +3647,18 @@ def take_over(args):
             setattr(args, name, getattr(theirs, name))
 
 
+def same_kind(theirs, ours, run):
+    """Raises Problem if the models of two Configs differ in name or in number of views."""
+    a, b = [f"{config.model} of {counted(len(make_views(config)), 'view')}"
+            for config in (theirs, ours)]
+    if a != b:
+        raise Problem(f"--start: {run} is of another model, preset or size: a {a}, expected a {b}")
+
+
 def start_from(model, run):
     """Give the model the weights of another run or checkpoint. Raises Problem."""
     theirs, other = load(pathlib.Path(run).expanduser()), "of another model, preset or size"
-    kinds = [f"{m.config.model} of {counted(len(m.views), 'view')}" for m in (theirs, model)]
-    if kinds[0] != kinds[1]:
-        raise Problem(f"--start: {run} is {other}: a {kinds[0]}, expected a {kinds[1]}")
+    same_kind(theirs.config, model.config, run)
     weights = theirs.state_dict()
     for name, expected in model.state_dict().items():
         if name not in weights or weights[name].shape != expected.shape:

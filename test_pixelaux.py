@@ -4006,7 +4006,7 @@ BAD = [
     ("train --lr fast", "--lr: 'fast': expected a number above 0"), ("train --size 12y", "--size"),
     ("train --size 8x8x8", "HEIGHTxWIDTH"), ("train --size 0", "--size"),
     ("train --size 16x", "HEIGHTxWIDTH"),
-    ("train --start good --model grayscale --data cifar10", "a pyramid of 2 views, expected a grayscale"),
+    ("train --start good --model grayscale --data cifar10", "a pyramid of 2 views, expected a grayscale of 2 views"),
     ("train --size -8x16", "--size"), ("train --device cuda:77", "--device"),
     ("train --device tpu", "--device"), ("train --batch-size 0", "--batch-size"),
     ("train --factor 5", "--factor 5: expected 0..1"), ("train --factor -1", "--factor"),

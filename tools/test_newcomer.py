@@ -379,7 +379,7 @@ def test_saved_weights_are_loaded_evaluated_and_sampled(tmp_path):
 
 @pytest.mark.parametrize("flags, weight", [
     ("--preset small", r"factors.0.net.v_first.v is \(6, .*\), expected \(48, .*\)"),
-    ("--model grayscale", "a pyramid of 2 views, expected a grayscale$"),
+    ("--model grayscale", "a pyramid of 2 views, expected a grayscale of 2 views"),
     ("--size 32", "a pyramid of 2 views, expected a pyramid of 3 views"),
 ])
 def test_a_start_from_another_model_names_the_weight(run, tmp_path, flags, weight):
